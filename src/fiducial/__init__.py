@@ -1,0 +1,68 @@
+"""Align language models on one machine, with every method held against a known optimum.
+
+    import fiducial as fd
+    loss, metrics = fd.losses.dpo(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1)
+    run = fd.ppo(fd.PPO(model="...", prompts="...", reward=("reward.py:score",)))
+
+Names are loaded when they are used: `import fiducial` itself imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import losses as losses
+    from .collect.pairs import Collect as Collect
+    from .core import advantages as advantages
+    from .core import kl as kl
+    from .methods.dpo import DPO as DPO
+    from .methods.dpo import dpo as dpo
+    from .methods.ppo import PPO as PPO
+    from .methods.ppo import ppo as ppo
+    from .methods.reward_model import RewardModel as RewardModel
+    from .methods.reward_model import reward as reward
+    from .methods.sft import SFT as SFT
+    from .methods.sft import sft as sft
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "losses": "losses",
+    "advantages": "core.advantages",
+    "kl": "core.kl",
+    "sft": "methods.sft:sft",
+    "SFT": "methods.sft:SFT",
+    "reward": "methods.reward_model:reward",
+    "RewardModel": "methods.reward_model:RewardModel",
+    "ppo": "methods.ppo:ppo",
+    "PPO": "methods.ppo:PPO",
+    "dpo": "methods.dpo:dpo",
+    "DPO": "methods.dpo:DPO",
+    "collect": "collect.pairs:collect",
+    "Collect": "collect.pairs:Collect",
+    "generate": "collect.generate:generate",
+    "Generate": "collect.generate:Generate",
+    "evaluate": "collect.evaluate:evaluate",
+    "Evaluate": "collect.evaluate:Evaluate",
+    "Policy": "models.roles:Policy",
+    "Trajectory": "rollout.trajectory:Trajectory",
+    "LocalSampler": "rollout.sampler:LocalSampler",
+}
+
+__all__ = ["__version__", *_WHERE]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fiducial' has no attribute {name!r}")
+    module, _, attribute = _WHERE[name].partition(":")
+    found = importlib.import_module(f".{module}", __name__)
+    value = getattr(found, attribute) if attribute else found
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

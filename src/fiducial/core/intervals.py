@@ -1,0 +1,33 @@
+"""Intervals of 95% for what is printed as an estimate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+
+Z = 1.959963984540054
+
+
+def wilson(successes: float, n: int) -> dict[str, float]:
+    """Share of successes with the score interval of Wilson 1927, which stays inside [0, 1] and is honest at both ends."""
+    if n == 0:
+        return {"value": math.nan, "low": 0.0, "high": 1.0, "n": 0}
+    p = successes / n
+    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    return {"value": p, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}
+
+
+def mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> dict[str, float]:
+    """Mean with its normal interval; values of one cluster (pairs of one prompt) are not taken for independent ones."""
+    n = len(values)
+    if n == 0:
+        return {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0}
+    average = sum(values) / n
+    sums: dict[Hashable, float] = {}
+    for i, value in enumerate(values):
+        key = clusters[i] if clusters is not None else i
+        sums[key] = sums.get(key, 0.0) + value - average
+    g = len(sums)
+    half = Z * math.sqrt(g / (g - 1) * sum(s * s for s in sums.values())) / n if g > 1 else math.inf
+    return {"value": average, "low": average - half, "high": average + half, "n": n}

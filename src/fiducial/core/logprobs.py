@@ -1,0 +1,74 @@
+r"""Log-probabilities of chosen tokens from hidden states, in chunks: the whole [B, T, V] of logits is never held.
+
+Shapes: N labelled tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_BYTES = 32 * 2**20
+"""Logits held at a time. A vocabulary that fits a whole micro-batch into this is done in one piece and nothing is computed twice."""
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states [n, H] to logits [n, V]."""
+
+
+def chosen_logprobs(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    vocabulary: int,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Tensor, Tensor | None]:
+    r"""Log-probability of each label, :math:`\log\mathrm{softmax}(z/\tau)_y`, computed in float32 whatever the type of the hidden states.
+
+    Where more than one chunk is needed and gradients are on, a chunk's logits are computed again in the backward pass instead of being kept.
+
+    Args:
+        hidden: [N, H] states from which each label is predicted.
+        labels: [N] token ids.
+        head: the vocabulary projection.
+        vocabulary: V, from which the size of a chunk follows.
+        temperature: divides the logits; the same as in sampling.
+        entropy: also return the entropy of each distribution, without gradient.
+
+    Returns:
+        logprobs [N] and entropies [N] (or None), both float32 (float64 for a float64 model), in nats.
+    """
+    n = hidden.shape[0]
+    if n == 0:
+        empty = hidden.sum() * 0.0 + hidden.new_zeros(0, dtype=_precision(hidden))
+        return empty, (empty.detach() if entropy else None)
+    size = max(1, chunk_bytes // (vocabulary * 4))
+    recompute = n > size and torch.is_grad_enabled()
+    pieces = []
+    for start in range(0, n, size):
+        args = (hidden[start : start + size], labels[start : start + size], head, temperature, entropy)
+        pieces.append(checkpoint(_piece, *args, use_reentrant=False) if recompute else _piece(*args))
+    logprobs = torch.cat([p[0] for p in pieces])
+    return logprobs, (torch.cat([p[1] for p in pieces]) if entropy else None)
+
+
+def _piece(hidden: Tensor, labels: Tensor, head: Head, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    logits = head(hidden).to(_precision(hidden))
+    if temperature != 1.0:
+        logits = logits / temperature
+    logprobs = -F.cross_entropy(logits, labels, reduction="none")
+    if not entropy:
+        return logprobs, None
+    with torch.no_grad():
+        logp = logits.log_softmax(-1)
+        return logprobs, -(logp.exp() * logp).sum(-1)
+
+
+def _precision(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32

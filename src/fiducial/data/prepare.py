@@ -1,0 +1,65 @@
+"""Rows of a file, rendered and split, with every fault told before training starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..config import RowSettings
+from ..errors import InputError
+from .rows import Content, read_rows
+
+T = TypeVar("T")
+
+
+def load(
+    source: str, settings: RowSettings, accept: tuple[type, ...], render: Callable[[Any], T], *, skipped: Path | None = None
+) -> tuple[list[T], list[Any], str]:
+    """Read and render every row.
+
+    Returns:
+        the rendered rows, the rows they came from, and one sentence on what was skipped ("" if nothing was).
+
+    Raises:
+        InputError: with file:line, at the first bad row, unless they are to be skipped; or when none is left.
+    """
+    found = read_rows(source, accept, on_error=settings.on_error, skipped=skipped)
+    rendered: list[T] = []
+    kept: list[Any] = []
+    bad = found.skipped
+    for row in found.rows:
+        try:
+            rendered.append(render(row))
+            kept.append(row)
+        except InputError as error:
+            if settings.on_error == "stop":
+                raise
+            bad += 1
+            if skipped is not None:
+                with open(skipped, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"where": row.where, "error": str(error)}, ensure_ascii=False) + "\n")
+    if not rendered:
+        raise InputError(f"{source}: no usable row is left of {found.total}")
+    note = f"{bad} of {found.total} rows ({bad / found.total:.1%}) skipped, see {skipped}" if bad else ""
+    return rendered, kept, note
+
+
+def split(keys: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Row numbers for training and for evaluation; equal keys (prompts) stay on one side."""
+    distinct = sorted(set(keys), key=lambda k: hashlib.sha256(f"{seed}:{k}".encode()).digest())
+    held = set(distinct[: round(share * len(distinct))]) if len(distinct) > 1 else set()
+    train = [i for i, k in enumerate(keys) if k not in held]
+    return train, [i for i, k in enumerate(keys) if k in held]
+
+
+def text_of(content: Content) -> str:
+    """A prompt or completion as one string for people and keys."""
+    return content if isinstance(content, str) else "\n".join(f"{m.role}: {m.content}" for m in content)
+
+
+def messages_of(content: Content) -> Any:
+    """A prompt or completion as reward functions know it: a string, or a list of {"role", "content"}."""
+    return content if isinstance(content, str) else [{"role": m.role, "content": m.content} for m in content]

@@ -1,0 +1,16 @@
+"""Losses: tensors in, (loss, metrics) out. Nothing here knows a model, a batch, a device or a setting.
+
+Each public loss is a mean over real tokens, rows or pairs. Its sum form, `<name>_sum`, returns the sum and the metrics' sums with the count left to
+the caller: a loop adds them over micro-batches and processes and divides once.
+"""
+
+from .policy import ppo_clip, ppo_clip_sum
+from .preference import dpo, dpo_sum
+from .reward import bradley_terry, bradley_terry_sum, ranking, ranking_sum
+from .sft import nll, nll_sum
+from .value import clipped_value, clipped_value_sum
+
+__all__ = [
+    "bradley_terry", "bradley_terry_sum", "clipped_value", "clipped_value_sum", "dpo", "dpo_sum", "nll", "nll_sum", "ppo_clip", "ppo_clip_sum",
+    "ranking", "ranking_sum",
+]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Hugging Face models in the roles of alignment: policy, reference, critic, reward model."""

@@ -1,0 +1,55 @@
+"""Log-probabilities of the reference, computed once and kept on disk under a hash of model, data and rendering."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .roles import Policy
+
+if TYPE_CHECKING:
+    from ..train.processes import Processes
+
+
+def folder() -> Path:
+    """FIDUCIAL_CACHE, or `fiducial` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FIDUCIAL_CACHE") or Path(base) / "fiducial")
+
+
+@torch.no_grad()
+def fingerprint(policy: Policy, rows: Any) -> str:
+    """SHA-256 over every weight (adapters aside, for they are off in a reference) and over the token ids and masks themselves."""
+    state = hashlib.sha256()
+    for name, weight in sorted(policy.lm.named_parameters()):
+        if "lora_" not in name:
+            state.update(f"{name.replace('base_layer.', '')}{tuple(weight.shape)}{weight.dtype}".encode())
+            state.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    state.update(str(getattr(policy.lm, "autocast_dtype", None)).encode())
+    state.update(json.dumps(rows, separators=(",", ":")).encode())
+    return state.hexdigest()
+
+
+def cached(key: str, compute: Callable[[], Tensor], processes: Processes) -> Tensor:
+    """The tensor stored under `key`, or computed and stored. A folder that cannot be written costs the cache, not the run."""
+    path = folder() / f"reference-{key}.safetensors"
+    if not processes.any(not path.is_file()):
+        return load_file(path)["logprobs"]
+    value = compute()
+    if processes.main:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_name(f".{path.name}.{os.getpid()}")
+            save_file({"logprobs": value.contiguous()}, aside)
+            os.replace(aside, path)
+        except OSError:
+            pass
+    return value

@@ -1,0 +1,145 @@
+"""The roles as modules: a Policy gives log-probabilities of tokens, a Scorer gives scalars. Both wrap an ordinary Hugging Face model.
+
+Sequences are padded right and attention is causal, so a real token never sees padding and no attention mask is needed; positions are always
+passed. The reference is a frozen Policy of its own, or, where the policy is a base with adapters, that base with the adapters off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core.logprobs import chosen_logprobs
+
+
+def plain(model: Any) -> Any:
+    """The Hugging Face model itself; with LoRA the layers are inside it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def autocast(model: Any, like: Tensor) -> Any:
+    dtype = getattr(plain(model), "autocast_dtype", None)
+    return torch.autocast(like.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def hidden_states(model: Any, ids: Tensor) -> Tensor:
+    """[B, T, H] of a right-padded batch `ids` [B, T], before any head."""
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    with autocast(model, ids):
+        return plain(model).base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+
+
+def logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits [n, V] of hidden states [n, H], with what the architecture does behind its projection."""
+    model = plain(model)
+    with autocast(model, hidden):
+        out = model.get_output_embeddings()(hidden)
+    config = model.config
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        out = out * config.logit_scale
+    if getattr(config, "logits_scaling", None) is not None:  # Granite
+        out = out / config.logits_scaling
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return out if cap is None else cap * torch.tanh(out / cap)
+
+
+class TokenOutputs(NamedTuple):
+    """Per-token answers of a Policy, [B, T] each; column t speaks of token t."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    values: Tensor | None
+
+
+class Policy(nn.Module):
+    """A causal language model that is asked for the log-probabilities of tokens; with a value head it is its own critic."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+        self.value_head: nn.Linear | None = None
+
+    def add_value_head(self) -> None:
+        """A scalar head on the trunk, zero at first, so that every state starts at value 0."""
+        weight = plain(self.lm).get_output_embeddings().weight
+        self.value_head = nn.Linear(weight.shape[1], 1).to(weight.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return logits(self.lm, hidden)
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(plain(self.lm).get_output_embeddings().weight.shape[0])
+
+    def forward(self, ids: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False) -> TokenOutputs:
+        """Log-probabilities (and entropies, and values where there is a value head) of the labelled tokens.
+
+        Args:
+            ids: [B, T] right-padded.
+            mask: [B, T] true at labels; token 0 has nothing in front of it and cannot be one.
+            temperature: divides the logits.
+
+        Returns:
+            [B, T] each, in nats (values: in units of reward), 0 outside the mask.
+        """
+        if bool(mask[:, 0].any()):
+            raise ValueError("token 0 cannot be a label: nothing stands in front of it")
+        hidden = hidden_states(self.lm, ids[:, :-1])
+        chosen = mask[:, 1:]
+        values, entropies = chosen_logprobs(
+            hidden[chosen], ids[:, 1:][chosen], self._head, self._vocabulary, temperature=temperature, entropy=entropy
+        )
+        heads = None if self.value_head is None else self.value_head(hidden[chosen].to(self.value_head.weight.dtype))[:, 0]
+        return TokenOutputs(*(None if x is None else _scatter(x, mask) for x in (values, entropies, heads)))  # type: ignore[arg-type]
+
+    @contextlib.contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """The base under the adapters."""
+        with self.lm.disable_adapter():
+            yield
+
+
+class Scorer(nn.Module):
+    """A sequence-classification model with one label: a reward model when read at the last token, a critic when read at every token."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def _score(self, hidden: Tensor) -> Tensor:
+        head = plain(self.model).score  # with LoRA a trained copy of the head stands in its place
+        return head(hidden)[..., 0].to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+
+    def forward(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """With `lengths` [B]: scores [B] at each row's last real token. Without: values [B, T], column t for the state before token t (column 0: 0)."""
+        hidden = hidden_states(self.model, ids)
+        if lengths is not None:
+            return self._score(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
+        values = self._score(hidden[:, :-1])
+        return torch.cat([torch.zeros_like(values[:, :1]), values], dim=1)
+
+
+class Reference:
+    """The frozen mark. Either its own module or the policy with its adapters off; called like a Policy, never with a gradient."""
+
+    def __init__(self, policy: Policy, own: Policy | None = None) -> None:
+        self._policy, self._own = policy, own
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+        """[B, T] log-probabilities, 0 outside the mask."""
+        if self._own is not None:
+            return self._own(ids, mask, temperature).logprobs
+        with self._policy.adapters_off():
+            return self._policy(ids, mask, temperature).logprobs
+
+
+def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+    out = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    return out.masked_scatter(mask, values)

@@ -1,0 +1,156 @@
+"""Reads a run's folder without ever failing on it: what is missing or torn is kept as a note that the page shows."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fiducial.report.numbers import Estimate
+from fiducial.train.registry import finite
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder in memory. `series` maps a metric's name to its (step, value) points; `notes` say what is missing or could not be read."""
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    series: dict[str, list[Point]] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def method(self) -> str:
+        """Only for the title; what is shown is decided from the metric names."""
+        value = self.config.get("method", self.summary.get("method"))
+        return value if isinstance(value, str) else "run"
+
+    @property
+    def evaluation(self) -> dict[str, Estimate]:
+        """The held-out estimates of the summary, each with the interval it came with."""
+        raw = self.summary.get("evaluation")
+        return {str(name): e for name, entry in raw.items() if (e := estimate(entry)) is not None} if isinstance(raw, dict) else {}
+
+    def values(self, name: str) -> list[float]:
+        """The values of one metric in the order of steps."""
+        return [value for _, value in self.series.get(name, [])]
+
+
+def estimate(entry: Any) -> Estimate | None:
+    """An evaluation entry: `{"value", "low", "high", "n"}`, or a bare number."""
+    if finite(entry):
+        return Estimate(float(entry))
+    if not isinstance(entry, dict) or not finite(entry.get("value")):
+        return None
+    low, high, n = entry.get("low"), entry.get("high"), entry.get("n")
+    rows = int(n) if finite(n) else None
+    if not (finite(low) and finite(high)):
+        return Estimate(float(entry["value"]), n=rows)
+    return Estimate(float(entry["value"]), float(low), float(high), rows)
+
+
+def read_run(path: Path) -> Run:
+    """Reads whatever of the folder is there."""
+    notes: list[str] = []
+    config, summary = _config(path / "config.yaml", notes), _summary(path / "summary.json", notes)
+    history = [row for row in _lines(path / "metrics.jsonl", notes, "there are no curves") if finite(row.get("step"))]
+    rows = _lines(path / "samples.jsonl", notes, "no prompt and response can be shown")
+    samples = [row for row in rows if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str) and finite(row.get("step"))]
+    return Run(path, config, history, _series(history), pair(samples), summary, notes)
+
+
+def _config(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        notes.append("config.yaml is missing: the settings of this run are not known.")
+        return {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        notes.append(f"config.yaml could not be read ({type(error).__name__}): the settings of this run are not known.")
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _summary(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        notes.append("summary.json is missing: the run has not ended, so time, memory, versions and held-out intervals are not known.")
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        notes.append(f"summary.json could not be read ({type(error).__name__}): time, memory and versions are not known.")
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _lines(path: Path, notes: list[str], without: str) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. A half-written last line is dropped without a word; other bad lines are counted."""
+    if not path.is_file():
+        notes.append(f"{path.name} is missing: {without}.")
+        return []
+    rows: list[dict[str, Any]] = []
+    bad: list[int] = []
+    last = 0
+    for last, line in _numbered(path):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            bad.append(last)
+    if bad and bad[-1] == last:
+        bad.pop()
+    if bad:
+        notes.append(f"{path.name}: {len(bad)} of {last} lines could not be read (first: line {bad[0]}) and were left out.")
+    if not rows:
+        notes.append(f"{path.name} holds no rows: {without}.")
+    return rows
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:  # only \n ends a row: U+2028 may stand inside one
+        for i, line in enumerate(file, 1):
+            if line.strip():
+                yield i, line
+
+
+def _series(history: list[dict[str, Any]]) -> dict[str, list[Point]]:
+    series: dict[str, dict[float, float]] = {}
+    for row in history:
+        for name, value in row.items():
+            if name != "step" and finite(value):
+                series.setdefault(name, {})[row["step"]] = float(value)  # a step written twice (after a resume) counts once, the later one
+    return {name: sorted(points.items()) for name, points in series.items()}
+
+
+def pair(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first and the last response to each prompt, side by side: `{"p": prompt, "a": before or None, "b": after}` in the order of the file.
+
+    When a prompt stands several times at one step, its first is paired with its first, and so on.
+    """
+    seen: dict[tuple[str, float], int] = {}
+    steps: dict[tuple[str, int], dict[float, dict[str, Any]]] = {}
+    for row in samples:
+        turn = seen.get((row["prompt"], row["step"]), 0)
+        seen[row["prompt"], row["step"]] = turn + 1
+        steps.setdefault((row["prompt"], turn), {})[row["step"]] = row
+    pairs = []
+    for (prompt, _), rows in steps.items():
+        first, last = min(rows), max(rows)
+        pairs.append({"p": prompt, "a": _side(rows[first]) if first != last else None, "b": _side(rows[last])})
+    return pairs
+
+
+def _side(row: dict[str, Any]) -> dict[str, Any]:
+    score, tokens, finished = row.get("score"), row.get("tokens"), row.get("finished")
+    return {"step": row["step"], "t": row["completion"], "score": score if finite(score) else None, "n": tokens if finite(tokens) else None,
+            "end": finished if isinstance(finished, bool) else None}  # fmt: skip

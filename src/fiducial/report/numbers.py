@@ -1,0 +1,128 @@
+"""How a page writes numbers: three significant digits, thousands separated, a real minus, and ± the half-width of a 95% interval."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+MINUS = "\u2212"
+UNKNOWN = "not known"
+PM = "\u00a0±\u00a0"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% interval; `low` and `high` are None where nothing is known about how sure it is."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+    @property
+    def half(self) -> float | None:
+        """Half the width of the interval."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+    def above(self, bar: float) -> bool:
+        """Whether the whole interval lies above the bar. False without an interval: a bare number decides nothing."""
+        return self.low is not None and self.low > bar
+
+    def below(self, bar: float) -> bool:
+        """Whether the whole interval lies below the bar."""
+        return self.high is not None and self.high < bar
+
+
+def mean_of(values: Sequence[float]) -> Estimate:
+    """Mean with a Student 95% interval, values taken as independent; no interval under three values."""
+    n = len(values)
+    if n < 3:
+        return Estimate(fmean(values), n=n)
+    half = _student(n - 1) * stdev(values) / math.sqrt(n)
+    return Estimate(fmean(values), fmean(values) - half, fmean(values) + half, n)
+
+
+def _student(df: int) -> float:
+    """The 97.5% quantile of Student's t: two small cases by table, the rest by the Cornish-Fisher series (within 2% from df = 4)."""
+    table = {2: 4.303, 3: 3.182}
+    z = 1.959964
+    return table.get(df) or z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+
+
+def number(x: float | None) -> str:
+    """Three significant digits: 1,230,000; 12.3; 0.00123; 1.20e−5."""
+    if x is None:
+        return UNKNOWN
+    if not math.isfinite(x):
+        return "not finite"
+    if x == 0:
+        return "0"
+    if abs(x) < 1e-3 or abs(x) >= 1e15:
+        return f"{x:.2e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e").replace("-", MINUS)
+    rounded = float(f"{x:.2e}")  # 9.999 becomes 10.0 before the decimals are chosen
+    return f"{rounded:,.{_decimals(rounded)}f}".replace("-", MINUS)
+
+
+def _decimals(x: float, digits: int = 3) -> int:
+    return max(0, digits - 1 - math.floor(math.log10(abs(x)))) if x else digits - 1
+
+
+def count(n: int | float | None) -> str:
+    """A count is exact: 12,345."""
+    return UNKNOWN if n is None else f"{round(n):,}".replace("-", MINUS)
+
+
+def with_interval(e: Estimate | None) -> str:
+    """`1.35 ± 0.04`: at most three digits of the value and two of the half-width, to the same decimals. Without an interval the bare number."""
+    if e is None:
+        return "not measured"
+    half = e.half
+    if not half or not math.isfinite(e.value) or not math.isfinite(half):
+        return number(e.value)
+    size = max(abs(e.value), half)
+    if size >= 1000:
+        grain = 10 ** (math.floor(math.log10(size)) - 2)
+        return f"{round(e.value / grain) * grain:,}{PM}{max(grain, round(half / grain) * grain):,}".replace("-", MINUS)
+    if size < 1e-3:
+        return f"{number(e.value)}{PM}{number(half)}"
+    decimals = min(_decimals(size), _decimals(half, 2))
+    if 0 < half < 0.5 * 10**-decimals:  # surer than three digits show
+        decimals = min(8, _decimals(half, 1))
+    return f"{e.value:.{decimals}f}{PM}{half:.{decimals}f}".replace("-", MINUS)
+
+
+def percent(e: Estimate | float, digits: int | None = None) -> str:
+    """`81% ± 5`, with one decimal where the half-width is under a point or `digits` asks for it."""
+    if not isinstance(e, Estimate):
+        return f"{100 * e:.{1 if digits is None else digits}f}%".replace("-", MINUS)
+    half = e.half
+    if half is None:
+        return f"{100 * e.value:.{1 if digits is None else digits}f}%"
+    digits = digits if digits is not None else (0 if half >= 0.01 else 1)
+    return f"{100 * e.value:.{digits}f}%{PM}{100 * half:.{digits}f}".replace("-", MINUS)
+
+
+def duration(seconds: float | None) -> str:
+    """`12.3 s`, `3 min 20 s`, `1 h 02 min`, `2 d 03 h`."""
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 99.95:
+        return f"{number(seconds)}\u00a0s"
+    total = round(seconds)
+    minutes, s = divmod(total, 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}\u00a0d {h:02d}\u00a0h"
+    return f"{hours}\u00a0h {m:02d}\u00a0min" if hours else f"{m}\u00a0min {s:02d}\u00a0s"
+
+
+def size(n: float | None) -> str:
+    """`3.21 GiB`."""
+    if n is None:
+        return UNKNOWN
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n) < 999.5:
+            return f"{number(n)}\u00a0{unit}"
+        n /= 1024
+    return f"{number(n)}\u00a0TiB"

@@ -1,0 +1,1 @@
+"""Sampling: the Trajectory, and samplers that make one."""

@@ -1,0 +1,166 @@
+"""Sampling from any causal language model in this process: batched, with a key-value cache, padded left.
+
+Each response draws from its own random stream, keyed by seed, step, prompt and sample number, and a token is the inverse of the cumulative
+distribution at the next number of that stream. So what is sampled does not depend on who else is in the batch, up to rounding. Only the
+log-probability of the chosen token is kept at each step, never the stack of scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..errors import InputError
+from ..models.roles import autocast, logits, plain
+from .trajectory import Trajectory
+
+
+class Sampler(Protocol):
+    """What a method asks of a sampler, in this process or elsewhere."""
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], *, seed: int, step: int, prompt: Sequence[int], sample: Sequence[int], **keywords: Any
+    ) -> Trajectory: ...
+
+
+@dataclass(frozen=True)
+class LocalSampler:
+    """Samples from `lm`, the Hugging Face model itself, wherever it stands.
+
+    max_new_tokens: a response that has not ended by then is cut and says so.
+    temperature: divides the logits; 0 takes the most likely token.
+    stop_ids: any of them ends a response and belongs to it.
+    context: positions that the model has; prompt and response must fit.
+    tokens: prompt and response tokens sampled side by side, the memory knob.
+    """
+
+    lm: Any
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    context: int
+    temperature: float = 1.0
+    tokens: int = 65_536
+    pad_id: int = 0
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seed: int,
+        step: int,
+        prompt: Sequence[int],
+        sample: Sequence[int],
+        on_progress: Callable[[int], None] | None = None,
+        **_: Any,
+    ) -> Trajectory:
+        """One response to each prompt (ids). `prompt` and `sample` number them; equal numbers with equal seed and step sample the same.
+
+        Raises:
+            InputError: a prompt and its response would not fit the model's context.
+        """
+        longest = max(len(p) for p in prompts)
+        if longest + self.max_new_tokens > self.context:
+            raise InputError(
+                f"a prompt of {longest} tokens and --max-new-tokens {self.max_new_tokens} exceed the model's context of {self.context}: "
+                "sample fewer tokens or shorten the prompts"
+            )
+        if min(len(p) for p in prompts) == 0:
+            raise InputError("an empty prompt: this tokenizer has no BOS token to start from, so give at least one token")
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        responses: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        start = 0
+        while start < len(order):
+            width = len(prompts[order[start]]) + self.max_new_tokens
+            rows = order[start : start + max(1, self.tokens // width)]
+            uniforms = np.stack([self._stream(seed, step, prompt[i], sample[i]) for i in rows])
+            with autocast(self.lm, plain(self.lm).get_input_embeddings().weight):
+                ids, lps = self._batch([prompts[i] for i in rows], torch.from_numpy(uniforms))
+            for i, r, lp in zip(rows, ids, lps, strict=True):
+                responses[i], logprobs[i] = r, lp
+            start += len(rows)
+            if on_progress:
+                on_progress(start)
+        finished = [r[-1] in self.stop_ids for r in responses]
+        return Trajectory.build(prompts, responses, logprobs, finished, prompt, sample, self.temperature, self.pad_id)
+
+    def _stream(self, seed: int, step: int, prompt: int, sample: int) -> np.ndarray:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step, prompt, sample]))).random(self.max_new_tokens)
+
+    def _batch(self, prompts: list[Sequence[int]], uniforms: Tensor) -> tuple[list[list[int]], list[list[float]]]:
+        model = plain(self.lm)
+        device = model.get_input_embeddings().weight.device
+        n, width = len(prompts), max(len(p) for p in prompts)
+        uniforms = uniforms.to(device)
+        unique = {p: i for i, p in enumerate(dict.fromkeys(tuple(p) for p in prompts))}  # a prompt is read once for all its samples
+        ids = torch.full((len(unique), width), self.pad_id, dtype=torch.long)
+        real = torch.zeros((len(unique), width + self.max_new_tokens), dtype=torch.bool)
+        for p, i in unique.items():
+            ids[i, width - len(p) :] = torch.tensor(p)
+            real[i, width - len(p) :] = True
+        ids, real = ids.to(device), real.to(device)
+        positions = (real[:, :width].long().cumsum(1) - 1).clamp(min=0)
+        padded = not bool(real[:, :width].all())
+        real[:, width:] = True
+
+        cache = DynamicCache(config=model.config)
+        hidden = model.base_model(
+            input_ids=ids, attention_mask=real[:, :width].long() if padded else None, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1]
+        copies = torch.tensor([unique[tuple(p)] for p in prompts], device=device)
+        if len(unique) < n:
+            cache.batch_select_indices(copies)
+        hidden, real, position = hidden[copies], real[copies], positions[copies, -1:]
+
+        stops = torch.tensor(sorted(self.stop_ids), device=device)
+        active = torch.arange(n, device=device)  # row of the batch -> row of the output
+        tokens = torch.full((n, self.max_new_tokens), -1, dtype=torch.long, device=device)
+        kept = torch.zeros((n, self.max_new_tokens), device=device)
+        done = torch.zeros(n, dtype=torch.bool, device=device)
+        for t in range(self.max_new_tokens):
+            chosen, logprob = self._choose(hidden, uniforms[:, t])
+            tokens[active, t] = torch.where(done, -1, chosen)
+            kept[active, t] = logprob
+            done = done | torch.isin(chosen, stops)
+            left = int((~done).sum())
+            if left == 0 or t + 1 == self.max_new_tokens:
+                break
+            if left <= 0.8 * len(active):  # the finished leave the batch
+                stay = (~done).nonzero()[:, 0]
+                cache.batch_select_indices(stay)
+                active, chosen, real, position, uniforms, done = (x[stay] for x in (active, chosen, real, position, uniforms, done))
+            position = position + 1
+            hidden = model.base_model(
+                input_ids=chosen[:, None],
+                attention_mask=self._mask(model, real[:, : width + t + 1]) if padded else None,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+        lengths = (tokens >= 0).sum(1).tolist()
+        rows, values = tokens.tolist(), kept.tolist()
+        return [r[:k] for r, k in zip(rows, lengths, strict=True)], [v[:k] for v, k in zip(values, lengths, strict=True)]
+
+    @staticmethod
+    def _mask(model: Any, real: Tensor) -> Tensor:
+        """For one new token the mask is the row of real keys; said in four dimensions it is taken as it is, which spares building it a step."""
+        config = model.config
+        everywhere = getattr(config, "sliding_window", None) is None and config._attn_implementation == "sdpa"
+        return real[:, None, None, :] if everywhere else real.long()
+
+    def _choose(self, hidden: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        z = logits(self.lm, hidden).float()
+        if self.temperature == 0:
+            return z.argmax(-1), torch.zeros_like(z[:, 0])
+        logp = (z / self.temperature if self.temperature != 1 else z).log_softmax(-1)
+        cumulative = logp.exp().cumsum(-1, dtype=torch.float64)
+        # scaled to the sum as rounded, so that no number lies beyond the last token with any probability
+        chosen = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0].clamp(max=logp.shape[-1] - 1)
+        return chosen, logp.gather(-1, chosen[:, None])[:, 0]

@@ -1,0 +1,1 @@
+"""Plumbing that knows no algorithm: processes, optimizer steps, metrics, checkpoints, the run folder."""

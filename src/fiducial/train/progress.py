@@ -1,0 +1,54 @@
+"""What a person sees while a run goes on: a bar with the time left in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+LINE_SECONDS = 15.0
+
+
+class Progress:
+    """`with Progress("dpo", total) as p: p.advance({...})`. Silent on all processes but the first."""
+
+    def __init__(self, title: str, total: int, *, start: int = 0, show: bool = True) -> None:
+        self.title, self.total, self.done, self.first, self.show = title, total, start, start, show
+        self.live = show and sys.stderr.isatty()
+        self.began = self.said = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self.live:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (
+                TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+                TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
+            )  # fmt: skip
+            self.bar = Bar(*columns, console=Console(stderr=True), transient=False)
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, numbers="")
+            self.bar.start()
+        return self
+
+    def advance(self, metrics: Mapping[str, float] | None = None, by: int = 1) -> None:
+        """`by` more are done; a few numbers to show beside."""
+        self.done += by
+        numbers = "  ".join(f"{k} {v:.4g}" for k, v in (metrics or {}).items())
+        if self.live:
+            self.bar.update(self.task, advance=by, numbers=numbers)
+        elif self.show and time.monotonic() - self.said > LINE_SECONDS:
+            self.said = time.monotonic()
+            left = (self.said - self.began) / max(1, self.done - self.first) * (self.total - self.done)
+            print(f"{self.title}: {self.done}/{self.total}, about {left:.0f} s left  {numbers}", file=sys.stderr, flush=True)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.live:
+            self.bar.stop()
+
+
+def say(text: str) -> None:
+    """One line to the terminal, beside any bar."""
+    print(text, file=sys.stderr, flush=True)
