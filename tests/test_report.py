@@ -90,7 +90,7 @@ def test_numbers_carry_three_significant_digits(x: float | None, text: str) -> N
     (Estimate(1.3456, 1.3056, 1.3856), "1.35 ± 0.04"), (Estimate(0.0792, 0.0099, 0.1485), "0.079 ± 0.069"),
     (Estimate(-40.41, -40.61, -40.21), "\u221240.4 ± 0.2"),
     (Estimate(12345, 12145, 12545), "12,300 ± 200"), (Estimate(2.0), "2.00"), (Estimate(2.0, 2.0, 2.0), "2.00"),
-    (Estimate(0.999, 0.99896, 0.99904), "0.99900 ± 0.00004"),
+    (Estimate(0.999, 0.99896, 0.99904), "0.999 ± 0.00004"),
     (None, "not measured"),
 ])  # fmt: skip
 def test_estimates_are_written_with_half_their_interval(e: Estimate | None, text: str) -> None:
@@ -187,6 +187,9 @@ def test_the_answer_for_preferences_and_rewards(tmp_path: Path) -> None:
 
     rm = [{"step": i, "accuracy": 0.6, "margin": 0.3} for i in range(1, 20)]
     assert "prefers the chosen answer, relative to the reference, on 72% ± 4" in told(dpo_history(), **{"rewards/accuracies": e(0.72, 0.04)})
+    assert "prefers" in told(dpo_history(), **{"implicit reward accuracy on held-out pairs": e(0.72, 0.04)})
+    named = {"length alone: the longer wins": e(0.6, 0.03), "accuracy on held-out pairs": e(0.7, 0.03)}
+    assert "on 70% ± 3 of held-out pairs" in told(rm, **named) and "by length alone is right on 60% ± 3: it knows more" in told(rm, **named)
     assert "not shown to do better than a coin flip" in told(dpo_history(), **{"rewards/accuracies": e(0.52, 0.04)})
     assert "held-out pairs were not measured" in told(dpo_history())
     assert "knows more than length" in told(rm, accuracy=e(0.7, 0.03), length_only=e(0.6, 0.03))

@@ -10,9 +10,7 @@ from fiducial.report.numbers import Estimate, count, number, percent, with_inter
 from fiducial.train.registry import EVAL
 
 ACCURACIES = ("rewards/accuracies", "accuracy")
-BASELINES = ("length_only", "length_only_accuracy", "length_baseline", "baseline/length")
 _KINDS = (("objective/kl", "policy"), ("clip_ratio", "policy"), ("rewards/margins", "preference"), ("accuracy", "reward"), ("loss", "loss"))
-WINS = ("win_rate", "gold_win_rate", "win_rate_over_sft")
 
 
 def kind(run: Run) -> str:
@@ -44,9 +42,16 @@ def _n(e: Estimate) -> str:
     return f" (n = {count(e.n)})" if e.n else ""
 
 
-def _first(evaluation: dict[str, Estimate], names: tuple[str, ...]) -> Estimate | None:
-    found = [evaluation[name] for name in evaluation if name.removeprefix(EVAL) in names]
-    return found[0] if found else None
+def role(name: str) -> str:
+    """What an evaluation's name stands for: `length` (a judge that sees only lengths), `win` (over the starting model), `accuracy`, or ``."""
+    words = name.removeprefix(EVAL).lower()
+    if words.startswith("length"):
+        return "length"
+    return "accuracy" if "accurac" in words else "win" if "win" in words else ""
+
+
+def _first(evaluation: dict[str, Estimate], wanted: str) -> Estimate | None:
+    return next((e for name, e in evaluation.items() if role(name) == wanted and 0 <= e.value <= 1), None)
 
 
 def against_half(share: Estimate, wins: str, draws: str, loses: str) -> str:
@@ -72,7 +77,7 @@ def _policy(run: Run) -> list[str]:
     kl = run.values("objective/kl")
     at = f", at {with_interval(window(kl, True))} nats per response from the reference" if kl else ""
     sentences = [f"{told}{at}."] if told else []
-    win = _first(run.evaluation, WINS)
+    win = _first(run.evaluation, "win")
     if win is not None:
         share = f"{percent(win)} of held-out prompts{_n(win)}"
         sentences.insert(0, against_half(win, f"It beats the model it started from on {share}.",
@@ -84,7 +89,7 @@ def _policy(run: Run) -> list[str]:
 
 
 def _accuracy(run: Run, what: str) -> list[str]:
-    held = _first(run.evaluation, ACCURACIES)
+    held = _first(run.evaluation, "accuracy")
     if held is not None and held.half is not None:
         share = f"{percent(held)} of held-out pairs{_n(held)}"
         return [against_half(held, f"{what} on {share}.", f"It is not shown to do better than a coin flip: {share}.",
@@ -106,7 +111,7 @@ def _preference(run: Run) -> list[str]:
 
 def _reward(run: Run) -> list[str]:
     sentences = _accuracy(run, "The reward model scores the chosen answer higher")
-    held, length = _first(run.evaluation, ACCURACIES), _first(run.evaluation, BASELINES)
+    held, length = _first(run.evaluation, "accuracy"), _first(run.evaluation, "length")
     if held is not None and length is not None:
         more = held.low is not None and held.low > (length.value if length.high is None else length.high)
         sentences.append(f"Choosing by length alone is right on {percent(length)}" +

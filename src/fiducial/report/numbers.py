@@ -86,9 +86,8 @@ def with_interval(e: Estimate | None) -> str:
     if size < 1e-3:
         return f"{number(e.value)}{PM}{number(half)}"
     decimals = min(_decimals(size), _decimals(half, 2))
-    if 0 < half < 0.5 * 10**-decimals:  # surer than three digits show
-        decimals = min(8, _decimals(half, 1))
-    return f"{e.value:.{decimals}f}{PM}{half:.{decimals}f}".replace("-", MINUS)
+    fine = _decimals(half, 1) if half < 0.5 * 10**-decimals else decimals  # surer than three digits show
+    return f"{e.value:.{decimals}f}{PM}{half:.{fine}f}".replace("-", MINUS)
 
 
 def percent(e: Estimate | float, digits: int | None = None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from fiducial.report.answer import answer, kind
+from fiducial.report.answer import answer, kind, role
 from fiducial.report.figures import (
     COLOURS,
     GREEN,
@@ -37,7 +37,6 @@ DECIDE = {
 CHANCE = (0.5, "coin flip")
 TITLES = {"win_rate": "Win rate over the model it started from", "gold_win_rate": "Win rate by the true value over the model it started from",
           "length_only": "Accuracy of choosing by length alone", "length_only_accuracy": "Accuracy of choosing by length alone"}  # fmt: skip
-SHARES = ("accuracy", "accuracies", "rate", "share", "length_only", "length_baseline", "finished")
 
 
 def write_report(run: Path) -> Path:
@@ -135,9 +134,9 @@ def _numbers(run: Run) -> list[dict[str, str]]:
 
 
 def _evaluation(name: str, e: Estimate) -> dict[str, str]:
-    is_share = name.rsplit("/", 1)[-1].endswith(SHARES) and 0 <= e.value <= 1
+    is_share = (role(name) != "" or name.endswith(("rate", "share", "finished"))) and 0 <= e.value <= 1
     value = percent(e, 1) if is_share else with_interval(e)
-    title = TITLES.get(name) or (lookup(name).title if known(name) else name)
+    title = TITLES.get(name) or (lookup(name).title if known(name) else name[:1].upper() + name[1:])
     bare = "" if e.half is not None else " (no interval recorded)"
     return {"title": title, "value": value + bare, "n": count(e.n) if e.n is not None else "not recorded"}
 

@@ -75,6 +75,10 @@ METRICS: dict[str, Metric] = {
         "term, or subtract the mean on the reference's answers."),
     "centering": _m("stability", "Centring penalty", "score squared",
         "Penalty that keeps scores around 0. Small beside the loss is healthy; if it dominates, lower its coefficient."),
+    "score/chosen": _m("learning", "Score of chosen", "score",
+        "Mean score of the chosen answers. Only its distance from the rejected ones is learned; if both drift far from 0 together, use the centring term."),
+    "score/rejected": _m("learning", "Score of rejected", "score",
+        "Mean score of the rejected answers. It should part from the chosen ones; if it does not, the model tells nothing: check the data and the rate."),
     # DPO
     "rewards/chosen": _m("learning", "Implicit reward of chosen", "nats times beta",
         "beta times how much likelier the policy makes the chosen answer than the reference does. Often goes below 0 in healthy runs, but less than "
@@ -115,6 +119,9 @@ METRICS: dict[str, Metric] = {
     "approx_kl": _m("stability", "KL of one update", "nats per token",
         "Distance between the policy before and after the updates on one batch. Healthy below 0.02; above, lower the learning rate, or use fewer "
         "epochs or larger minibatches.", (None, 0.02)),
+    "ratio": _m("stability", "Probability ratio", "",
+        "Mean new/old probability ratio of the tokens over the updates on one batch. Stays near 1; if it drifts by more than a few hundredths, lower the "
+        "learning rate."),
     "ratio/max": _m("stability", "Largest probability ratio", "",
         "Largest new/old probability ratio of a token in the batch. Single tokens may reach several times 1; tens or more means steps too large or "
         "log-probabilities that do not belong together."),

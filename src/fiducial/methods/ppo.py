@@ -1,0 +1,385 @@
+"""PPO with a critic and a KL penalty to a frozen reference, as in InstructGPT (Ouyang et al. 2022, arXiv 2203.02155) and Ziegler et al. 2019.
+
+Generation as a decision process: the state is the prompt with the tokens so far, the action the next token, the transition certain, the reward the score
+of the whole response at its last token. Each token also pays beta * log(pi / pi_ref), so that what is maximised is E[score] - beta KL(pi || pi_ref).
+
+One iteration is five steps, each a function of the ones before: sample, score, look (log-probabilities and values), shape, improve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from pydantic import Field
+from torch import Tensor
+
+from .. import losses
+from ..config import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
+from ..core import advantages, kl
+from ..core.reductions import masked_mean, select, whiten
+from ..data.batches import Batches, pad, stream
+from ..data.prepare import load
+from ..data.render import Rendered, Renderer
+from ..data.rows import ChatRow, CompletionRow, PromptRow, TextRow
+from ..errors import InputError, RunError
+from ..models.load import load_policy, load_reference, load_renderer, load_scorer, save
+from ..models.roles import Policy, Reference, Scorer
+from ..rewards import Responses, Reward, load_rewards
+from ..rollout.answers import local_sampler, show
+from ..rollout.shared import sample_all
+from ..rollout.trajectory import Trajectory
+from ..train.processes import Micro, Processes, accumulate
+from ..train.progress import say
+from ..train.run import Run
+from ..train.step import Stepper
+
+
+class KLSettings(Settings):
+    """The coefficient of the KL penalty over time; --beta is where it starts."""
+
+    target: float | None = Field(None, gt=0)
+    """Nats a response to hold by adapting beta. None: beta stays. Ziegler et al. 2019: 6 for style, none for summaries."""
+    horizon: int = Field(10_000, gt=0)
+    """Responses over which an error of 20% changes beta by a factor of about 1.2. Ziegler et al. 2019."""
+
+
+class CriticSettings(Settings):
+    """The value model."""
+
+    start: Literal["auto", "reward", "policy", "shared"] = "auto"
+    """From the reward model (Stiennon et al. 2020), from the policy with a zero head, or a zero head on the policy's own trunk. auto: reward if it can."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Default: the policy's."""
+    coefficient: float = Field(0.1, gt=0)
+    """Of the value loss. 0.1: Ziegler et al. 2019."""
+    clip: float | None = Field(0.2, gt=0)
+    """How far a value may move from its old one in an iteration, in units of reward. 0.2: Ziegler et al. 2019. None: free."""
+
+
+class ScoreSettings(Settings):
+    """What is done to a score before it becomes a reward."""
+
+    normalise: Literal["none", "first", "batch"] = "none"
+    """first: mean 0 and deviation 1 under the policy as it starts (Ziegler et al. 2019); batch: each batch by its deviation."""
+    clip: float | None = Field(None, gt=0)
+    """Largest absolute score, after normalisation. PPO-max (Zheng et al. 2023, arXiv 2307.04964) clips; None: not."""
+    missing_eos_penalty: float = Field(0.0, ge=0)
+    """Taken from the score of a response that was cut at its limit. TRL's meaning; Huang et al. 2024 (N+) set the score to -1 instead."""
+
+
+class PtxSettings(Settings):
+    """PPO-ptx: a language-model loss mixed in, against forgetting."""
+
+    data: str | None = None
+    """Rows with text, messages, or prompt and completion. None: no mix."""
+    coefficient: float = Field(27.8, gt=0)
+    """Of that loss. 27.8: InstructGPT."""
+    batch_size: int = Field(8, gt=0)
+    """Rows a step. InstructGPT: 8 times fewer... rows than episodes; ours."""
+
+
+class PPO(Settings):
+    """PPO: sample, score, and improve the policy, with a critic and a KL penalty to a frozen reference."""
+
+    model: str
+    """The policy to start from, a folder or a Hub name; the same weights, frozen, are the reference."""
+    data: str
+    """Rows with a prompt; their other columns reach the reward function. A file or a Hub name."""
+    reward: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A reward model's folder, or file.py:function with TRL's signature; may be given several times."""
+    reward_weights: tuple[float, ...] | None = None
+    """One weight a reward. Default: 1 each."""
+    out: str | None = None
+    """The run folder. Default: runs/ppo-1, -2, ..."""
+    steps: int = Field(100, gt=0)
+    """Iterations of sampling and improving. InstructGPT: 500 of 512 responses."""
+    batch_size: int = Field(64, gt=0)
+    """Responses an iteration, over all processes. InstructGPT: 512."""
+    minibatches: int = Field(1, gt=0)
+    """Optimizer steps an epoch makes of them. 1: Ziegler et al. 2019, Huang et al. 2024."""
+    epochs: int = Field(4, gt=0)
+    """Passes over an iteration's responses. 4: Ziegler et al. 2019."""
+    learning_rate: float = Field(3e-6, gt=0)
+    """Peak. 3e-6: Huang et al. 2024. Ten to a hundred times that for LoRA and small models."""
+    beta: float = Field(0.05, ge=0)
+    """KL coefficient. 0.05: Stiennon et al. 2020, Huang et al. 2024; InstructGPT: 0.02. 0: no KL penalty."""
+    clip: float = Field(0.2, gt=0)
+    """How far a token's probability ratio may usefully move in an iteration. 0.2: Schulman et al. 2017."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount a token. 1: InstructGPT."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """GAE's lambda. 0.95: Ziegler et al. 2019."""
+    whiten: bool = True
+    """Advantages to mean 0 and deviation 1 over the iteration's tokens. Ziegler et al. 2019."""
+    target_kl: float | None = Field(None, gt=0)
+    """Stop an iteration's epochs when the policy has moved this many nats a token from the one that sampled. Spinning Up: 0.015."""
+    max_new_tokens: int = Field(64, gt=0)
+    """Tokens of a response, at most. Ziegler et al. 2019: 24 to 75."""
+    temperature: float = Field(1.0, gt=0)
+    """Of sampling, and of every log-probability. 1: InstructGPT."""
+    stop: tuple[str, ...] = ()
+    """Tokens that end a response beside EOS."""
+    seed: int = 0
+    """Of the order of prompts and of the samples."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run folder."""
+    kl: KLSettings = KLSettings()
+    critic: CriticSettings = CriticSettings()
+    score: ScoreSettings = ScoreSettings()
+    ptx: PtxSettings = PtxSettings()
+    rows: RowSettings = RowSettings()
+    lora: LoraSettings = LoraSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    run: RunSettings = RunSettings(eval_every=10)
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What the models say of a Trajectory, [N, T] each, before it is learned from: nats, nats, nats, units of reward."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+def ppo(settings: PPO) -> Run:
+    """Train; returns the run: its path, metrics and model."""
+    with Run("ppo", settings, out=settings.out, run=settings.run, seed=settings.seed, resume=settings.resume) as run:
+        processes, tokens = run.processes, settings.run.tokens
+        renderer = load_renderer(settings.model, settings.rows)
+        prompt_ids, rows, note = load(settings.data, settings.rows, (PromptRow,), lambda r: fitting_prompt(r, renderer, settings))
+        ptx = read_ptx(settings, renderer)
+        rewards = load_rewards(settings.reward, settings.reward_weights, settings.run, processes)
+        policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer).to(processes.device)
+        critic = make_critic(settings, policy, rewards, renderer)  # None: a head on the policy's own trunk
+        reference = load_reference(settings.model, policy, settings.lora, settings.run)
+        sampler = local_sampler(
+            policy, renderer, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, stop=settings.stop
+        )
+        updates = settings.steps * settings.epochs * settings.minibatches
+        steppers = [Stepper(policy, settings.learning_rate, settings.optimizer, updates, processes)]
+        if critic is not None:
+            steppers.append(Stepper(critic, settings.critic.learning_rate or settings.learning_rate, settings.optimizer, updates, processes))
+        run.start(settings.steps)
+        run.state.setdefault("beta", settings.beta)
+        if run.main:
+            say(f"ppo: {len(rows):,} prompts, {settings.steps} iterations of {settings.batch_size} responses" + (f"; {note}" if note else ""))
+
+        def answers(seen: Sequence[PromptRow]) -> list[dict[str, Any]]:
+            return show(
+                policy, renderer, [(r.prompt, r.where) for r in seen], processes, seed=settings.seed, max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature, score=lambda t: rewards(Responses.of(seen, t, renderer))[0],
+            )  # fmt: skip
+
+        if run.step == 0:
+            try:  # a reward that cannot be called is found out before an hour of sampling
+                run.record_samples(answers(rows[: settings.run.samples]))
+            except RunError as error:
+                raise InputError(str(error)) from error
+            run.pause()
+
+        while run.running():
+            chosen = stream(len(rows), run.step * settings.batch_size, settings.batch_size, settings.seed)
+            batch = [rows[i] for i, _ in chosen]
+            trajectory = sample_all(
+                sampler, [prompt_ids[i] for i, _ in chosen], processes, seed=settings.seed, step=run.step,
+                prompt=[i for i, _ in chosen], sample=[epoch for _, epoch in chosen],
+            )  # fmt: skip
+            scores, parts = rewards(Responses.of(batch, trajectory, renderer))
+            looks = look(trajectory, policy, critic, reference, processes, tokens)
+            shaped, metrics = shape(trajectory, torch.tensor(scores), looks, settings, run.state)
+            advantage, returns = advantages.gae(shaped, looks.values, trajectory.mask, gamma=settings.gamma, lam=settings.lam)
+            weight = whiten(advantage, trajectory.mask) if settings.whiten else advantage
+
+            moved = improve(trajectory, looks, weight, returns, ptx, steppers, settings, run)
+
+            if settings.kl.target is not None:
+                run.state["beta"] = kl.adapt(
+                    run.state["beta"], metrics["objective/kl"], target=settings.kl.target, episodes=len(batch), horizon=settings.kl.horizon
+                )
+            if len(parts) > 1:
+                metrics |= {f"reward/{Path(n.rpartition(':')[2]).name}": sum(s) / len(s) for n, s in parts.items()}
+            metrics["explained_variance"] = explained_variance(looks.values, returns, trajectory.mask)
+            run.end_step(
+                metrics | moved, rows=len(batch), tokens=int(trajectory.lengths.sum()) * moved["epochs_done"].__ceil__(),
+                show=("reward", "objective/kl", "approx_kl"),
+            )  # fmt: skip
+            run.checkpoint_if_due()
+
+        run.record_samples(answers(rows[: settings.run.samples]))
+        run.model = policy
+        return run.finish(save=lambda path: save(policy, renderer.tokenizer, path, torch.tensor([prompt_ids[0]])))
+
+
+def look(
+    trajectory: Trajectory, policy: Policy, critic: Scorer | None, reference: Reference, processes: Processes, tokens: int
+) -> Looks:
+    """Log-probabilities, entropies and values of the policy as it sampled, and the reference's log-probabilities, without gradients.
+
+    The policy's log-probabilities are computed again by the trainer, not taken from the sampler, so that the ratio of the first step is 1.
+    """
+
+    def compute(rows: list[int]) -> tuple[Tensor, ...]:
+        ids, mask = narrow(trajectory, rows, processes.device)
+        mine = policy(ids, mask, trajectory.temperature, entropy=True)
+        values = mine.values if critic is None else critic(ids)
+        assert mine.entropy is not None and values is not None
+        return mine.logprobs, reference(ids, mask, trajectory.temperature), mine.entropy, select(values, mask)
+
+    return Looks(*processes.map_rows([[int(n)] for n in trajectory.lengths], tokens, trajectory.ids.shape[1], compute))
+
+
+def shape(
+    trajectory: Trajectory, scores: Tensor, looks: Looks, settings: PPO, state: dict[str, Any]
+) -> tuple[Tensor, dict[str, float]]:
+    """Rewards [N, T]: every token pays beta * log(pi / pi_ref), the last one earns the score.
+
+    Args:
+        scores: [N].
+        state: holds beta, and for `normalise: first` the mean and deviation that were seen first.
+    """
+    metrics = {"reward": float(scores.mean()), "reward_std": float(scores.std(correction=0))}
+    scores = normalised(scores, settings.score, state) - settings.score.missing_eos_penalty * (~trajectory.finished).float()
+    mask = trajectory.mask
+    kl_tokens = select(kl.estimate(looks.logprobs, looks.ref_logprobs, estimator="k1"), mask)
+    rewards = -state["beta"] * kl_tokens + trajectory.last * scores[:, None]
+    lengths = trajectory.response_lengths.float()
+    metrics |= {
+        "objective/kl": float(kl_tokens.sum(1).mean()),
+        "objective/score": float(scores.mean()),
+        "kl": float(kl_tokens.sum() / mask.sum()),
+        "beta": state["beta"],
+        "entropy": float(masked_mean(looks.entropy, mask)),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/finished": float(trajectory.finished.float().mean()),
+        "sampler_gap": float((select(looks.logprobs, mask) - trajectory.logprobs).abs().max()),
+    }
+    return rewards, metrics
+
+
+def normalised(scores: Tensor, settings: ScoreSettings, state: dict[str, Any]) -> Tensor:
+    """Scores [N] on the scale that the settings ask for."""
+    if settings.normalise == "first":
+        state.setdefault("score_mean", float(scores.mean()))
+        state.setdefault("score_std", float(scores.std(correction=0)))
+        scores = (scores - state["score_mean"]) / (state["score_std"] + 1e-8)
+    elif settings.normalise == "batch":
+        scores = (scores - scores.mean()) / (scores.std(correction=0) + 1e-8)
+    return scores if settings.clip is None else scores.clamp(-settings.clip, settings.clip)
+
+
+def improve(
+    trajectory: Trajectory, looks: Looks, advantage: Tensor, returns: Tensor, ptx: list[Rendered], steppers: list[Stepper], settings: PPO, run: Run
+) -> dict[str, float]:
+    """Epochs of minibatches over one frozen batch; `step` numbers the optimizer steps of the whole run."""
+    processes, device = run.processes, run.processes.device
+    per_step = -(-len(trajectory) // settings.minibatches)
+    update = run.step * settings.epochs * settings.minibatches
+    out: dict[str, float] = {}
+    done = 0
+    for epoch in range(settings.epochs):
+        order = Batches(len(trajectory), per_step, settings.seed)
+        for rows in (order[(run.step * settings.epochs + epoch) * order.per_epoch + i] for i in range(order.per_epoch)):
+            count = int(trajectory.mask[rows].sum())
+            plan = processes.plan([[int(trajectory.lengths[i])] for i in rows], settings.run.tokens)
+            approx_kl = torch.zeros((), dtype=torch.float64)
+            for micro in accumulate(plan, processes, *(s.module for s in steppers)):
+                numbers = [rows[i] for i in micro.rows]
+                ids, mask = narrow(trajectory, numbers, device)
+                now = steppers[0].module(ids, mask, trajectory.temperature)
+                values = now.values if len(steppers) == 1 else select(steppers[1].module(ids), mask)
+                old, old_values, adv, ret = (x[numbers, : ids.shape[1]].to(device) for x in (looks.logprobs, looks.values, advantage, returns))
+                policy_loss, policy_metrics = losses.ppo_clip_sum(now.logprobs, old, adv, mask, clip=settings.clip)
+                value_loss, value_metrics = losses.clipped_value_sum(values, old_values, ret, mask, clip=settings.critic.clip)
+                steppers[0].backward((policy_loss + settings.critic.coefficient * value_loss) * micro.weight / count)
+                if micro.weight:
+                    approx_kl += policy_metrics["approx_kl"].cpu()
+                    run.meter.add(policy_metrics | value_metrics, float(mask.sum()))
+                    if update == run.step * settings.epochs * settings.minibatches:
+                        run.meter.add({"ratio/first": policy_metrics["ratio"]}, float(mask.sum()))
+            if settings.target_kl is not None and float(processes.sum(approx_kl)) / count > settings.target_kl:
+                for stepper in steppers:
+                    stepper.optimizer.zero_grad(set_to_none=True)
+                return out | {"epochs_done": float(done) / order.per_epoch}
+            if ptx:
+                mix_in(ptx, update, steppers[0], settings, run)
+            for name, stepper in zip(("", "critic/"), steppers, strict=False):
+                out |= {f"{name}{k}": v for k, v in stepper.step(update).items() if not (name and k == "learning_rate")}
+            update += 1
+            done += 1
+    return out | {"epochs_done": float(settings.epochs)}
+
+
+def mix_in(rows: list[Rendered], update: int, stepper: Stepper, settings: PPO, run: Run) -> None:
+    """Add the gradient of the language-model loss of the next few rows (PPO-ptx)."""
+    numbers = [i for i, _ in stream(len(rows), update * settings.ptx.batch_size, settings.ptx.batch_size, settings.seed)]
+    labels = sum(rows[i].num_labels for i in numbers)
+    plan: list[Micro] = run.processes.plan([[len(rows[i])] for i in numbers], settings.run.tokens)
+    for micro in accumulate(plan, run.processes, stepper.module):
+        batch = pad([rows[numbers[i]] for i in micro.rows]).to(run.processes.device)
+        loss, metrics = losses.nll_sum(stepper.module(batch.ids, batch.mask).logprobs, batch.mask)
+        stepper.backward(settings.ptx.coefficient * loss * micro.weight / labels)
+        if micro.weight:
+            run.meter.add({"ptx_loss": metrics["loss"]}, float(batch.mask.sum()))
+
+
+def narrow(trajectory: Trajectory, rows: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask of some rows, as wide as the longest of them."""
+    width = int(trajectory.lengths[rows].max())
+    return trajectory.ids[rows, :width].to(device), trajectory.mask[rows, :width].to(device)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over real tokens: 1 for a perfect critic, 0 for a constant one."""
+    error, target = (returns - values)[mask], returns[mask]
+    variance = target.var(correction=0)
+    return float(1 - error.var(correction=0) / variance) if variance > 1e-12 else 0.0
+
+
+def fitting_prompt(row: PromptRow, renderer: Renderer, settings: PPO) -> list[int]:
+    """The prompt's ids; InputError if the response would not fit behind it."""
+    ids = renderer.prompt(row.prompt, row.where)
+    if len(ids) + settings.max_new_tokens > renderer.max_length:
+        raise InputError(
+            f"{row.where}: the prompt is {len(ids)} tokens and with --max-new-tokens {settings.max_new_tokens} exceeds the limit of "
+            f"{renderer.max_length}: sample fewer tokens, shorten the prompt, or leave such rows out with --rows.on-error skip"
+        )
+    if not ids:
+        raise InputError(f"{row.where}: the prompt has no token to start from")
+    return ids
+
+
+def read_ptx(settings: PPO, renderer: Renderer) -> list[Rendered]:
+    """Rows for the language-model loss."""
+    if settings.ptx.data is None:
+        return []
+
+    def render(row: TextRow | ChatRow | CompletionRow) -> Rendered:
+        if isinstance(row, TextRow):
+            return renderer.text(row)
+        return renderer.chat(row) if isinstance(row, ChatRow) else renderer.completion(row.prompt, row.completion, row.where)
+
+    return load(settings.ptx.data, settings.rows, (TextRow, ChatRow, CompletionRow), render)[0]
+
+
+def make_critic(settings: PPO, policy: Policy, rewards: Reward, renderer: Renderer) -> Scorer | None:
+    """The value model, or None where the policy carries its own value head."""
+    start = settings.critic.start
+    fitting = [m for m in rewards.models if m.same_tokens(renderer)]
+    if start == "auto":
+        start = "reward" if len(rewards.parts) == 1 and fitting else "policy"
+    if start == "shared":
+        if settings.lora.r > 0:
+            raise InputError("--critic.start shared: with --lora.r the trunk stays frozen but for the policy's adapters: use policy or reward")
+        policy.add_value_head()
+        return None
+    if start == "reward" and not fitting:
+        raise InputError("--critic.start reward: no --reward is a reward model with the policy's tokenizer: use policy or shared")
+    name = fitting[0].name if start == "reward" else settings.model
+    return load_scorer(name, settings.lora, settings.run, head="zero", seed=settings.seed)
