@@ -95,7 +95,7 @@ class Renderer:
     def chat(self, row: ChatRow) -> Rendered:
         """A conversation; the labels are every assistant turn with the token that ends it, or the last one alone."""
         first = next(i for i, m in enumerate(row.messages) if m.role == "assistant")
-        prompt_ids = self.prompt(row.messages[:first], row.where) if first else self._encode("", first=True)
+        prompt_ids = self.prompt(row.messages[:first], row.where) if first else []
         ids, mask = self._turns(row.messages[:first], row.messages[first:], row.where)
         if self.train_on == "last":
             last_false = max((i for i, m in enumerate(mask) if not m), default=-1)
@@ -140,7 +140,7 @@ class Renderer:
                     f"{where}: the chat template rewrites earlier turns when one is added, so the tokens of a turn cannot be told apart: "
                     "use a template that only appends, with --rows.chat-template"
                 )
-            piece = self._encode(text[len(done) :])
+            piece = self._encode(text[len(done) :], first=not before and i == 0)
             done = text
             if turn.role != "assistant":
                 ids, mask = ids + piece, mask + [False] * len(piece)

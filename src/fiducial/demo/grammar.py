@@ -1,7 +1,8 @@
 """The language of the demo's world: prompts, and short stories made of sentences that a person can read.
 
-A story is a row of sentences, each filled from a template below: an opening, a wish, a meeting, some help, an ending. What makes a story good or bad (its topic, how it ends, what it
-repeats, how long it is) is visible in its sentences, so that `fiducial.demo.world.gold` can tell it exactly, without a model.
+A story is a row of sentences, each filled from a template below: an opening, a wish, a meeting, some help, an ending. What makes a story
+good or bad (its topic, how it ends, what it repeats, how long it is) is visible in its sentences, so that `fiducial.demo.world.gold` can
+tell it exactly, without a model.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TRAITS = ("shy", "brave", "lonely", "hungry", "proud", "sleepy", "clumsy", "tiny")
 ANIMALS = ("fox", "bear", "rabbit", "mouse", "frog", "cat", "duck", "pig")
@@ -145,8 +146,8 @@ def tell(prompt: Prompt, rng: random.Random, faults: Collection[str] = ()) -> st
     Args:
         prompt: what to tell about.
         rng: where the choices come from.
-        faults: any of `FAULTS`. ``off_topic`` changes one to three of trait, animal and wish; ``unkind`` and ``no_ending`` spoil the ending; ``repetition``
-            says one sentence twice; ``short`` leaves the middle out; ``long`` goes on and on.
+        faults: any of `FAULTS`. ``off_topic`` changes one to three of trait, animal and wish; ``unkind`` and ``no_ending`` spoil the
+            ending; ``repetition`` says one sentence twice; ``short`` leaves the middle out; ``long`` goes on and on.
     """
     unknown = set(faults) - set(FAULTS)
     if unknown:
@@ -176,7 +177,7 @@ def _middle(rng: random.Random, faults: Collection[str]) -> list[str]:
     """The templates of a story up to its ending."""
     opening, want, meeting = (rng.choice(choices) for choices in (OPENINGS, WANTS, MEETINGS))
     if "short" in faults:
-        return [opening, want] if rng.random() < 0.6 else [opening, meeting]
+        return [opening, want] if rng.random() < 0.8 else [opening, meeting]
     helps = rng.sample(HELP, k=3 if "long" in faults else (2 if rng.random() < 0.15 else 1))
     weather = [rng.choice(WEATHER)] if rng.random() < 0.1 else []
     return [opening, want, *weather, meeting, *helps]
@@ -186,7 +187,7 @@ def _other(prompt: Prompt, rng: random.Random) -> Prompt:
     """A prompt that differs from this one in one to three of its parts."""
     parts = {"trait": TRAITS, "animal": ANIMALS, "wish": WISHES}
     changed = rng.sample(sorted(parts), k=rng.choice((1, 2, 2, 3)))
-    return Prompt(**{name: _another(choices, getattr(prompt, name), rng) if name in changed else getattr(prompt, name) for name, choices in parts.items()})
+    return replace(prompt, **{name: _another(parts[name], getattr(prompt, name), rng) for name in changed})
 
 
 def _another(choices: Sequence[str], taken: str, rng: random.Random) -> str:

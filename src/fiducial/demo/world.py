@@ -24,22 +24,24 @@ __all__ = ["Annotator", "Prompt", "World", "annotator", "build_tokenizer", "gold
 HELD_OUT = 96  # of the 384 prompts
 IDEAL_WORDS, WORDS_REACH = 36, 24
 
-# How often each fault comes in a text, each drawn by itself. Demonstrations keep to what an ordinary writer does, so that a model trained on them samples answers
-# of every quality; there are few long ones among them, so that "longer is better" looks true to a reward model that has seen nothing else.
+# How often each fault comes in a text, each drawn by itself. Demonstrations have the faults of an ordinary writer, so that a model trained on
+# them samples answers of every quality. None of them goes on and on: "longer is better" then looks true to a reward model that has seen nothing
+# else. The corpus keeps to its topic more often than not because that is what teaches a model to look at the request.
 CORPUS_FAULTS = {"off_topic": 0.1, "unkind": 0.35, "no_ending": 0.15, "repetition": 0.3, "short": 0.3, "long": 0.15}
-DEMONSTRATION_FAULTS = {"off_topic": 0.3, "unkind": 0.25, "no_ending": 0.15, "repetition": 0.25, "short": 0.35, "long": 0.0}
+DEMONSTRATION_FAULTS = {"off_topic": 0.25, "unkind": 0.25, "no_ending": 0.15, "repetition": 0.25, "short": 0.35, "long": 0.0}
 
 
 @dataclass(frozen=True)
 class World:
-    """One world of prompts and texts. Two worlds of one seed are the same in every process; the first texts do not depend on how many are asked for."""
+    """One world of prompts and texts. A seed gives the same in every process, and the first texts do not depend on how many are asked for."""
 
     seed: int
 
     def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         """Training and held-out prompts: 288 and 96 of the 384 combinations, each list in a seeded order.
 
-        Every trait, animal and wish stands in training prompts, and so does every pair of them: what is new in a held-out prompt is the combination of three.
+        Every trait, animal and wish stands in training prompts, and so does every pair of them: what is new in a held-out prompt is the
+        combination of three.
         """
         rng = random.Random(f"{self.seed}/prompts")
         while True:
@@ -53,8 +55,8 @@ class World:
     def corpus(self, n: int) -> list[str]:
         """`n` documents to pretrain on: stories of mixed quality, nine in ten of them below the request that they answer, well or badly.
 
-        The request is there because a model that saw stories alone would have to learn from the demonstrations both how to answer and that an answer keeps to
-        its question. Requests are training prompts only.
+        The request is there because a model that saw stories alone would have to learn from the demonstrations both how to answer and that an
+        answer keeps to its question. Requests are training prompts only.
         """
         training, _ = self.prompts()
         documents = []
@@ -92,14 +94,15 @@ def gold(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> 
     Raises:
         ValueError: the two differ in length, or a prompt is not one of this world's.
     """
-    return [math.prod(gold_parts(_text(prompt, "user"), _text(completion, None)).values()) for prompt, completion in zip(prompts, completions, strict=True)]
+    pairs = zip(prompts, completions, strict=True)
+    return [math.prod(gold_parts(_text(prompt, "user"), _text(completion, None)).values()) for prompt, completion in pairs]
 
 
 def gold_parts(prompt_text: str, completion: str) -> dict[str, float]:
     """What gold is made of, each in [0, 1].
 
-    - ``on_topic``: the mean over trait, animal and wish of the share that the asked one has among all the traits (animals, wishes) that the answer names; 0
-      where it names none. A wish is named by "wanted ..." or by its coming true ("had a friend").
+    - ``on_topic``: the mean over trait, animal and wish of the share that the asked one has among all the traits (animals, wishes) that
+      the answer names; 0 where it names none. A wish is named by "wanted ..." or by its coming true ("had a friend").
     - ``kind_ending``: 1 when the last sentence is a kind ending of the grammar, 0.25 when it is an unkind one, 0.5 when it is neither.
     - ``sentences``: the share of the words that stand in whole sentences of the grammar.
     - ``no_repetition``: the cubed share of different ones among the runs of three words; 0 with fewer than three words.
@@ -181,8 +184,8 @@ CHAT_TEMPLATE = (
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on these texts, with a chat template; `save_pretrained` and `AutoTokenizer` need nothing of ours.
 
-    All 256 bytes are in the vocabulary, so that any text comes back exactly, also one that a user types. Encoding adds no token by itself: the beginning-of-text
-    token is in the chat template, as with Llama, and a pretraining document adds its own.
+    All 256 bytes are in the vocabulary, so that any text comes back exactly, also one that a user types. Encoding adds no token by itself: the
+    beginning-of-text token is in the chat template, as with Llama, and whoever pretrains on a document adds both ends to it.
 
     Args:
         texts: what to train on, such as a world's corpus.

@@ -373,7 +373,7 @@ def make_critic(settings: PPO, policy: Policy, rewards: Reward, renderer: Render
     start = settings.critic.start
     fitting = [m for m in rewards.models if m.same_tokens(renderer)]
     if start == "auto":
-        start = "reward" if len(rewards.parts) == 1 and fitting else "policy"
+        start = "reward" if fitting and sum(w != 0 for w in rewards.weights) == 1 else "policy"
     if start == "shared":
         if settings.lora.r > 0:
             raise InputError("--critic.start shared: with --lora.r the trunk stays frozen but for the policy's adapters: use policy or reward")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .roles import Policy
+from .roles import Policy, plain
 
 if TYPE_CHECKING:
     from ..train.processes import Processes
@@ -27,8 +27,10 @@ def folder() -> Path:
 
 @torch.no_grad()
 def fingerprint(policy: Policy, rows: Any) -> str:
-    """SHA-256 over every weight (adapters aside, for they are off in a reference) and over the token ids and masks themselves."""
-    state = hashlib.sha256()
+    """SHA-256 over the configuration, every weight (adapters aside, for they are off in a reference) and the token ids and masks themselves."""
+    config = plain(policy.lm).config.to_dict()
+    settings = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
+    state = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in sorted(policy.lm.named_parameters()):
         if "lora_" not in name:
             state.update(f"{name.replace('base_layer.', '')}{tuple(weight.shape)}{weight.dtype}".encode())

@@ -158,6 +158,10 @@ def save(module: Policy | Scorer, tokenizer: Any, path: Path, probe: Tensor) -> 
     Raises:
         RunError: the reloaded model answers differently.
     """
+    if isinstance(module, Scorer):  # a folder of adapters would keep neither the pad token nor the zero of the scale
+        module.model = adapters_merged(module.model)
+    elif getattr(plain(module.lm), "only_in_memory", False):  # no folder holds the base of these adapters
+        module.lm = adapters_merged(module.lm)
     model = module.lm if isinstance(module, Policy) else module.model
     model.save_pretrained(path, safe_serialization=True)
     tokenizer.save_pretrained(path)
@@ -197,9 +201,12 @@ def _pretrained(auto: Any, name: str, **keywords: Any) -> Any:
         if (folder / "adapter_config.json").is_file():
             from peft import PeftConfig, PeftModel
 
-            base = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
-            model = auto.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **keywords)
-            return PeftModel.from_pretrained(model, name).merge_and_unload()
+            adapter = PeftConfig.from_pretrained(name)
+            adapter.task_type = None  # the adapter of a policy also fits the trunk of a scorer
+            model = auto.from_pretrained(str(adapter.base_model_name_or_path), dtype=torch.float32, use_safetensors=True, **keywords)
+            model = PeftModel.from_pretrained(model, name, config=adapter).merge_and_unload()
+            model.only_in_memory = True
+            return model
         return auto.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **keywords)
     except Exception as error:
         raise InputError(f"{name} cannot be loaded as a model: {_first_line(error)}") from error

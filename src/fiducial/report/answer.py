@@ -39,7 +39,7 @@ def answer(run: Run) -> list[str]:
 
 
 def _n(e: Estimate) -> str:
-    return f" (n = {count(e.n)})" if e.n else ""
+    return f" (n\u00a0=\u00a0{count(e.n)})" if e.n else ""
 
 
 def role(name: str) -> str:
@@ -68,7 +68,7 @@ def _change_words(run: Run, name: str, label: str, unit: str, rises: str = "rose
         return f"{label} was {number(values[0])} at first and {number(values[-1])}{unit} at last, too few records to tell a trend"
     first, last, way = window(values, False), window(values, True), change(values)
     if way == 0:
-        return f"{label} showed no clear change: {with_interval(first)} in the first tenth of the run, {with_interval(last)}{unit} in the last"
+        return f"{label} showed no clear change: {with_interval(first)} at the start, {with_interval(last)}{unit} at the end"
     return f"{label} {rises if way > 0 else falls} from {with_interval(first)} to {with_interval(last)}{unit}"
 
 

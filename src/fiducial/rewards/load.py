@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -91,11 +92,15 @@ class ModelReward:
     def __init__(self, name: str, scorer: Scorer, renderer: Renderer, tokens: int, processes: Processes) -> None:
         self.name, self.scorer, self.renderer, self.tokens, self.processes = name, scorer, renderer, tokens, processes
         self.mean = float(getattr(scorer.model.config, "reward_mean", 0.0))
-        self._vocabulary = renderer.fingerprint()["tokenizer"]
+        self._compared: tuple[Renderer, bool] | None = None
 
     def same_tokens(self, renderer: Renderer) -> bool:
-        """The policy's tokens are this model's: nothing needs to be decoded and encoded again."""
-        return bool(renderer.fingerprint()["tokenizer"] == self._vocabulary) and renderer.tokenizer.chat_template == self.renderer.tokenizer.chat_template
+        """The policy's tokens are this model's: nothing needs to be decoded and encoded again. A pad token of this model's own is no difference."""
+        if self._compared is None or self._compared[0] is not renderer:
+            mine, theirs = self.renderer.tokenizer, renderer.tokenizer
+            same = _tokens(mine, mine.pad_token) == _tokens(theirs, mine.pad_token) and mine.chat_template == theirs.chat_template
+            self._compared = renderer, same
+        return self._compared[1]
 
     def __call__(self, batch: Responses) -> list[float]:
         if self.same_tokens(batch.renderer):
@@ -158,6 +163,16 @@ def load_reward(name: str, run: RunSettings, processes: Processes) -> FunctionRe
         return FunctionReward(name, load_function(name, "--reward"), processes)
     scorer = load_scorer(name, LoraSettings(), run, head="saved").requires_grad_(False).to(processes.device)
     return ModelReward(name, scorer, load_renderer(name, RowSettings()), run.tokens, processes)
+
+
+def _tokens(tokenizer: Any, without: str | None) -> Any:
+    """All that turns text into ids, but for one added token."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return repr(tokenizer)
+    found = json.loads(backend.to_str())
+    found["added_tokens"] = [t for t in found["added_tokens"] if t["content"] != without]
+    return found
 
 
 def load_function(name: str, flag: str) -> Callable[..., Any]:

@@ -40,6 +40,8 @@ METRICS: dict[str, Metric] = {
     "grad_norm": _m("stability", "Gradient norm", "before clipping",
         "Length of the whole gradient before clipping. There is no healthy value in itself; spikes of ten times the usual are a warning: lower the "
         "learning rate, lengthen the warm-up, or look for broken rows at that step."),
+    "critic/grad_norm": _m("stability", "Gradient norm of the critic", "before clipping",
+        "Length of the critic's whole gradient before clipping. Large at first, then falls; if it keeps growing, lower the critic's learning rate."),
     "learning_rate": _m("stability", "Learning rate", "per step",
         "Step size in use after warm-up and decay. It should follow the schedule in config.yaml; if it stays at 0, the schedule is longer than the "
         "run."),
@@ -76,9 +78,11 @@ METRICS: dict[str, Metric] = {
     "centering": _m("stability", "Centring penalty", "score squared",
         "Penalty that keeps scores around 0. Small beside the loss is healthy; if it dominates, lower its coefficient."),
     "score/chosen": _m("learning", "Score of chosen", "score",
-        "Mean score of the chosen answers. Only its distance from the rejected ones is learned; if both drift far from 0 together, use the centring term."),
+        "Mean score of the chosen answers. Only its distance from the rejected ones is learned; if both drift far from 0 together, use the centring "
+        "term."),
     "score/rejected": _m("learning", "Score of rejected", "score",
-        "Mean score of the rejected answers. It should part from the chosen ones; if it does not, the model tells nothing: check the data and the rate."),
+        "Mean score of the rejected answers. It should part from the chosen ones; if it does not, the model tells nothing: check the data and the "
+        "rate."),
     # DPO
     "rewards/chosen": _m("learning", "Implicit reward of chosen", "nats times beta",
         "beta times how much likelier the policy makes the chosen answer than the reference does. Often goes below 0 in healthy runs, but less than "
@@ -120,8 +124,8 @@ METRICS: dict[str, Metric] = {
         "Distance between the policy before and after the updates on one batch. Healthy below 0.02; above, lower the learning rate, or use fewer "
         "epochs or larger minibatches.", (None, 0.02)),
     "ratio": _m("stability", "Probability ratio", "",
-        "Mean new/old probability ratio of the tokens over the updates on one batch. Stays near 1; if it drifts by more than a few hundredths, lower the "
-        "learning rate."),
+        "Mean new/old probability ratio of the tokens over the updates on one batch. Stays near 1; if it drifts by more than a few hundredths, lower "
+        "the learning rate."),
     "ratio/max": _m("stability", "Largest probability ratio", "",
         "Largest new/old probability ratio of a token in the batch. Single tokens may reach several times 1; tens or more means steps too large or "
         "log-probabilities that do not belong together."),

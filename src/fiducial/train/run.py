@@ -310,7 +310,7 @@ def _cut_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # not splitlines: U+2028 may stand in a sample
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

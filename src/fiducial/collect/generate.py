@@ -1,0 +1,67 @@
+"""Answers of a model to a file of prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from pydantic import Field
+
+from ..config import RowSettings, Settings
+from ..data.prepare import messages_of
+from ..errors import InputError
+from ..train.processes import Processes
+from ..train.progress import say
+from .sampling import Model
+
+
+class Generate(Settings):
+    """Generate: answer a file of prompts with a model."""
+
+    model: str
+    """The model that answers: a folder or a Hub name."""
+    prompts: str
+    """Rows with a prompt: a file or a Hub name."""
+    out: str | None = None
+    """The .jsonl file to write. Default: to the terminal."""
+    samples: int = Field(1, gt=0)
+    """Responses a prompt."""
+    max_new_tokens: int = Field(64, gt=0)
+    """Tokens of a response, at most."""
+    temperature: float = Field(1.0, ge=0)
+    """Divides the logits; 0 takes the most likely token."""
+    stop: tuple[str, ...] = ()
+    """Tokens that end a response beside EOS."""
+    seed: int = 0
+    """Of the samples."""
+    rows: RowSettings = RowSettings()
+
+
+def generate(settings: Generate) -> int:
+    """Write a line a response: prompt, completion, tokens, finished; returns how many."""
+    processes = Processes()
+    out = Path(settings.out) if settings.out else None
+    if out is not None and out.exists():
+        raise InputError(f"--out: {out} exists already: choose another file, or remove it")
+    model = Model.open(settings.model, settings.prompts, settings.rows, processes, reserve=settings.max_new_tokens)
+    if out is not None and processes.main:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    for _, r in model.answer(
+        settings.samples, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, stop=settings.stop, seed=settings.seed, title="generate"
+    ):
+        t = r.trajectory
+        lines = [
+            json.dumps({"prompt": messages_of(p), "completion": c, "tokens": n, "finished": f}, ensure_ascii=False)
+            for p, c, n, f in zip(r.prompts, r.completions, t.response_lengths.tolist(), t.finished.tolist(), strict=True)
+        ]
+        count += len(lines)
+        if processes.main and out is None:
+            print("\n".join(lines), file=sys.stdout)
+        elif processes.main and out is not None:
+            with open(out, "a", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in lines)
+    if out is not None and processes.main:
+        say(f"generate: {count:,} responses in {out}")
+    return count

@@ -1,0 +1,27 @@
+"""`fiducial report RUN`: the page of a run, written again from its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ..config import Settings
+from ..errors import InputError
+from .page import write_report
+
+
+class Report(Settings):
+    """Report: write the page of a run again from what is in its folder."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run folder."""
+
+
+def report(settings: Report) -> Path:
+    """The path of the page."""
+    folder = Path(settings.run)
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder} is no run folder: it has no config.yaml")
+    return write_report(folder)
