@@ -1,7 +1,7 @@
 """What all tests share: one thread, no network, a cache of their own, and three tiny random models of different make.
 
-The models differ where alignment code goes wrong: `llama` has grouped queries, BOS and EOS and no pad token; `gpt2` has absolute positions, dropout in
-its config and one token for BOS, EOS and padding; `qwen3` has a chat template, no BOS, and ends a turn with `<|im_end|>`.
+The models differ where alignment code goes wrong: `llama` has grouped queries, BOS and EOS and no pad token; `gpt2` has absolute positions, dropout
+in its config and one token for BOS, EOS and padding; `qwen3` has a chat template, no BOS, and ends a turn with `<|im_end|>`.
 """
 
 from __future__ import annotations

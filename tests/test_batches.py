@@ -18,7 +18,7 @@ def test_every_row_comes_once_an_epoch(rows, size, seed):
     batches = Batches(rows, size, seed)
     for epoch in range(2):
         steps = [batches[epoch * batches.per_epoch + i] for i in range(batches.per_epoch)]
-        assert sorted(sum(steps, [])) == list(range(rows))
+        assert sorted(row for step in steps for row in step) == list(range(rows))
         assert all(len(s) == size for s in steps[:-1]) and 1 <= len(steps[-1]) <= size
 
 
@@ -33,7 +33,7 @@ def test_the_step_number_is_the_whole_cursor():
 
 def test_the_order_is_the_same_for_any_batch_size():
     whole = Batches(10, 10, 7)[0]
-    assert sum((Batches(10, 3, 7)[i] for i in range(4)), []) == whole
+    assert [row for i in range(4) for row in Batches(10, 3, 7)[i]] == whole
 
 
 @given(st.integers(1, 12), st.integers(0, 40), st.integers(0, 40), st.integers(0, 9))

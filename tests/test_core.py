@@ -232,6 +232,13 @@ def test_k3_is_never_negative_and_keeps_its_digits_where_the_two_are_close():
     np.testing.assert_allclose(k3[small], (l**2 / 2 - l**3 / 6 + l**4 / 24)[small], rtol=1e-6, atol=1e-19)
 
 
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+def test_each_estimator_is_differentiable_on_both_sides(name):
+    # in expectation a detached k1 inside k3 would go unnoticed, for its gradient is zero there
+    x, y = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, y: kl.estimate(x, y, estimator=name), (x, y))
+
+
 def test_estimators_refuse_other_names_and_shapes():
     with pytest.raises(ValueError, match="k1, k2 or k3"):
         kl.estimate(torch.zeros(1, 1), torch.zeros(1, 1), estimator="k4")

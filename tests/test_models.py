@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, ROOT, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from conftest import ARCHITECTURES, ROOT, make_tokenizer
 from fiducial.config import LoraSettings, RowSettings, RunSettings
 from fiducial.errors import InputError
 from fiducial.models import load

@@ -1,10 +1,10 @@
 """Token ids and masks against ids written by hand: every token of the small vocabularies is named in conftest."""
 
 import pytest
-from conftest import CHAT_TEMPLATE, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import CHAT_TEMPLATE, make_tokenizer
 from fiducial.config import RowSettings
 from fiducial.data.prepare import load, split
 from fiducial.data.render import Renderer, set_chat_template
@@ -180,7 +180,8 @@ def test_messages_as_prompt_and_completion_are_the_same_conversation():
 
 def test_a_template_that_writes_no_end_token_gets_a_learned_eos():
     tokenizer = make_tokenizer("llama")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    turns = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}assistant: {% endif %}"
     r = Renderer(tokenizer, 100)
     row = r.completion((Message("user", "ab"),), (Message("assistant", "xy"),), W)
     assert tokens(r, row)[0] == "<s>" and labels(r, row) == ["x", "y", "\n", "</s>"]

@@ -65,6 +65,14 @@ def test_one_change_by_hand(change, to, expected):
     assert value(GOOD.replace(change, to).strip()) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("The foxes were shyly befriended.", 0), ("fox fox bear", 2 / 3 / 3), ("fox, shy FOX", 2 / 3), ("It wanted a friendly goose.", 0)],
+)
+def test_names_are_whole_words_and_each_counts(text, expected):
+    assert gold_parts(FOX, text)["on_topic"] == pytest.approx(expected)
+
+
 def test_length_is_symmetric_and_ends_at_12_and_60_words():
     at = {n: gold_parts(FOX, " ".join(["word"] * n))["length"] for n in range(80)}
     assert at[36] == 1 and at[24] == at[48] == 1 - 1 / 16 and at[16] == at[56] == pytest.approx(1 - (5 / 6) ** 4)
@@ -103,6 +111,8 @@ def test_messages_and_texts_are_the_same():
 def test_gold_refuses_what_it_cannot_read():
     with pytest.raises(ValueError, match="not a request"):
         gold(["Tell me a joke."], [GOOD])
+    with pytest.raises(ValueError, match="not a request"):
+        gold([FOX + " And a bear."], [GOOD])
     with pytest.raises(ValueError, match="user"):
         gold([[{"role": "system", "content": FOX}]], [GOOD])
     with pytest.raises(ValueError):
@@ -210,7 +220,7 @@ def test_preference_probability_by_hand():
 
 
 def test_labels_follow_the_exact_probability():
-    rows, n = World(0).demonstrations(8), 4000
+    rows, n = World(0).demonstrations(4), 4000
     judge = annotator(7)
     for (prompt, a), (_, b) in itertools.pairwise(rows):
         p = judge.prefer_probability(prompt.text, a, b)

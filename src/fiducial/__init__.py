@@ -51,7 +51,7 @@ _WHERE = {
     "LocalSampler": "rollout.sampler:LocalSampler",
 }
 
-__all__ = ["__version__", *_WHERE]  # noqa: PLE0604
+__all__ = ["__version__", *_WHERE]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,24 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            if not _parsing:
+                raise
+            command, whole = _parsing[-1]
+            section = next((f"{n}." for n, f in whole.model_fields.items() if f.annotation is type(self)), "")
+            raise _Refused(explain(error, command, section)) from None
+
+
+class _Refused(Exception):
+    """Carries one sentence past the flag parser, which would frame any ValueError in its own words."""
+
+
+_parsing: list[tuple[str, type[Settings]]] = []
+"""The command whose flags are being parsed, and its settings."""
+
 
 class RowSettings(Settings):
     """How rows are read, rendered to tokens and split."""
@@ -121,14 +139,15 @@ def build(cls: type[S], values: Mapping[str, Any], *, source: str = "settings") 
         raise InputError(explain(error, source)) from None
 
 
-def explain(error: ValidationError, source: str) -> str:
+def explain(error: ValidationError, source: str, section: str = "") -> str:
     """The first fault of a pydantic error as one sentence."""
-    first = error.errors()[0]
-    name = ".".join(str(p) for p in first["loc"]) or "settings"
+    first = min(error.errors(), key=lambda e: e["type"] == "missing")  # what is wrong before what is not there
+    name = section + ".".join(str(p) for p in first["loc"]) or "settings"
     if first["type"] == "missing":
         return f"{source}: {name} is required: give --{name.replace('_', '-')}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{source}: {name}: {message[0].lower() + message[1:]}, not {first['input']!r}" if first["type"] != "value_error" else f"{source}: {message}"
+    flag = f"--{name.replace('_', '-')}"
+    return f"{source}: {flag}: {message[0].lower() + message[1:]}, not {first['input']!r}" if first["type"] != "value_error" else f"{source}: {message}"
 
 
 def _known(cls: type[BaseModel], values: Mapping[str, Any], source: str, prefix: str) -> None:
@@ -155,10 +174,42 @@ def parse(cls: type[S], args: Sequence[str], *, command: str) -> S:
             file, values = str(stored), load_yaml(stored)
             values.pop("method", None)
     default = _partial(cls, values, file or command)
-    parsed = tyro.cli(
-        cls, prog=f"fiducial {command}", default=default, args=args, config=(tyro.conf.AvoidSubcommands,), description=_description(cls)
-    )
-    return build(cls, parsed.model_dump(), source=command)
+    if not {"-h", "--help"} & set(args):
+        _check_flags(cls, args, default, command)
+    _parsing.append((command, cls))
+    try:
+        return tyro.cli(
+            cls, prog=f"fiducial {command}", default=default, args=args, config=(tyro.conf.AvoidSubcommands,), description=_description(cls)
+        )
+    except _Refused as refused:
+        raise InputError(str(refused)) from None
+    finally:
+        _parsing.pop()
+
+
+def _check_flags(cls: type[Settings], args: Sequence[str], default: Settings, command: str) -> None:
+    """One sentence for an unknown flag or a missing one."""
+    import tyro
+
+    known = {name for flag in _flags(cls) for name in (flag, "no-" + flag)}
+    given = {a[2:].split("=", 1)[0].replace("_", "-") for a in args if a.startswith("--")}
+    for flag in sorted(given - known):
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5) or [k for k in sorted(known) if k.endswith(f".{flag}")][:1]
+        raise InputError(f"{command}: there is no flag --{flag}{f': did you mean --{near[0]}?' if near else ''} (fiducial {command} --help lists them)")
+    for name in cls.model_fields:
+        flag = name.replace("_", "-")
+        positional = any(m is tyro.conf.Positional or "Positional" in repr(m) for m in cls.model_fields[name].metadata)
+        if getattr(default, name) is tyro.MISSING and flag not in given and not positional:
+            raise InputError(f"{command}: --{flag} is required (fiducial {command} --help explains it)")
+
+
+def _flags(cls: type[BaseModel], prefix: str = "") -> list[str]:
+    out: list[str] = []
+    for name, field in cls.model_fields.items():
+        flag = prefix + name.replace("_", "-")
+        nested = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        out += _flags(field.annotation, flag + ".") if nested else [flag]  # type: ignore[arg-type]
+    return out
 
 
 def _description(cls: type[Settings]) -> str:
@@ -176,7 +227,7 @@ def _take_config(args: list[str]) -> tuple[list[str], str | None]:
     return args, None
 
 
-def _partial(cls: type[S], values: Mapping[str, Any], source: str) -> S:
+def _partial(cls: type[Settings], values: Mapping[str, Any], source: str) -> Any:
     """An instance with what the file gives, defaults elsewhere, and a mark where a flag must still come."""
     import tyro
 
@@ -195,8 +246,7 @@ def _partial(cls: type[S], values: Mapping[str, Any], source: str) -> S:
     try:
         cls(**given)
     except ValidationError as error:
-        faults = [e for e in error.errors() if e["type"] != "missing"]
-        if faults and values:
+        if values and any(e["type"] != "missing" for e in error.errors()):
             raise InputError(explain(error, source)) from None
     return cls.model_construct(**fields)
 

@@ -84,7 +84,7 @@ def everything(model: Model, settings: Evaluate, seed: int) -> tuple[list[int], 
         model.answer(
             settings.samples, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, stop=settings.stop, seed=seed,
             title=Path(model.name).name or model.name,
-        )  # fmt: skip
+        )
     )
     return [i for numbers, _ in blocks for i in numbers], [r for _, r in blocks]
 

@@ -54,8 +54,8 @@ def chosen_logprobs(
     for start in range(0, n, size):
         args = (hidden[start : start + size], labels[start : start + size], head, temperature, entropy)
         pieces.append(checkpoint(_piece, *args, use_reentrant=False) if recompute else _piece(*args))
-    logprobs = torch.cat([p[0] for p in pieces])
-    return logprobs, (torch.cat([p[1] for p in pieces]) if entropy else None)
+    logprobs, entropies = zip(*pieces, strict=True)
+    return torch.cat(logprobs), (torch.cat(entropies) if entropy else None)
 
 
 def _piece(hidden: Tensor, labels: Tensor, head: Head, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:

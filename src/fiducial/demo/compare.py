@@ -68,7 +68,7 @@ def compare(folder: Path, world: World, samples: int, max_new_tokens: int) -> di
             "whole sentences, no repetition, a length near 36 words. No method sees it: they learn from annotators who follow it noisily."
         ),
         "notes": [
-            "The proxy is the reward model's score, put on gold's scale by the mean and deviation of both over the SFT model's answers to the held-out prompts.",
+            "The proxy is the reward model's score, put on gold's scale: equal mean and deviation over the SFT model's answers to the held-out prompts.",
             f"Peak memory is that of the whole process, with Python and torch; {samples} responses to each held-out prompt, intervals clustered by prompt.",
         ],
     }
@@ -191,7 +191,7 @@ def reward_model(folder: Path, world: World, judge: ModelReward) -> dict[str, An
 
 
 def reliability(gaps: Sequence[float], bins: int = 8) -> list[dict[str, float]]:
-    """Predicted against observed preference, from the gaps chosen - rejected: by symmetry a pair says p once right and 1 - p once wrong, so p >= 1/2 is enough."""
+    """Predicted against observed preference, from the gaps chosen - rejected. By symmetry only p >= 1/2 is shown: a pair says p of one order, 1 - p of the other."""
     groups: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
     for gap in gaps:
         p = 1 / (1 + math.exp(-abs(gap)))

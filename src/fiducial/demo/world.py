@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -110,7 +111,7 @@ def gold_parts(prompt_text: str, completion: str) -> dict[str, float]:
     """
     prompt = Prompt.parse(prompt_text)
     words, sentences = grammar.words(completion), grammar.sentences(completion)
-    flat = " ".join(("", *words, ""))  # spaces at both ends: a phrase is found only as whole words
+    flat = " ".join(words)
     asked = (prompt.trait, prompt.animal, prompt.wish)
     named = (
         {trait: _count(flat, trait) for trait in grammar.TRAITS},
@@ -138,11 +139,11 @@ class Annotator:
     """
 
     seed: int
-    scale: float = 10.0
+    scale: float
     """Nats of preference for the whole range of gold."""
-    length_bias: float = 0.5
+    length_bias: float
     """Nats of preference for ten words more."""
-    flip: float = 0.05
+    flip: float
     """Share of answers given by mistake, the wrong way round."""
 
     def __call__(self, prompt: str, a: str, b: str, key: int | str) -> bool:
@@ -201,7 +202,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTo
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[pad, bos, eos, *roles],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # sorted: the library's order differs between processes
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # it comes in another order in every process
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -235,7 +236,7 @@ def _text(value: Any, role: str | None) -> str:
 
 
 def _count(flat: str, phrase: str) -> int:
-    return flat.count(f" {phrase} ")
+    return len(re.findall(rf"\b{phrase}\b", flat))
 
 
 def _draw(faults: Mapping[str, float], rng: random.Random) -> list[str]:

@@ -160,7 +160,7 @@ def evaluate(policy: Policy, pairs: list[Pair], reference: Tensor, settings: DPO
         return (torch.stack(pair_logprobs(policy, [pairs[i] for i in rows], run.processes.device), 1),)
 
     (logprobs,) = run.processes.map_rows([p.lengths for p in pairs], settings.run.tokens, 2, compute)
-    loss, metrics = losses.dpo(*logprobs.T, *reference.T, beta=settings.beta, label_smoothing=settings.label_smoothing)
+    _, metrics = losses.dpo(*logprobs.T, *reference.T, beta=settings.beta, label_smoothing=settings.label_smoothing)
     accuracy = float(metrics["rewards/accuracies"])
     run.evaluation["implicit reward accuracy on held-out pairs"] = intervals.wilson(accuracy * len(pairs), len(pairs))
     return {f"eval/{k}": float(v) for k, v in metrics.items()}

@@ -323,7 +323,10 @@ def mix_in(rows: list[Rendered], update: int, stepper: Stepper, settings: PPO, r
     plan: list[Micro] = run.processes.plan([[len(rows[i])] for i in numbers], settings.run.tokens)
     for micro in accumulate(plan, run.processes, stepper.module):
         batch = pad([rows[numbers[i]] for i in micro.rows]).to(run.processes.device)
-        loss, metrics = losses.nll_sum(stepper.module(batch.ids, batch.mask).logprobs, batch.mask)
+        out = stepper.module(batch.ids, batch.mask)
+        loss, metrics = losses.nll_sum(out.logprobs, batch.mask)
+        if out.values is not None:  # several processes wait for a gradient of every weight, the value head's too
+            loss = loss + 0.0 * out.values.sum()
         stepper.backward(settings.ptx.coefficient * loss * micro.weight / labels)
         if micro.weight:
             run.meter.add({"ptx_loss": metrics["loss"]}, float(batch.mask.sum()))

@@ -24,5 +24,5 @@ def sample_all(
         logprobs = [lp[m].tolist() for lp, m in zip(one.logprobs, one.mask, strict=True)]
         parts = list(zip(mine, one.responses(ending=True), logprobs, one.finished.tolist(), strict=True))
     parts = sorted(processes.gather(parts))
-    _, responses, logprobs, finished = zip(*parts, strict=True)
-    return Trajectory.build(prompts, responses, logprobs, finished, prompt, sample, getattr(sampler, "temperature", 1.0))
+    _, responses, kept, finished = zip(*parts, strict=True)
+    return Trajectory.build(prompts, responses, kept, finished, prompt, sample, getattr(sampler, "temperature", 1.0))

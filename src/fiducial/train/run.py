@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import random
@@ -85,7 +86,9 @@ class Run:
             self._bar = None
         if self._old_handler is not None:
             signal.signal(signal.SIGINT, self._old_handler)
-        if isinstance(error, Exception) and not self.processes.dirty and self.processes.count == 1 and 0 < self.step < getattr(self, "total", 0):
+        saved = (self.path / "checkpoints" / f"checkpoint-{self.step}").exists()
+        whole = not self.processes.dirty and self.processes.count == 1 and 0 < self.step < getattr(self, "total", 0)
+        if isinstance(error, Exception) and whole and not saved:
             self.save_checkpoint()  # the weights are those of the last recorded step: what was trained is not lost
         if error is not None and self.main and self.path.exists() and not isinstance(error, InputError) and not self.summary_written:
             self._write_summary("failed", str(error))
@@ -292,10 +295,8 @@ def peak_memory(device: torch.device) -> int:
 def _reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: several runs in one process each get their own peak
-    except OSError:
-        pass
 
 
 def _next_folder(method: str) -> Path:
