@@ -20,7 +20,9 @@ check: .venv/.installed
 	$(BIN)/mypy
 
 bench: .venv/.installed
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/logprob_memory.py
+	$(BIN)/python benchmarks/ppo_page.py
 
 clean:
 	rm -rf .venv runs demo-run

@@ -368,7 +368,7 @@ def test_ptx_adds_the_gradient_of_its_rows_and_nothing_else(go, models, data, mo
     nll.backward()
     expected = torch.cat([(torch.zeros_like(p) if p.grad is None else 3.0 * p.grad).flatten() for p in policy.parameters()])
     assert (seen[1] - seen[0] - expected).norm() < 1e-4 * expected.norm()
-    assert lines(mixed, 0)["ptx_loss"] == pytest.approx(float(nll), rel=1e-5)
+    assert lines(mixed, 0)["ptx_loss"] == pytest.approx(nll.item(), rel=1e-5)
 
 
 # Rewards --------------------------------------------------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(killed, whole, num
     out, left = killed[number]
     assert left == expected
     assert_equal_runs(whole[method], out)
-    assert not list((out / "checkpoints").glob(".aside-*")) or all(p.name.startswith("checkpoint-") for p in checkpoint.numbered(out / "checkpoints"))
+    assert not list((out / "checkpoints").glob(".aside-*"))  # what the killed one left half-written is gone
 
 
 def test_the_runs_that_are_compared_did_learn_and_differ(whole, models):

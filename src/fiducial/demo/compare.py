@@ -191,7 +191,7 @@ def reward_model(folder: Path, world: World, judge: ModelReward) -> dict[str, An
 
 
 def reliability(gaps: Sequence[float], bins: int = 8) -> list[dict[str, float]]:
-    """Predicted against observed preference, from the gaps chosen - rejected. By symmetry only p >= 1/2 is shown: a pair says p of one order, 1 - p of the other."""
+    """Predicted against observed preference, from the gaps chosen - rejected. By symmetry only p >= 1/2 is shown: a pair says p of one order."""
     groups: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
     for gap in gaps:
         p = 1 / (1 + math.exp(-abs(gap)))
