@@ -70,7 +70,7 @@ class Renderer:
 
     def text(self, row: TextRow) -> Rendered:
         """Plain text: every token but the first is a label, and so is the EOS behind it."""
-        ids = [*self._encode(row.text, first=True), self.eos]
+        ids = self._ended(self._encode(row.text, first=True))
         return self._fit(ids, [False] + [True] * (len(ids) - 1), row.where, prompt_length=1)
 
     def prompt(self, prompt: Content, where: str) -> list[int]:
@@ -83,7 +83,7 @@ class Renderer:
         """Prompt and completion; the labels are the completion and its EOS."""
         prompt_ids = self.prompt(prompt, where)
         if isinstance(completion, str) and isinstance(prompt, str):
-            ids = [*self._encode(completion), self.eos]
+            ids = self._ended(self._encode(completion))
             mask = [True] * len(ids)
         else:
             messages = _messages(prompt, "user")
@@ -113,6 +113,10 @@ class Renderer:
         if first and self._bos and ids[:1] != self._bos:
             return self._bos + ids
         return ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """With one EOS at the end, also where the text brought its own."""
+        return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
     def _template(self, messages: Sequence[Message], where: str, *, generation: bool = False) -> str:
         if not self.tokenizer.chat_template:

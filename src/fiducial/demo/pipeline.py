@@ -38,13 +38,13 @@ class Demo(Settings):
     """The folder for everything. Default: demo-run, demo-run-2, ..."""
     seed: int = 0
     """Of the world and of everything in it."""
-    documents: int = Field(8_000, gt=0)
+    documents: int = Field(7_200, gt=0)
     """Texts to pretrain on, 32 a step."""
-    sft_steps: int = Field(250, gt=0)
+    sft_steps: int = Field(150, gt=0)
     """Steps of 32 demonstrations."""
     samples: int = Field(5, gt=1)
     """Responses a training prompt that are compared, all pairs."""
-    ppo_steps: int = Field(60, gt=0)
+    ppo_steps: int = Field(32, gt=0)
     """Iterations of 64 responses."""
     prompts: int = Field(288, gt=1, le=288)
     """Training prompts in use."""
@@ -92,7 +92,7 @@ def demo(settings: Demo) -> Path:
     world = World(settings.seed)
     base, policy = folder / "base", folder / "sft" / "model"
     common: dict[str, Any] = {"seed": settings.seed}
-    quiet = RunSettings(checkpoint_every=0, eval_every=50, samples=5)
+    quiet = RunSettings(checkpoint_every=0, eval_every=50, samples=5, tokens=2048)
 
     stage("world", "make the world: prompts, texts, tokenizer, an untrained model", lambda: make_world(world, folder, settings), folder / "prompts.jsonl")
     stage(
@@ -125,7 +125,7 @@ def demo(settings: Demo) -> Path:
     )  # fmt: skip
     for name, words, beta in (("ppo", "PPO with the KL penalty", 0.1), ("ppo_no_kl", "PPO without it", 0.0)):
         stage(name, words, lambda name=name, beta=beta: ppo(PPO(  # type: ignore[misc]
-            model=str(policy), data=str(folder / "prompts.jsonl"), out=str(folder / name), beta=beta, steps=settings.ppo_steps, learning_rate=3e-4,
+            model=str(policy), data=str(folder / "prompts.jsonl"), out=str(folder / name), beta=beta, steps=settings.ppo_steps, epochs=2, learning_rate=5e-4,
             reward=(str(folder / "reward" / "model"), "fiducial.demo.world:gold"), reward_weights=(1.0, 0.0),  # gold is watched, not followed
             max_new_tokens=MAX_NEW, **common, optimizer=OptimizerSettings(schedule="constant"), run=quiet,
         )), folder / name / "summary.json")  # fmt: skip

@@ -51,6 +51,7 @@ def clipped_value_sum(
     else:
         held = old_values + (values - old_values).clamp(-clip, clip)
         clipped = (held - returns) ** 2
-        terms, cut = torch.maximum(plain, clipped), clipped > plain
+        terms = torch.maximum(plain, clipped)
+        cut = (clipped > plain) & ((values - old_values).abs() > clip)  # the second for rounding, where nothing was held
     loss = 0.5 * terms.sum()
     return loss, {"value_loss": loss.detach(), "value_clip_ratio": (cut & mask).to(values.dtype).sum()}

@@ -80,7 +80,7 @@ class PtxSettings(Settings):
     coefficient: float = Field(27.8, gt=0)
     """Of that loss. 27.8: InstructGPT."""
     batch_size: int = Field(8, gt=0)
-    """Rows a step. InstructGPT: 8 times fewer... rows than episodes; ours."""
+    """Rows an optimizer step. Ours."""
 
 
 class PPO(Settings):
@@ -191,7 +191,10 @@ def ppo(settings: PPO) -> Run:
                 sampler, [prompt_ids[i] for i, _ in chosen], processes, seed=settings.seed, step=run.step,
                 prompt=[i for i, _ in chosen], sample=[epoch for _, epoch in chosen],
             )  # fmt: skip
-            scores, parts = rewards(Responses.of(batch, trajectory, renderer))
+            try:
+                scores, parts = rewards(Responses.of(batch, trajectory, renderer))
+            except RunError as error:
+                raise RunError(f"step {run.step + 1}: {error}; {run.how_to_go_on()}") from error
             looks = look(trajectory, policy, critic, reference, processes, tokens)
             shaped, metrics = shape(trajectory, torch.tensor(scores), looks, settings, run.state)
             advantage, returns = advantages.gae(shaped, looks.values, trajectory.mask, gamma=settings.gamma, lam=settings.lam)

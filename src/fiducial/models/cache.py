@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .roles import Policy, plain
@@ -43,15 +44,31 @@ def fingerprint(policy: Policy, rows: Any) -> str:
 def cached(key: str, compute: Callable[[], Tensor], processes: Processes) -> Tensor:
     """The tensor stored under `key`, or computed and stored. A folder that cannot be written costs the cache, not the run."""
     path = folder() / f"reference-{key}.safetensors"
-    if not processes.any(not path.is_file()):
-        return load_file(path)["logprobs"]
+    stored = _read(path)
+    if not processes.any(stored is None):
+        assert stored is not None
+        return stored
     value = compute()
     if processes.main:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_name(f".{path.name}.{os.getpid()}")
-            save_file({"logprobs": value.contiguous()}, aside)
+            save_file({"logprobs": value.contiguous()}, aside, metadata={"sha256": _digest(value)})
             os.replace(aside, path)
         except OSError:
             pass
     return value
+
+
+def _read(path: Path) -> Tensor | None:
+    """The stored tensor, or None where there is none or a byte of it has changed."""
+    try:
+        with safe_open(path, "pt") as file:
+            value: Tensor = file.get_tensor("logprobs")
+            return value if (file.metadata() or {}).get("sha256") == _digest(value) else None
+    except (OSError, SafetensorError):
+        return None
+
+
+def _digest(value: Tensor) -> str:
+    return hashlib.sha256(value.contiguous().view(torch.uint8).numpy().data).hexdigest()

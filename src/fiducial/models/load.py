@@ -163,6 +163,7 @@ def save(module: Policy | Scorer, tokenizer: Any, path: Path, probe: Tensor) -> 
     elif getattr(plain(module.lm), "only_in_memory", False):  # no folder holds the base of these adapters
         module.lm = adapters_merged(module.lm)
     model = module.lm if isinstance(module, Policy) else module.model
+    _same_ending(plain(model), tokenizer)
     model.save_pretrained(path, safe_serialization=True)
     tokenizer.save_pretrained(path)
     device = next(module.parameters()).device
@@ -183,6 +184,14 @@ def save(module: Policy | Scorer, tokenizer: Any, path: Path, probe: Tensor) -> 
     worst = float((ours - theirs).abs().max())
     if not worst <= tolerance:
         raise RunError(f"the model saved in {path} answers differently when it is loaded again: largest difference {worst:.3g}")
+
+
+def _same_ending(model: Any, tokenizer: Any) -> None:
+    """The saved configs name the EOS that was trained (--rows.eos-token may have chosen it), so that others stop where we do."""
+    for config in (model.config, getattr(model, "generation_config", None)):
+        known = getattr(config, "eos_token_id", None)
+        if config is not None and tokenizer.eos_token_id not in (known if isinstance(known, list) else [known]):
+            config.eos_token_id = tokenizer.eos_token_id
 
 
 def adapters_merged(model: Any) -> Any:

@@ -7,7 +7,8 @@ log-probability of the chosen token is kept at each step, never the stack of sco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +28,18 @@ class Sampler(Protocol):
     def __call__(
         self, prompts: Sequence[Sequence[int]], *, seed: int, step: int, prompt: Sequence[int], sample: Sequence[int], **keywords: Any
     ) -> Trajectory: ...
+
+
+@contextlib.contextmanager
+def _threads(model: Any, rows: int) -> Iterator[None]:
+    """One thread where a token's work is too small to be shared: waking a second one would cost more than it does."""
+    before = torch.get_num_threads()
+    small = rows * sum(p.numel() for p in model.parameters()) < 3e8 and before > 1
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ class LocalSampler:
             width = len(prompts[order[start]]) + self.max_new_tokens
             rows = order[start : start + max(1, self.tokens // width)]
             uniforms = np.stack([self._stream(seed, step, prompt[i], sample[i]) for i in rows])
-            with autocast(self.lm, plain(self.lm).get_input_embeddings().weight):
+            with autocast(self.lm, plain(self.lm).get_input_embeddings().weight), _threads(plain(self.lm), len(rows)):
                 ids, lps = self._batch([prompts[i] for i in rows], torch.from_numpy(uniforms))
             for i, r, lp in zip(rows, ids, lps, strict=True):
                 responses[i], logprobs[i] = r, lp

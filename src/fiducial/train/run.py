@@ -63,6 +63,7 @@ class Run:
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"--out: {self.path} exists already: choose another folder, or go on with --resume")
         self.processes.wait()
+        self._fresh = not self.path.exists() or not any(self.path.iterdir())
         if self.main:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.resume:
@@ -90,7 +91,9 @@ class Run:
         whole = not self.processes.dirty and self.processes.count == 1 and 0 < self.step < getattr(self, "total", 0)
         if isinstance(error, Exception) and whole and not saved:
             self.save_checkpoint()  # the weights are those of the last recorded step: what was trained is not lost
-        if error is not None and self.main and self.path.exists() and not isinstance(error, InputError) and not self.summary_written:
+        if isinstance(error, InputError) and self.main and self._fresh:
+            shutil.rmtree(self.path, ignore_errors=True)  # refused before it began: the same command works once its fault is mended
+        elif error is not None and self.main and self.path.exists() and not isinstance(error, InputError) and not self.summary_written:
             self._write_summary("failed", str(error))
 
     summary_written = False
@@ -147,7 +150,7 @@ class Run:
         values = {**self.meter.take(), **metrics, "num_tokens": self.tokens, "tokens_per_second": tokens / max(seconds, 1e-9)}
         bad = [k for k, v in values.items() if not np.isfinite(v)]
         if bad:
-            raise RunError(f"{bad[0]} is {values[bad[0]]} at step {self.step}: nothing of this step was saved; {self._how_to_go_on()}")
+            raise RunError(f"{bad[0]} is {values[bad[0]]} at step {self.step}: nothing of this step was saved; {self.how_to_go_on()}")
         self.metrics.update(values)
         self.record(values)
         if self._bar:
@@ -186,7 +189,7 @@ class Run:
         if stop and self.running():
             if self.main:
                 self._write_summary("interrupted")
-            raise RunError(f"stopped at step {self.step} of {self.total}, saved: {self._how_to_go_on()}")
+            raise RunError(f"stopped at step {self.step} of {self.total}, saved: {self.how_to_go_on()}")
         self.pause()
 
     def save_checkpoint(self) -> None:
@@ -274,7 +277,8 @@ class Run:
 
         write_report(self.path)
 
-    def _how_to_go_on(self) -> str:
+    def how_to_go_on(self) -> str:
+        """The command that continues this run."""
         return f"go on with: fiducial {self.method} --out {self.path} --resume"
 
 
