@@ -16,7 +16,8 @@ from torch import Tensor
 from .. import losses
 from ..config import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..core import intervals
-from ..data.batches import Batches, pad
+from ..core.reductions import select
+from ..data.batches import Batches, Fork, common, fork, pad
 from ..data.prepare import load, split, text_of
 from ..data.render import Rendered, Renderer
 from ..data.rows import Content, PreferenceRow
@@ -67,9 +68,10 @@ class Pair(NamedTuple):
     chosen: Rendered
     rejected: Rendered
 
-    @property
-    def lengths(self) -> list[int]:
-        return [len(self.chosen), len(self.rejected)]
+    def costs(self, forks: bool) -> list[int]:
+        """Lengths of the rows that the pair takes: one that holds the prompt once, or two."""
+        both = [len(self.chosen), len(self.rejected)]
+        return [sum(both) - common(self)] if forks else both
 
 
 def dpo(settings: DPO) -> Run:
@@ -91,7 +93,7 @@ def dpo(settings: DPO) -> Run:
         while run.running():
             rows = batches[run.step]
             pairs = [train[i] for i in rows]
-            for micro in accumulate(run.processes.plan([p.lengths for p in pairs], settings.run.tokens), run.processes, stepper.module):
+            for micro in accumulate(run.processes.plan([p.costs(policy.forks) for p in pairs], settings.run.tokens), run.processes, stepper.module):
                 chosen, rejected = pair_logprobs(stepper.module, [pairs[i] for i in micro.rows], run.processes.device)
                 ref = reference[[rows[i] for i in micro.rows]].to(chosen)
                 loss, metrics = losses.dpo_sum(
@@ -101,7 +103,7 @@ def dpo(settings: DPO) -> Run:
                 if micro.weight:
                     run.meter.add(metrics, len(micro.rows))
             norms = stepper.step(run.step)
-            run.end_step(norms, rows=len(pairs), tokens=sum(sum(p.lengths) for p in pairs), show=("loss", "rewards/margins", "rewards/accuracies"))
+            run.end_step(norms, rows=len(pairs), tokens=sum(len(r) for p in pairs for r in p), show=("loss", "rewards/margins", "rewards/accuracies"))
             if held_out and run.due(settings.run.eval_every):
                 run.record(evaluate(policy, held_out, reference[len(train) :], settings, run))
             run.checkpoint_if_due()
@@ -134,7 +136,12 @@ def read(settings: DPO, renderer: Renderer, run: Run) -> tuple[list[Pair], list[
 
 
 def pair_logprobs(policy: Policy, pairs: list[Pair], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [B], [B] of the chosen and the rejected responses, summed over their tokens, in nats."""
+    """Log-probabilities [B], [B] of the chosen and the rejected responses, summed over their tokens, in nats. A prompt is read once for both."""
+    if getattr(policy, "module", policy).forks:  # a data-parallel wrapper has the policy inside
+        batch, how = fork(pairs)
+        batch, how = batch.to(device), Fork(*(x.to(device) for x in how))
+        logprobs = policy(batch.ids, batch.mask, fork=how).logprobs
+        return select(logprobs, how.branch == 1).sum(1), select(logprobs, how.branch == 2).sum(1)
     batch = pad([p.chosen for p in pairs] + [p.rejected for p in pairs]).to(device)
     chosen, rejected = policy(batch.ids, batch.mask).logprobs.sum(1).split(len(pairs))
     return chosen, rejected
@@ -148,7 +155,7 @@ def reference_logprobs(policy: Policy, pairs: list[Pair], tokens: int, run: Run)
             chosen, rejected = pair_logprobs(policy, [pairs[i] for i in rows], run.processes.device)
             return (torch.stack([chosen, rejected], 1),)
 
-        return run.processes.map_rows([p.lengths for p in pairs], tokens, 2, pair)[0]
+        return run.processes.map_rows([p.costs(policy.forks) for p in pairs], tokens, 2, pair)[0]
 
     return cached(fingerprint(policy, [[p.chosen.ids, p.chosen.mask, p.rejected.ids, p.rejected.mask] for p in pairs]), compute, run.processes)
 
@@ -159,7 +166,7 @@ def evaluate(policy: Policy, pairs: list[Pair], reference: Tensor, settings: DPO
     def compute(rows: list[int]) -> tuple[Tensor, ...]:
         return (torch.stack(pair_logprobs(policy, [pairs[i] for i in rows], run.processes.device), 1),)
 
-    (logprobs,) = run.processes.map_rows([p.lengths for p in pairs], settings.run.tokens, 2, compute)
+    (logprobs,) = run.processes.map_rows([p.costs(policy.forks) for p in pairs], settings.run.tokens, 2, compute)
     _, metrics = losses.dpo(*logprobs.T, *reference.T, beta=settings.beta, label_smoothing=settings.label_smoothing)
     accuracy = float(metrics["rewards/accuracies"])
     run.evaluation["implicit reward accuracy on held-out pairs"] = intervals.wilson(accuracy * len(pairs), len(pairs))

@@ -7,6 +7,7 @@ passed. The reference is a frozen Policy of its own, or, where the policy is a b
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.logprobs import chosen_logprobs
+from ..data.batches import Fork, fork, pad
+from ..data.render import Rendered
 
 
 def plain(model: Any) -> Any:
@@ -26,11 +29,12 @@ def autocast(model: Any, like: Tensor) -> Any:
     return torch.autocast(like.device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def hidden_states(model: Any, ids: Tensor) -> Tensor:
-    """[B, T, H] of a right-padded batch `ids` [B, T], before any head."""
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+def hidden_states(model: Any, ids: Tensor, fork: Fork | None = None) -> Tensor:
+    """[B, T, H] of a right-padded batch `ids` [B, T], before any head; with `fork`, of rows whose columns hang together as it says."""
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if fork is None else fork.positions
+    attention = {} if fork is None else {"attention_mask": fork.attention()}
     with autocast(model, ids):
-        return plain(model).base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        return plain(model).base_model(input_ids=ids, position_ids=positions, use_cache=False, **attention).last_hidden_state
 
 
 def logits(model: Any, hidden: Tensor) -> Tensor:
@@ -77,25 +81,45 @@ class Policy(nn.Module):
     def _vocabulary(self) -> int:
         return int(plain(self.lm).get_output_embeddings().weight.shape[0])
 
-    def forward(self, ids: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False) -> TokenOutputs:
+    @functools.cached_property
+    def forks(self) -> bool:
+        """Whether a row may hold one prompt and several responses to it. Tried out once: an architecture that looks past the mask says no."""
+        config = plain(self.lm).config
+        if getattr(config, "_attn_implementation", None) != "sdpa" or getattr(config, "sliding_window", None) is not None:
+            return False
+        sequences = [Rendered([1, 2, 3, 4, 5], [False, False, False, True, True], ""), Rendered([1, 2, 3, 6, 7], [False, False, False, True, True], "")]
+        size = plain(self.lm).get_input_embeddings().weight
+        batch, how = fork([[Rendered([i % len(size) for i in r.ids], r.mask, "") for r in sequences]])
+        apart = pad([Rendered([i % len(size) for i in r.ids], r.mask, "") for r in sequences])
+        with torch.no_grad():
+            together = self(batch.ids.to(size.device), batch.mask.to(size.device), fork=Fork(*(x.to(size.device) for x in how))).logprobs
+            alone = self(apart.ids.to(size.device), apart.mask.to(size.device)).logprobs
+        tolerance = 1e-4 if getattr(plain(self.lm), "autocast_dtype", None) is None else 0.1
+        return bool(torch.allclose(together[0][batch.mask[0]], alone[apart.mask], atol=tolerance))
+
+    def forward(
+        self, ids: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False, fork: Fork | None = None
+    ) -> TokenOutputs:
         """Log-probabilities (and entropies, and values where there is a value head) of the labelled tokens.
 
         Args:
             ids: [B, T] right-padded.
             mask: [B, T] true at labels; token 0 has nothing in front of it and cannot be one.
             temperature: divides the logits.
+            fork: given where a row holds several sequences with a common beginning (see `fiducial.data.batches.fork`).
 
         Returns:
             [B, T] each, in nats (values: in units of reward), 0 outside the mask.
         """
         if bool(mask[:, 0].any()):
             raise ValueError("token 0 cannot be a label: nothing stands in front of it")
-        hidden = hidden_states(self.lm, ids[:, :-1])
-        chosen = mask[:, 1:]
-        values, entropies = chosen_logprobs(
-            hidden[chosen], ids[:, 1:][chosen], self._head, self._vocabulary, temperature=temperature, entropy=entropy
-        )
-        heads = None if self.value_head is None else self.value_head(hidden[chosen].to(self.value_head.weight.dtype))[:, 0]
+        if fork is None:
+            hidden = hidden_states(self.lm, ids[:, :-1])[mask[:, 1:]]
+        else:
+            row, column = mask.nonzero(as_tuple=True)
+            hidden = hidden_states(self.lm, ids, fork)[row, fork.previous[row, column]]
+        values, entropies = chosen_logprobs(hidden, ids[mask], self._head, self._vocabulary, temperature=temperature, entropy=entropy)
+        heads = None if self.value_head is None else self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
         return TokenOutputs(*(None if x is None else _scatter(x, mask) for x in (values, entropies, heads)))  # type: ignore[arg-type]
 
     @contextlib.contextmanager
