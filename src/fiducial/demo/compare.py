@@ -49,8 +49,13 @@ def compare(folder: Path, world: World, samples: int, max_new_tokens: int) -> di
         for number, key in enumerate(("sft", "ppo", "dpo", "ppo_no_kl"))
     }
     scale = Scale.between(found["sft"])
+    methods = [method(key, folder, one, found["sft"], scale) for key, one in found.items()]
+    for row, setting in ((methods[1], "learning rate x3, half the iterations"), (methods[2], "learning rate x3")):
+        other = answers(folder / f"{row['key']}_fast" / "model", folder, reference, judge, samples, max_new_tokens, seed=world.seed + 10)
+        divergence = statistics.fmean(other.kl)
+        row["sensitivity"] = [{"setting": setting, "win_rate": intervals.mean(wins(other, found["sft"]), other.numbers), "kl": divergence}]
     return {
-        "methods": [method(key, folder, one, found["sft"], scale) for key, one in found.items()],
+        "methods": methods,
         "reward_model": reward_model(folder, world, judge),
         "paths": {key: path(folder / key, scale) for key in ("ppo", "ppo_no_kl")} | {"dpo": ends(found["sft"], found["dpo"], folder, scale)},
         "samples": [
@@ -133,7 +138,6 @@ def method(key: str, folder: Path, mine: Answers, sft: Answers, scale: Scale) ->
     """One row of the tables."""
     summary = json.loads((folder / key / "summary.json").read_text(encoding="utf-8"))
     online = key.startswith("ppo")
-    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(mine.gold, sft.gold, strict=True)]
     divergence = intervals.mean(mine.kl, mine.numbers)
     return {
         "key": key,
@@ -146,7 +150,7 @@ def method(key: str, folder: Path, mine: Answers, sft: Answers, scale: Scale) ->
         "reward_model": online,
         "critic": online,
         "online": online,
-        "win_rate": None if key == "sft" else intervals.mean(wins, mine.numbers),
+        "win_rate": None if key == "sft" else intervals.mean(wins(mine, sft), mine.numbers),
         "kl": None if key == "sft" else divergence,
         "kl_token": None if key == "sft" else sum(mine.kl) / sum(mine.lengths),
         "peak_memory_bytes": summary["peak_memory_bytes"],
@@ -154,6 +158,11 @@ def method(key: str, folder: Path, mine: Answers, sft: Answers, scale: Scale) ->
         "entropy": mine.entropy,
         "report": f"{key}/report.html",
     }
+
+
+def wins(mine: Answers, sft: Answers) -> list[float]:
+    """1 where an answer is worth more than SFT's, by gold, one half at a tie."""
+    return [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(mine.gold, sft.gold, strict=True)]
 
 
 def distinct(texts: Sequence[str]) -> float:

@@ -44,7 +44,7 @@ class Demo(Settings):
     """Steps of 32 demonstrations."""
     samples: int = Field(5, gt=1)
     """Responses a training prompt that are compared, all pairs."""
-    ppo_steps: int = Field(32, gt=0)
+    ppo_steps: int = Field(26, gt=0)
     """Iterations of 64 responses."""
     prompts: int = Field(288, gt=1, le=288)
     """Training prompts in use."""
@@ -54,7 +54,9 @@ class Demo(Settings):
     """Keep the stages that are finished in --out and go on behind them."""
 
 
-STAGES = {"world": 3, "pretrain": 70, "sft": 30, "collect": 15, "reward": 30, "ppo": 70, "ppo_no_kl": 70, "dpo": 25, "compare": 30}
+STAGES = {
+    "world": 2, "pretrain": 50, "sft": 32, "collect": 8, "reward": 18, "ppo": 60, "ppo_no_kl": 64, "dpo": 30, "ppo_fast": 30, "dpo_fast": 25, "compare": 18,
+}  # fmt: skip
 """Usual seconds of each stage on two cores, for the time left."""
 
 
@@ -123,19 +125,25 @@ def demo(settings: Demo) -> Path:
             optimizer=OptimizerSettings(schedule="cosine", warmup_steps=5, weight_decay=0.1), run=quiet,
         )), folder / "reward" / "summary.json",
     )  # fmt: skip
-    for name, words, beta in (("ppo", "PPO with the KL penalty", 0.1), ("ppo_no_kl", "PPO without it", 0.0)):
-        stage(name, words, lambda name=name, beta=beta: ppo(PPO(  # type: ignore[misc]
-            model=str(policy), data=str(folder / "prompts.jsonl"), out=str(folder / name), beta=beta, steps=settings.ppo_steps, epochs=2, learning_rate=5e-4,
+    def run_ppo(name: str, beta: float, rate: float = 5e-4, steps: int = settings.ppo_steps) -> None:
+        ppo(PPO(
+            model=str(policy), data=str(folder / "prompts.jsonl"), out=str(folder / name), beta=beta, steps=steps, epochs=2, learning_rate=rate,
             reward=(str(folder / "reward" / "model"), "fiducial.demo.world:gold"), reward_weights=(1.0, 0.0),  # gold is watched, not followed
             max_new_tokens=MAX_NEW, **common, optimizer=OptimizerSettings(schedule="constant"), run=quiet,
-        )), folder / name / "summary.json")  # fmt: skip
-    stage(
-        "dpo", "DPO on the same comparisons",
-        lambda: dpo(DPO(
-            model=str(policy), data=str(folder / "pairs.jsonl"), out=str(folder / "dpo"), beta=0.1, learning_rate=1e-4, **common,
+        ))  # fmt: skip
+
+    def run_dpo(name: str, rate: float = 1e-4) -> None:
+        dpo(DPO(
+            model=str(policy), data=str(folder / "pairs.jsonl"), out=str(folder / name), beta=0.1, learning_rate=rate, **common,
             optimizer=OptimizerSettings(betas=(0.9, 0.999), schedule="linear", warmup_steps=10), run=quiet,
-        )), folder / "dpo" / "summary.json",
-    )  # fmt: skip
+        ))  # fmt: skip
+
+    stage("ppo", "PPO with the KL penalty", lambda: run_ppo("ppo", 0.1), folder / "ppo" / "summary.json")
+    stage("ppo_no_kl", "PPO without it", lambda: run_ppo("ppo_no_kl", 0.0), folder / "ppo_no_kl" / "summary.json")
+    stage("dpo", "DPO on the same comparisons", lambda: run_dpo("dpo"), folder / "dpo" / "summary.json")
+    half = max(1, settings.ppo_steps // 2)
+    stage("ppo_fast", "PPO at three times the learning rate", lambda: run_ppo("ppo_fast", 0.1, 1.5e-3, half), folder / "ppo_fast" / "summary.json")
+    stage("dpo_fast", "DPO at three times the learning rate", lambda: run_dpo("dpo_fast", 3e-4), folder / "dpo_fast" / "summary.json")
     page: dict[str, Any] = {}
     stage("compare", "compare all on held-out prompts", lambda: page.update(compare(folder, world, settings.eval_samples, MAX_NEW)))
     page |= {
@@ -152,7 +160,7 @@ def demo(settings: Demo) -> Path:
 MAX_NEW = 80
 WORDS = {
     "world": "making the world", "pretrain": "pretraining", "sft": "SFT", "collect": "collecting", "reward": "reward model", "ppo": "PPO",
-    "ppo_no_kl": "PPO without KL", "dpo": "DPO", "compare": "comparing",
+    "ppo_no_kl": "PPO without KL", "dpo": "DPO", "ppo_fast": "PPO, learning rate x3", "dpo_fast": "DPO, learning rate x3", "compare": "comparing",
 }  # fmt: skip
 
 ANNOTATORS = '''"""The demo's simulated annotators, as a judge for `fiducial collect --judge annotators.py:compare`: noisy, and a little too fond of length."""

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from ..config import LoraSettings, RowSettings, RunSettings
-from ..data.prepare import messages_of, text_of
+from ..data.prepare import messages_of
 from ..data.render import Renderer
-from ..data.rows import Content, Message
+from ..data.rows import Content
 from ..errors import InputError, RunError
 from ..models.load import load_renderer, load_scorer
 from ..models.roles import Scorer
@@ -212,6 +212,3 @@ def _line_of(error: Exception, function: Callable[..., Any]) -> str:
             line = trace.tb_lineno
         trace = trace.tb_next
     return f" ({Path(file).name}:{line})" if file and line else ""
-
-
-__all__ = ["FunctionReward", "Message", "ModelReward", "Responses", "Reward", "load_function", "load_reward", "load_rewards", "text_of"]
