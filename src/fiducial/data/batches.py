@@ -50,6 +50,10 @@ def stream(num_rows: int, start: int, count: int, seed: int) -> list[tuple[int, 
     return out
 
 
+SIMILAR, ENOUGH = 0.85, 1024
+"""A row under this share of a micro-batch's width begins a new one, once that has so many tokens: computing on padding costs more than one more call."""
+
+
 def micro_batches(costs: Sequence[Sequence[int]], tokens: int, processes: int = 1) -> list[list[list[int]]]:
     """Cut elements into micro-batches of similar length under a budget of padded tokens.
 
@@ -66,7 +70,8 @@ def micro_batches(costs: Sequence[Sequence[int]], tokens: int, processes: int = 
     cuts: list[list[int]] = []
     width = sequences = 0
     for i in order:
-        if cuts and max(width, max(costs[i])) * (sequences + len(costs[i])) <= tokens:
+        much_shorter = max(costs[i]) < SIMILAR * width and width * sequences >= ENOUGH
+        if cuts and not much_shorter and width * (sequences + len(costs[i])) <= tokens:
             cuts[-1].append(i)
             sequences += len(costs[i])
         else:

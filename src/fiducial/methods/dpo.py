@@ -155,7 +155,7 @@ def reference_logprobs(policy: Policy, pairs: list[Pair], tokens: int, run: Run)
             chosen, rejected = pair_logprobs(policy, [pairs[i] for i in rows], run.processes.device)
             return (torch.stack([chosen, rejected], 1),)
 
-        return run.processes.map_rows([p.costs(policy.forks) for p in pairs], tokens, 2, pair)[0]
+        return run.processes.map_rows([p.costs(policy.forks) for p in pairs], tokens, 2, pair, title="dpo: log-probabilities of the reference")[0]
 
     return cached(fingerprint(policy, [[p.chosen.ids, p.chosen.mask, p.rejected.ids, p.rejected.mask] for p in pairs]), compute, run.processes)
 

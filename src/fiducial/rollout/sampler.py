@@ -8,6 +8,7 @@ log-probability of the chosen token is kept at each step, never the stack of sco
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,9 +33,10 @@ class Sampler(Protocol):
 
 @contextlib.contextmanager
 def _threads(model: Any, rows: int) -> Iterator[None]:
-    """One thread where a token's work is too small to be shared: waking a second one would cost more than it does."""
+    """One thread where a token's work is too small to be shared and threads sleep between tasks: waking a second one would cost more than it does."""
     before = torch.get_num_threads()
-    small = rows * sum(p.numel() for p in model.parameters()) < 3e8 and before > 1
+    sleepy = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    small = sleepy and rows * sum(p.numel() for p in model.parameters()) < 3e8 and before > 1
     torch.set_num_threads(1 if small else before)
     try:
         yield

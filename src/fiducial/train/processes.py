@@ -14,6 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
 from ..data.batches import micro_batches
+from .progress import Progress
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ class Processes:
             yield
 
     def map_rows(
-        self, costs: Sequence[Sequence[int]], tokens: int, width: int | None, compute: Callable[[list[int]], tuple[Tensor, ...]]
+        self, costs: Sequence[Sequence[int]], tokens: int, width: int | None, compute: Callable[[list[int]], tuple[Tensor, ...]], title: str | None = None
     ) -> tuple[Tensor, ...]:
         """`compute(rows)` for all rows, without gradients, cut into micro-batches and shared by the processes.
 
@@ -88,19 +89,22 @@ class Processes:
             costs: lengths of each row's sequences.
             width: of the results' second dimension, [rows, width]; None for results [rows]. `compute` may return narrower ones.
             compute: row numbers -> values [rows, at most width] or [rows], in nats, tokens, scores.
+            title: what to call it on the screen; None shows nothing.
 
         Returns:
             The values of all rows, on the CPU, on every process; what was not computed is 0.
         """
         n = len(costs)
         outs: list[Tensor] = []
-        with torch.no_grad():
-            for micro in self.plan(costs, tokens):
+        plan = self.plan(costs, tokens)
+        with torch.no_grad(), Progress(title or "", sum(len(m.rows) for m in plan), show=self.main and title is not None) as bar:
+            for micro in plan:
                 values = compute(micro.rows)
                 outs = outs or [torch.zeros((n,) if width is None else (n, width), dtype=v.dtype) for v in values]
                 if micro.weight:
                     for out, value in zip(outs, values, strict=True):
                         out[(micro.rows,) if width is None else (micro.rows, slice(value.shape[1]))] = value.cpu()
+                bar.advance(by=len(micro.rows))
         return tuple(self.sum(out) for out in outs)
 
 

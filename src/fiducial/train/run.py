@@ -244,6 +244,7 @@ class Run:
             aside = self.path / ".model-aside"
             shutil.rmtree(aside, ignore_errors=True)
             save(aside)
+            (aside / "README.md").write_text(self._card(), encoding="utf-8")
             shutil.rmtree(self.path / "model", ignore_errors=True)
             aside.rename(self.path / "model")
         self.processes.wait()
@@ -251,6 +252,16 @@ class Run:
             self._write_summary("done")
         self.processes.wait()
         return self
+
+    def _card(self) -> str:
+        """The model card: what it was made from, how, and with what result."""
+        values = self.settings.model_dump(mode="json")
+        numbers = "\n".join(f"| {k} | {v:.5g} |" for k, v in self.metrics.items())
+        return (
+            f"---\nlibrary_name: transformers\ntags: [{self.method}, fiducial]\n---\n\n# {self.method} of {values.get('model')}\n\n"
+            f"Trained with fiducial {version('fiducial')} on `{values.get('data')}`, seed {self.seed}, {self.step} steps.\n\n"
+            f"## Last metrics\n\n| metric | value |\n|---|---|\n{numbers}\n\n## Settings\n\n```yaml\n{dump_yaml(self.settings, self.method)}```\n"
+        )
 
     def _write_summary(self, status: str, error: str | None = None) -> None:
         self.summary_written = True
