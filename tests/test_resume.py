@@ -297,3 +297,17 @@ def test_a_folder_is_never_overwritten(settings_of, whole, tmp_path):
         fd.sft(settings_of("sft", tmp_path / "nowhere", resume=True))
     (tmp_path / "empty").mkdir()
     assert fd.sft(settings_of("sft", tmp_path / "empty", steps=1)).step == 1
+
+
+def test_a_finished_run_is_not_begun_again(models, data, tmp_path):
+    from fiducial.config import RunSettings
+    from fiducial.errors import InputError
+    from fiducial.methods.sft import SFT, sft
+
+    settings = SFT(model=str(models["llama"]), data=data["completions"], out=str(tmp_path / "run"), steps=1, run=RunSettings(samples=0))
+    sft(settings)
+    before = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="is finished"):
+        sft(settings.model_copy(update={"resume": True}))
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "run" / "config.yaml").is_file()

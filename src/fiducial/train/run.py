@@ -220,6 +220,8 @@ class Run:
         if newest is None:
             if faults:
                 raise InputError(f"--resume: no whole checkpoint in {self.path / 'checkpoints'}: {faults[0]}")
+            if (self.path / "model").exists():
+                raise InputError(f"--resume: {self.path} is finished and kept no checkpoint to go on from: start a new run with --model {self.path / 'model'}")
             if self.main:
                 say(f"{self.path} has no checkpoint yet: starting from the beginning")
                 for name in ("metrics.jsonl", "samples.jsonl"):
