@@ -50,7 +50,8 @@ def compare(folder: Path, world: World, samples: int, max_new_tokens: int) -> di
     }
     scale = Scale.between(found["sft"])
     methods = [method(key, folder, one, found["sft"], scale) for key, one in found.items()]
-    for row, setting in ((methods[1], "learning rate x3, half the iterations"), (methods[2], "learning rate x3")):
+    setting = "learning rate x3, half the steps"
+    for row in methods[1:3]:
         other = answers(folder / f"{row['key']}_fast" / "model", folder, reference, judge, samples, max_new_tokens, seed=world.seed + 10)
         divergence = statistics.fmean(other.kl)
         row["sensitivity"] = [{"setting": setting, "win_rate": intervals.mean(wins(other, found["sft"]), other.numbers), "kl": divergence}]

@@ -44,7 +44,7 @@ class Demo(Settings):
     """Steps of 32 demonstrations."""
     samples: int = Field(5, gt=1)
     """Responses a training prompt that are compared, all pairs."""
-    ppo_steps: int = Field(26, gt=0)
+    ppo_steps: int = Field(22, gt=0)
     """Iterations of 64 responses."""
     prompts: int = Field(288, gt=1, le=288)
     """Training prompts in use."""
@@ -132,9 +132,9 @@ def demo(settings: Demo) -> Path:
             max_new_tokens=MAX_NEW, **common, optimizer=OptimizerSettings(schedule="constant"), run=quiet,
         ))  # fmt: skip
 
-    def run_dpo(name: str, rate: float = 1e-4) -> None:
+    def run_dpo(name: str, rate: float = 1e-4, epochs: float = 1.0) -> None:
         dpo(DPO(
-            model=str(policy), data=str(folder / "pairs.jsonl"), out=str(folder / name), beta=0.1, learning_rate=rate, **common,
+            model=str(policy), data=str(folder / "pairs.jsonl"), out=str(folder / name), beta=0.1, learning_rate=rate, epochs=epochs, **common,
             optimizer=OptimizerSettings(betas=(0.9, 0.999), schedule="linear", warmup_steps=10), run=quiet,
         ))  # fmt: skip
 
@@ -143,7 +143,7 @@ def demo(settings: Demo) -> Path:
     stage("dpo", "DPO on the same comparisons", lambda: run_dpo("dpo"), folder / "dpo" / "summary.json")
     half = max(1, settings.ppo_steps // 2)
     stage("ppo_fast", "PPO at three times the learning rate", lambda: run_ppo("ppo_fast", 0.1, 1.5e-3, half), folder / "ppo_fast" / "summary.json")
-    stage("dpo_fast", "DPO at three times the learning rate", lambda: run_dpo("dpo_fast", 3e-4), folder / "dpo_fast" / "summary.json")
+    stage("dpo_fast", "DPO at three times the learning rate", lambda: run_dpo("dpo_fast", 3e-4, 0.5), folder / "dpo_fast" / "summary.json")
     page: dict[str, Any] = {}
     stage("compare", "compare all on held-out prompts", lambda: page.update(compare(folder, world, settings.eval_samples, MAX_NEW)))
     page |= {
