@@ -454,12 +454,24 @@ def test_a_reward_model_scores_the_very_tokens_that_were_sampled(go, models, kin
 def test_dpo_starts_at_log_two_also_with_a_reference_from_the_disk(go, tmp_path, monkeypatch, kind, rank):
     monkeypatch.setenv("FIDUCIAL_CACHE", str(tmp_path))
     read = []
-    monkeypatch.setattr(cache_module, "load_file", lambda path: read.append(path) or load_file(path))
+    inner = cache_module._read
+    monkeypatch.setattr(cache_module, "_read", lambda path: read.append(value) or value if (value := inner(path)) is not None else None)
     runs = [go("dpo", kind, lora=LoraSettings(r=rank), beta=0.5) for _ in range(2)]
     assert len(read) == 1 and len(list(tmp_path.iterdir())) == 1  # computed by the first, read by the second
     for run in runs:
         assert lines(run, 0)["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert torch.equal(flat_of(runs[0]), flat_of(runs[1]))
+
+
+def test_a_changed_byte_in_the_stored_reference_is_seen_and_it_is_computed_again(go, tmp_path, monkeypatch):
+    monkeypatch.setenv("FIDUCIAL_CACHE", str(tmp_path))
+    first = go("dpo", "llama")
+    (stored,) = tmp_path.iterdir()
+    whole = stored.read_bytes()
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 64]), whole[: len(whole) // 2], b""):
+        stored.write_bytes(damaged)
+        assert torch.equal(flat_of(go("dpo", "llama")), flat_of(first))
+        assert stored.read_bytes() == whole
 
 
 def flat_of(run):
