@@ -2,7 +2,7 @@
 
     import fiducial as fd
     loss, metrics = fd.losses.dpo(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1)
-    run = fd.ppo(fd.PPO(model="...", prompts="...", reward=("reward.py:score",)))
+    run = fd.ppo(fd.PPO(model="...", data="prompts.jsonl", reward=("reward.py:score",)))
 
 Names are loaded when they are used: `import fiducial` itself imports nothing heavy.
 """
