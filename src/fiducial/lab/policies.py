@@ -11,21 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ..models.tabular import TabularConfig, TabularLM
-from .world import EOS, LETTERS, Array, Tokens, Tree, World, tree
+from . import exact
+from .world import EOS, LETTERS, Array, Tokens, Tree, World, prompts_for, random_reward, tree
 
 
 def transformer(prompts: tuple[Tokens, ...], vocabulary: int, horizon: int, seed: int, *, spread: float = 0.1, width: int = 64, layers: int = 2) -> Any:
-    """An untrained Llama with the world's vocabulary. `spread` is the deviation of its initial weights: the larger, the more peaked it is."""
+    """An untrained GPT-2 with the world's vocabulary. `spread` is the deviation of its initial weights: the larger, the more peaked it is.
+
+    GPT-2 and not a newer make because its positions are absolute: with rotary ones and no BOS, attention over equal tokens gives the same mean however
+    many they are, so `a`, `aa` and `aaa` would share one distribution and the optimum would be out of reach of any method.
+    """
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=max(map(len, prompts)) + horizon + 1, initializer_range=spread, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=EOS, pad_token_id=None,
+    config = GPT2Config(
+        vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=4, n_positions=max(map(len, prompts)) + horizon + 1, initializer_range=spread,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False, bos_token_id=None, eos_token_id=EOS, pad_token_id=None,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return GPT2LMHeadModel(config).eval()
 
 
 def table(world: World) -> TabularLM:
@@ -77,14 +81,44 @@ def logits(model: Any, prompts: tuple[Tokens, ...], tree: Tree) -> Array:
 
 
 def make(
-    name: str, *, seed: int = 0, prompts: int = 2, vocabulary: int = 3, horizon: int = 3, spread: float = 0.1, beta: float = 0.5,
+    name: str, *, seed: int = 0, prompts: int = 2, vocabulary: int = 3, horizon: int = 3, spread: float = 0.05, beta: float = 0.5, kl: float | None = 1.25,
     reward: Array | None = None, uneven: bool = False,
 ) -> tuple[World, Any]:  # fmt: skip
-    """A world around an untrained transformer, and that transformer. Without `reward` every response has a normal one of deviation 1."""
-    from .world import prompts_for, random_reward
+    """A world around an untrained transformer, and that transformer.
 
+    Args:
+        reward: [P, Y]; default: independent normal ones.
+        kl: nats that the optimum is to lie from the reference; the rewards are scaled until it does. None: they stay as they are.
+        uneven: prompts of two lengths.
+    """
     texts, shape = prompts_for(prompts, vocabulary, uneven=uneven), tree(vocabulary, horizon)
     model = transformer(texts, vocabulary, horizon, seed, spread=spread)
     if reward is None:
         reward = random_reward(prompts, len(shape.responses), seed)
-    return World(name, texts, logits(model, texts, shape), reward, beta, horizon), model
+    world = World(name, texts, logits(model, texts, shape), reward, beta, horizon)
+    return (world if kl is None else world.with_(reward=reward * scale_for(world, kl))), model
+
+
+def scale_for(world: World, kl: float) -> float:
+    """The factor on the rewards with which KL(pi*, ref) is `kl` nats: it grows with the factor, so halving finds it."""
+    low, high = 0.0, 64.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        best, _ = exact.optimum(world, reward=world.reward * middle)
+        low, high = (middle, high) if exact.kl(best, exact.reference(world)) < kl else (low, middle)
+    return (low + high) / 2
+
+
+def mild(seed: int = 0) -> tuple[World, Any]:
+    """15 responses to each of 2 prompts, all of them within reach of the reference: the optimum lies 1.25 nats away."""
+    return make("mild", seed=seed)
+
+
+def peaked(seed: int = 0) -> tuple[World, Any]:
+    """As many responses, but the best ones are rare under the reference and the pull to it is weak: 2.9 nats. What is not sampled is not learned."""
+    return make("peaked", seed=seed, spread=0.25, beta=0.3, kl=2.9)
+
+
+def large(seed: int = 0) -> tuple[World, Any]:
+    """121 responses to each of 2 prompts."""
+    return make("large", seed=seed, vocabulary=4, horizon=4)

@@ -14,6 +14,7 @@ from transformers.utils import logging as hf_logging
 from ..config import LoraSettings, RowSettings, RunSettings
 from ..data.render import Renderer, set_chat_template
 from ..errors import InputError, RunError
+from . import tabular as tabular  # its folders load like any other
 from .roles import Policy, Scorer, plain
 
 hf_logging.disable_progress_bar()
@@ -167,7 +168,7 @@ def save(module: Policy | Scorer, tokenizer: Any, path: Path, probe: Tensor) -> 
     model.save_pretrained(path, safe_serialization=True)
     tokenizer.save_pretrained(path)
     device = next(module.parameters()).device
-    probe = probe.to(device)
+    probe = (probe if probe.shape[1] > 1 else probe.repeat(1, 2)).to(device)  # of one token there is nothing to predict
     auto = AutoModelForCausalLM if isinstance(module, Policy) else AutoModelForSequenceClassification
     extra = {} if isinstance(module, Policy) else {"num_labels": 1}
     again = auto.from_pretrained(path, dtype=torch.float32, **extra).eval().to(device)
