@@ -195,19 +195,19 @@ def frontier(world: World, betas: Array, *, reward: Array | None = None, other: 
 def best_of_n(logp: Array, score: Array, n: int) -> Array:
     """[P, Y] log-probabilities of the best of n draws by `score` [P, Y]. Equal scores share: the first drawn of them is kept.
 
-    The probability of a score is F^n - F_below^n; inside a score responses keep their proportions.
+    The probability of a score is F^n - F_below^n = F^n (1 - (1 - f / F)^n), F up to it and f its own; inside a score responses keep their proportions.
     """
     out = np.empty_like(logp)
     for p in range(len(logp)):
         _, which = np.unique(score[p], return_inverse=True)
-        mass = np.bincount(which, weights=np.exp(logp[p]))
-        upto = np.minimum(np.cumsum(mass), 1.0)
-        upto[-1] = 1.0
-        below = np.concatenate([[0.0], upto[:-1]])
+        own = np.full(which.max() + 1, -np.inf)
+        np.logaddexp.at(own, which, logp[p])
+        above = np.append(np.logaddexp.accumulate(own[:0:-1])[::-1], -np.inf)
         with np.errstate(divide="ignore"):
-            # F^n - f^n = F^n (1 - (f / F)^n), without the loss of digits where the two are close
-            group = n * np.log(upto) + np.log(-np.expm1(n * np.log(below / upto)))
-        out[p] = logp[p] - np.log(mass)[which] + group[which]
+            upto = np.where(above < np.log(0.5), np.log1p(-np.exp(above)), np.logaddexp.accumulate(own))
+            share = np.minimum(np.exp(own - upto), 1.0)
+            times = np.where(share > 0, -np.expm1(n * np.log1p(-share)) / np.where(share > 0, share, 1.0), n)
+        out[p] = logp[p] + ((n - 1) * upto + np.log(times))[which]
     return out
 
 

@@ -26,7 +26,7 @@ def transformer(prompts: tuple[Tokens, ...], vocabulary: int, horizon: int, seed
     """
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=4, n_positions=max(map(len, prompts)) + horizon + 1, initializer_range=spread,
+        vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=4, n_positions=max(16, max(map(len, prompts)) + horizon), initializer_range=spread,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False, bos_token_id=None, eos_token_id=EOS, pad_token_id=None,
     )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
@@ -100,8 +100,15 @@ def make(
 
 
 def scale_for(world: World, kl: float) -> float:
-    """The factor on the rewards with which KL(pi*, ref) is `kl` nats: it grows with the factor, so halving finds it."""
+    """The factor on the rewards with which KL(pi*, ref) is `kl` nats: it grows with the factor, so halving finds it.
+
+    Raises:
+        ValueError: no factor is large enough, for the responses of the largest reward are themselves too likely.
+    """
     low, high = 0.0, 64.0
+    farthest, _ = exact.optimum(world, reward=world.reward * high)
+    if (most := exact.kl(farthest, exact.reference(world))) < kl:
+        raise ValueError(f"{world.name}: no scale of these rewards puts the optimum {kl:g} nats from the reference: its best responses are {most:.3g} away")
     for _ in range(60):
         middle = (low + high) / 2
         best, _ = exact.optimum(world, reward=world.reward * middle)

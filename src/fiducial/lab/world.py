@@ -108,9 +108,11 @@ class World:
             value = getattr(self, name)
             if value is not None and value.shape != (len(self.prompts), len(self.tree.responses)):
                 raise ValueError(f"{name} must have one number a prompt and response, {[len(self.prompts), len(self.tree.responses)]}, not {list(value.shape)}")
-        for a in self.prompts:
-            for b in self.prompts:
-                if a is not b and b[: len(a)] == a:
+        if self.step_reward is not None and self.step_reward.shape != shape:
+            raise ValueError(f"step_reward must have the shape of reference, {list(shape)}, not {list(self.step_reward.shape)}")
+        for i, a in enumerate(self.prompts):
+            for j, b in enumerate(self.prompts):
+                if i != j and b[: len(a)] == a:
                     raise ValueError(f"prompt {a} is the beginning of prompt {b}: a text would belong to both")
 
     @property
@@ -171,6 +173,8 @@ class World:
 
 def prompts_for(count: int, vocabulary: int, *, uneven: bool = False) -> tuple[Tokens, ...]:
     """`count` prompts of letters, none the beginning of another; with `uneven` every second one is a token longer."""
+    if vocabulary < 3 and count > 1:
+        raise ValueError(f"a vocabulary of {vocabulary} has one letter beside EOS, and of two texts in one letter one is the beginning of the other")
     width = 1
     while (vocabulary - 1) ** width < count:
         width += 1
@@ -195,12 +199,15 @@ def sparse_reward(prompts: int, tree: Tree, seed: int, share: float = 0.1) -> Ar
     return out
 
 
-def exploited(reward: Array, reference: Array, seed: int, *, noise: float = 0.3, mass: float = 0.02, gold: float = -2.0, proxy: float = 3.0) -> tuple[Array, Array]:
+def exploited(
+    reward: Array, reference: Array, seed: int, *, noise: float = 0.3, mass: float = 0.02, gold: float = -2.0, proxy: float = 3.0
+) -> tuple[Array, Array]:
     """(gold, proxy) [P, Y]: the proxy is gold with a little noise, but for a few unlikely responses that it loves and that gold hates.
 
     Args:
-        reference: [P, Y] probabilities of the responses; the exploit is made of the least likely ones, up to `mass` of them together.
-        gold, proxy: what the exploit is worth, in the units of the reward, above its mean.
+        reference: [P, Y] probabilities of the responses; the exploit is made of the least likely ones, up to `mass` of them together, and at least one.
+        gold: the true reward of the exploit.
+        proxy: how far the proxy puts it above the best true reward of its prompt.
     """
     rng = np.random.default_rng([seed, 3])
     true, learned = reward.copy(), reward + rng.normal(size=reward.shape) * noise

@@ -40,6 +40,15 @@ def states_behind(vocab_size: int, horizon: int) -> int:
     return sum((vocab_size - 1) ** k for k in range(horizon))
 
 
+class _Vocabulary(nn.Module):
+    """Stands where others keep their embeddings and tells device, type and vocabulary. A buffer: loading a folder makes every parameter a trained one."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(size, 1))
+        self.weight: Tensor
+
+
 class _Tree(PreTrainedModel):  # type: ignore[misc]
     """Which row of the table a prefix stands in, one-hot. Prefixes outside the tree get zeros: logits 0, value 0."""
 
@@ -49,7 +58,7 @@ class _Tree(PreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, config: TabularConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, 1).requires_grad_(False)  # never read; it tells the device and the vocabulary
+        self.embed_tokens = _Vocabulary(config.vocab_size)
         self.post_init()
         self._following: Tensor | None = None
 
@@ -59,7 +68,7 @@ class _Tree(PreTrainedModel):  # type: ignore[misc]
             self._following = tuple(x.to(device) for x in _tree(self.config))  # type: ignore[assignment]
         return self._following  # type: ignore[return-value]
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> _Vocabulary:
         return self.embed_tokens
 
     def forward(

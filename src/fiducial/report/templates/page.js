@@ -16,13 +16,23 @@ function tone(colour) {
   return isDark() && DARK[colour] || colour;
 }
 
+function heat(f) {  // rows and columns are settings, so they stand evenly; the number is in the cell and the colour repeats it
+  const soft = css("--soft");
+  return [{ type: "heatmap", x: f.columns.map(plain), y: f.rows.map(plain), z: f.z, text: f.text.map(row => row.map(plain)), texttemplate: "%{text}", textfont: { size: 12, color: "#1c1d1f" },
+    colorscale: [[0, "#fff3c4"], [.5, "#b9d9e8"], [1, "#4a9bcf"]], zmin: f.bar.range[0], zmax: f.bar.range[1], xgap: 2, ygap: 2, hoverongaps: false,
+    hovertemplate: plain(f.x) + " %{x}<br>" + plain(f.y) + " %{y}<br>%{text}<extra></extra>",
+    colorbar: { orientation: "h", y: -.28, yanchor: "top", thickness: 10, len: .92, outlinewidth: 0, ticklabeloverflow: "allow", tickvals: f.bar.ticks[0], ticktext: f.bar.ticks[1],
+      tickfont: { size: 11, color: soft }, title: { text: plain(f.bar.title), side: "bottom", font: { size: 12, color: soft } } } }];
+}
+
 function traces(f) {
+  if (f.kind === "heat") return heat(f);
   const out = [], named = f.series.filter(s => !s.faint).length;
   for (const raw of f.series) {
     const s = Object.assign({}, raw, { color: tone(raw.color) });
     const t = { type: "scatter", mode: s.mode, name: plain(s.name), x: s.x, y: s.y, connectgaps: false, showlegend: !s.faint && named > 1 && s.legend !== false,
       line: { color: s.faint ? alpha(s.color, .33) : s.color, width: s.faint ? 1 : 2.2, dash: s.dash },
-      marker: { color: s.color, size: f.small ? 4 : 7, symbol: s.symbol || "circle" }, hoverinfo: s.faint ? "skip" : "all",
+      marker: { color: s.color, size: s.big ? 15 : f.small && !s.symbol ? 4 : 7, symbol: s.symbol || "circle" }, hoverinfo: s.faint ? "skip" : "all",
       hovertemplate: s.faint ? undefined : "%{x:.4~g}, %{y:.3~g}" + (s.text ? "<br>%{text}" : "") + "<extra>" + plain(s.name) + "</extra>" };
     if (s.text) t.text = s.text.map(plain);
     if (s.low && s.mode === "markers") {
@@ -41,7 +51,7 @@ function layout(f) {
   const ink = css("--ink"), soft = css("--soft"), grid = css("--grid"), size = f.small ? 11 : 13;
   const axis = title => ({ title: { text: plain(title), font: { size, color: soft }, standoff: 6 }, gridcolor: grid, zerolinecolor: grid, linecolor: grid,
     tickfont: { size: size - 1, color: soft }, automargin: true, nticks: f.small ? 5 : 7, exponentformat: "power", hoverformat: ".4~g" });
-  const shapes = [], notes = [], legend = f.series.filter(s => !s.faint).length > 1;
+  const shapes = [], notes = [], legend = f.series.filter(s => !s.faint && s.legend !== false).length > 1;
   if (f.band) shapes.push({ type: "rect", layer: "below", xref: "paper", x0: 0, x1: 1, yref: "y", y0: f.band[0], y1: f.band[1], fillcolor: css("--band"), line: { width: 0 } });
   if (f.level) {
     shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, yref: "y", y0: f.level.y, y1: f.level.y, line: { color: soft, width: 1, dash: "dash" } });
@@ -55,10 +65,16 @@ function layout(f) {
   if (f.range && Math.max(Math.abs(f.range[0]), Math.abs(f.range[1])) >= 2e4) yaxis.tickformat = "~s";
   if (f.range) yaxis.range = f.range;
   if (f.xrange) xaxis.range = f.xrange;
+  if (f.xlog) xaxis.type = "log";
+  if (f.ylog) yaxis.type = "log";
+  if (f.yticks) { yaxis.tickvals = f.yticks[0]; yaxis.ticktext = f.yticks[1]; }
+  if (f.xformat) xaxis.tickformat = f.xformat;
+  if (f.xticks) { xaxis.tickvals = f.xticks[0]; xaxis.ticktext = f.xticks[1]; }
+  if (f.kind === "heat") { xaxis.type = yaxis.type = "category"; xaxis.showgrid = yaxis.showgrid = false; }
   if (f.diagonal) { xaxis.range = [0, 1.02]; yaxis.range = [0, 1.08]; }
   return { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: "system-ui, sans-serif", size, color: ink }, xaxis, yaxis, shapes, annotations: notes,
     margin: { l: 8, r: 10, t: legend ? 6 : 8, b: 8 }, showlegend: legend, hovermode: "closest", dragmode: false,
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size }, bgcolor: "rgba(0,0,0,0)" },
+    legend: { orientation: "h", traceorder: "normal", x: 0, y: 1.02, yanchor: "bottom", font: { size }, bgcolor: "rgba(0,0,0,0)" },
     hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line"), font: { color: ink } } };
 }
 

@@ -1,0 +1,363 @@
+"""`fiducial lab`: every method that the package ships, held against the exactly known optimum of worlds small enough to enumerate, and the page of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from ..config import Settings, command_line
+from ..errors import InputError, RunError
+from ..report.lab_page import write_lab_page
+from ..report.numbers import number
+from ..train.progress import Progress, say
+from . import derivation, estimators, exact, labels, overoptimisation, policies
+from .measured import Plan, run_quietly, write_world
+from .world import World, exploited
+
+
+class Lab(Settings):
+    """Lab: run every method on worlds whose optimum is known exactly, measure how far from it each stops, and write the page with the whole derivation."""
+
+    out: str | None = None
+    """The folder for everything. Default: lab-run, lab-run-2, ..."""
+    full: bool = False
+    """Three seeds of everything, the large worlds with the transformer too, and a finer grid: under 20 minutes on two cores. Default: under 4."""
+    seed: int = 0
+    """Of the worlds and of the runs on them; the seeds are this one and the next two."""
+    processes: int | None = Field(None, gt=0)
+    """Runs side by side. Default: one for each core, eight at most."""
+    resume: bool = False
+    """Keep the runs that are finished in --out."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be made, and where its result belongs on the page."""
+
+    world: str
+    plan: Plan
+    section: str  # "methods" or "sensitivity"
+    cost: float  # about how many seconds
+
+    @property
+    def name(self) -> str:
+        p = self.plan
+        beta = "" if p.beta is None else f"-beta-{p.beta:g}"
+        reward = "" if p.reward == "reward" else "-proxy"
+        return f"{self.world}-{p.method}-{p.policy}{reward}-rate-{p.learning_rate:g}-steps-{p.steps}{beta}-seed-{p.seed}"
+
+
+SETTINGS: dict[tuple[str, str, str], tuple[float, int]] = {
+    ("mild", "dpo", "table"): (0.05, 800), ("mild", "ppo", "table"): (0.05, 150),
+    ("mild", "dpo", "transformer"): (1e-3, 1000), ("mild", "ppo", "transformer"): (1e-3, 150),
+    ("peaked", "dpo", "table"): (0.05, 800), ("peaked", "ppo", "table"): (0.05, 150),
+    ("peaked", "dpo", "transformer"): (1e-3, 1500), ("peaked", "ppo", "transformer"): (1e-3, 400),
+    ("large", "dpo", "table"): (0.05, 800), ("large", "ppo", "table"): (0.05, 150),
+    ("large", "dpo", "transformer"): (1e-3, 1500), ("large", "ppo", "transformer"): (1e-3, 400),
+    ("exploit", "ppo", "table"): (0.05, 150), ("exploit", "ppo", "transformer"): (1e-3, 150),
+}  # fmt: skip
+"""Learning rate and steps of each run: steps of 256 pairs, iterations of 256 responses."""
+SECONDS = {("dpo", "table"): 0.009, ("ppo", "table"): 0.025, ("dpo", "transformer"): 0.045, ("ppo", "transformer"): 0.12}
+"""Usual seconds a step, to begin with the longest."""
+NAMES = {"ppo": "PPO", "dpo": "DPO"}
+COPIES = {"mild": 100, "exploit": 100, "peaked": 100, "large": 4}
+"""How often every two responses are compared in the file of each world: all of them together some ten thousand times."""
+RATES = {"quick": (0.01, 0.05, 0.25), "full": (0.002, 0.01, 0.05, 0.25, 1.25)}
+BETAS = {"quick": (0.2, 0.5, 1.0), "full": (0.1, 0.2, 0.5, 1.0, 2.0)}
+
+
+def jobs(form: str, seed: int) -> list[Job]:
+    """All runs of a form."""
+    seeds = (seed, seed + 1, seed + 2)
+    out = []
+
+    def add(world: str, method: Any, policy: Any, chosen: Sequence[int], **changes: Any) -> None:
+        rate, steps = SETTINGS[world, method, policy]
+        for s in chosen:
+            out.append(Job(world, Plan(method, policy, rate, steps, seed=s, **changes), "methods", steps * SECONDS[method, policy]))
+
+    for method in ("dpo", "ppo"):
+        add("mild", method, "table", seeds)
+        add("mild", method, "transformer", seeds if form == "full" else seeds[:1])
+        for world in ("peaked", "large"):
+            add(world, method, "table", seeds)
+            if form == "full":
+                add(world, method, "transformer", seeds)
+    add("exploit", "ppo", "table", seeds[:1], reward="proxy", points=24)
+    for method, steps in (("dpo", 300), ("ppo", 60)):
+        for beta in BETAS[form]:
+            for rate in RATES[form]:
+                plan = Plan(method, "table", rate, steps, seed=seed, beta=beta, points=0)  # type: ignore[arg-type]
+                out.append(Job("mild", plan, "sensitivity", steps * SECONDS[method, "table"]))
+    return out
+
+
+def lab(settings: Lab) -> Path:
+    """The path of the page."""
+    folder = Path(settings.out) if settings.out else _free(Path("lab-run"))
+    if folder.exists() and any(folder.iterdir()) and not settings.resume:
+        raise InputError(f"--out: {folder} exists already: choose another folder, or go on with --resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    form = "full" if settings.full else "quick"
+    times: dict[str, float] = {}
+
+    with timed(times, "making the worlds"):
+        say(f"lab: making the worlds ({form} form: about {'15' if settings.full else '3'} minutes on two cores)")
+        worlds = make_worlds(folder, settings.seed)
+    todo = jobs(form, settings.seed)
+    with Workers(folder, settings.processes, settings.resume) as workers:
+        began = time.monotonic()
+        pending = workers.start(todo)
+        data = story(worlds["mild", settings.seed], form, times)
+        done = workers.collect(pending)
+        times["running the shipped methods"] = time.monotonic() - began
+    data |= {
+        "form": form,
+        "seed": settings.seed,
+        "command": command_line(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers.count} runs side by side",
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("fiducial", "torch", "transformers", "numpy")}},
+        "worlds": [describe(name, worlds[name, settings.seed]) for name in WORLDS],
+        "methods": methods(done, worlds),
+        "sensitivity": sensitivity(done),
+    }
+    data["overoptimisation"] = [followed(one, done) for one in data["overoptimisation"]]
+    data["timings"] = {k: round(v, 1) for k, v in times.items()}
+    (folder / "lab.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+    return write_lab_page(folder, data)
+
+
+def as_lines(page: Path) -> list[str]:
+    """What the terminal says at the end: a line a method, and where the page is."""
+    data = json.loads((page.parent / "lab.json").read_text(encoding="utf-8"))
+    lines = []
+    for row in data["methods"]:
+        gaps = ", ".join(f"{100 * run['relative_gap']:.2g}%" for run in row["runs"])
+        apart = ", ".join(number(run["total_variation"]) for run in row["runs"])
+        lines.append(f"{row['world']:<8} {row['name']:<4} {row['policy']:<12} short of the optimum by {gaps}; total variation {apart}")
+    return [*lines, str(page)]
+
+
+# ---- worlds ----
+
+WORLDS = {
+    "mild": "Every response is within reach of the reference: methods should arrive.",
+    "peaked": "The best responses are rare under the reference and the pull to it is weak: what is not sampled is not learned.",
+    "large": "Eight times as many responses, and thirty times as many comparisons to learn from.",
+    "exploit": "The mild world with a proxy that overrates a few unlikely responses, which the true reward hates.",
+}
+
+
+def make_worlds(folder: Path, seed: int) -> dict[tuple[str, int], World]:
+    """The worlds of three seeds, each with its files below `folder`; the exploit's only once."""
+    made = {"mild": policies.mild, "peaked": policies.peaked, "large": policies.large, "exploit": exploit}
+    out = {}
+    for name, make in made.items():
+        for s in (seed, seed + 1, seed + 2) if name != "exploit" else (seed,):
+            world, model = make(s)
+            out[name, s] = world
+            where = folder / "worlds" / f"{name}-{s}"
+            if not (where / "pairs.jsonl").exists():
+                write_world(world, model, where, copies=COPIES[name])
+    return out
+
+
+def exploit(seed: int) -> tuple[World, Any]:
+    """The mild world, in which a few responses are overrated by the proxy."""
+    world, model = policies.mild(seed)
+    gold, proxy = exploited(world.reward, np.exp(exact.reference(world)), seed)
+    return world.with_(name="exploit", reward=gold, proxy=proxy), model
+
+
+def describe(name: str, world: World) -> dict[str, Any]:
+    """The facts of a world, for the page."""
+    best, _ = exact.optimum(world)
+    ref = exact.reference(world)
+    return {
+        "key": name, "words": WORLDS[name], "prompts": len(world.prompts), "responses": len(world.responses), "vocabulary": world.vocabulary,
+        "horizon": world.horizon, "beta": world.beta, "kl_optimum": exact.kl(best, ref), "objective_reference": exact.objective(world, ref),
+        "objective_optimum": exact.objective(world, best),
+    }  # fmt: skip
+
+
+# ---- what is known without a run ----
+
+
+def story(world: World, form: str, times: dict[str, float]) -> dict[str, Any]:
+    """Everything that is computed and not trained: the setting, the derivation, labels, estimators, best-of-n, over-optimisation."""
+    out: dict[str, Any] = {}
+    with timed(times, "the derivation, side by side"):
+        out["setting"], out["frontier"] = derivation.setting(world), derivation.frontier(world)
+        out["derivation"], out["recovered"] = derivation.derive(world)
+    with timed(times, "what labels do"):
+        out["missing"], out["labels"] = labels.missing(world), labels.annotators(world)
+    with timed(times, "estimators against exact gradients"):
+        out["kl"], out["estimators"] = estimators.kl_table(world), estimators.estimator_table()
+    with timed(times, "best-of-n and over-optimisation"):
+        out["best_of_n"] = derivation.best_of_n(world, [1, 2, 4, 8, 16, 32, 64, 256, 1024])
+        out["overoptimisation"] = overoptimisation.curves(form)
+    return out
+
+
+# ---- runs ----
+
+
+class Workers:
+    """Processes that make runs side by side, each with one thread; finished runs are kept, and are not made again with `resume`."""
+
+    def __init__(self, folder: Path, processes: int | None, resume: bool) -> None:
+        self.folder, self.resume = folder, resume
+        self.count = processes or max(1, min(8, os.cpu_count() or 1))
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come; this one has read it already
+        self.pool = ProcessPoolExecutor(self.count, mp_context=get_context("spawn"))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=kind is not None)
+
+    def start(self, todo: Sequence[Job]) -> dict[Future[dict[str, Any]], Job]:
+        """Hand out the runs, the longest first."""
+        out = {}
+        for job in sorted(todo, key=lambda j: -j.cost):
+            out[self.pool.submit(make_run, job, self.folder, self.resume)] = job
+        return out
+
+    def collect(self, pending: dict[Future[dict[str, Any]], Job]) -> list[tuple[Job, dict[str, Any]]]:
+        """All results, in an order that does not depend on who was quicker.
+
+        Raises:
+            RunError: a run failed; the sentence names its log.
+        """
+        found = []
+        with Progress("lab: runs of the shipped methods", len(pending)) as bar:
+            for future in as_completed(pending):
+                job = pending[future]
+                try:
+                    found.append((job, future.result()))
+                except Exception as error:
+                    log = self.folder / "runs" / f"{job.name}.log"
+                    raise RunError(f"the run {job.name} failed: {error}; its log is {log}; the others are kept: --out {self.folder} --resume") from error
+                bar.advance()
+        return sorted(found, key=lambda pair: pair[0].name)
+
+
+def make_run(job: Job, folder: Path, resume: bool) -> dict[str, Any]:
+    """In a worker: the result of one run, from the disk if it was made before."""
+    out = folder / "runs" / job.name
+    result = out.with_suffix(".json")
+    if resume and result.exists():
+        return dict(json.loads(result.read_text(encoding="utf-8")))
+    shutil.rmtree(out, ignore_errors=True)  # what was cut short
+    found = run_quietly(job.plan, folder / "worlds" / f"{job.world}-{job.plan.seed}", out)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    aside = result.with_suffix(".aside")
+    aside.write_text(json.dumps(found), encoding="utf-8")
+    aside.replace(result)
+    return found
+
+
+# ---- from runs to what the page shows ----
+
+Done = list[tuple[Job, dict[str, Any]]]
+
+
+def methods(done: Done, worlds: dict[tuple[str, int], World]) -> list[dict[str, Any]]:
+    """A row a method, policy and world, with its runs of all seeds."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for job, result in done:
+        plan = job.plan
+        if job.section != "methods":
+            continue
+        each = "pairs a step" if plan.method == "dpo" else "responses an iteration"
+        what = "steps" if plan.method == "dpo" else "iterations"
+        row = rows.setdefault((job.world, plan.policy, plan.method), {
+            "method": plan.method, "name": NAMES[plan.method], "policy": plan.policy, "world": job.world,
+            "setting": f"learning rate {plan.learning_rate:g}, {plan.steps:,} {what}, {plan.batch_size} {each}", "runs": [], "cause": None,
+        })  # fmt: skip
+        row["runs"].append({k: v for k, v in result.items() if k not in ("plan", "trail", "final")})
+        row["cause"] = row["cause"] or cause(worlds[job.world, plan.seed], plan, result)
+    order = list(WORLDS)
+    return sorted(rows.values(), key=lambda r: (order.index(r["world"]), r["policy"] == "transformer", r["method"]))
+
+
+SHORT = 0.05
+"""A run that leaves more than this share of the gap owes an explanation."""
+
+
+def cause(world: World, plan: Plan, result: dict[str, Any]) -> str | None:
+    """Why a run stopped short, measured: the response on which it lies furthest below the optimum, and how often it was ever drawn."""
+    if result["relative_gap"] <= SHORT:
+        return None
+    reward = world.reward if plan.reward == "reward" else world.proxy
+    best = np.exp(exact.optimum(world, reward=reward)[0])
+    ends = np.exp(np.array(result["final"]))
+    p, y = np.unravel_index(np.argmax(best - ends), best.shape)
+    text, seed = f"{world.response_text(int(y))!r} to {world.prompt_text(int(p))!r}", plan.seed
+    said = f"Seed {seed} gives the response {text} {number(float(ends[p, y]))} where the optimum has {number(float(best[p, y]))}"
+    if plan.method == "ppo":
+        steps = [point["step"] for point in result["path"]]
+        chance = [float(np.exp(trail[p][y])) for trail in result["trail"]]
+        each = plan.batch_size / len(world.prompts)
+        drawn = sum((b - a) * each * (x + z) / 2 for a, b, x, z in zip(steps, steps[1:], chance, chance[1:], strict=False))
+        half = next((k for k, c in enumerate(chance) if c < chance[0] / 10), None)
+        sank = f", and its probability was below a tenth of that by step {steps[half]}" if half is not None else ""
+        return f"{said}: the reference gives it {number(chance[0])}{sank}; of {plan.steps * each:,.0f} responses to that prompt about {drawn:,.0f} were it."
+    seen = plan.steps * plan.batch_size / (len(world.prompts) * len(world.responses) * (len(world.responses) - 1) / 2)
+    return f"{said}: each of the comparisons was seen about {number(seen)} times, and the gap was {number(100 * result['path'][-2]['relative_gap'])}% one measurement before the end."
+
+
+def sensitivity(done: Done) -> list[dict[str, Any]]:
+    """The gap that is left, over learning rate and beta, for each method."""
+    out = []
+    for method in ("ppo", "dpo"):
+        here = {(j.plan.beta, j.plan.learning_rate): (j, r) for j, r in done if j.section == "sensitivity" and j.plan.method == method}
+        if not here:
+            continue
+        betas, rates = sorted({b for b, _ in here}, key=lambda b: b or 0.0), sorted({r for _, r in here})
+        plan = next(iter(here.values()))[0].plan
+        what = f"{plan.steps} steps of {plan.batch_size} pairs" if method == "dpo" else f"{plan.steps} iterations of {plan.batch_size} responses"
+        out.append({
+            "method": method, "name": NAMES[method], "policy": plan.policy, "world": "mild", "learning_rates": rates, "betas": betas,
+            "relative_gap": [[here[b, r][1]["relative_gap"] for r in rates] for b in betas], "setting": what,
+        })  # fmt: skip
+    return out
+
+
+def followed(curve: dict[str, Any], done: Done) -> dict[str, Any]:
+    """The curve of the world with the exploit, with the path that PPO took behind the proxy."""
+    if curve["key"] != "world_exploit":
+        return curve
+    paths = [r["path"] for j, r in done if j.plan.reward == "proxy"]
+    if not paths:
+        return curve
+    path = paths[0]
+    return {**curve, "path": {"kl": [p["kl"] for p in path], "proxy": [p["reward"] for p in path], "gold": [p["gold"] for p in path]}}
+
+
+@contextmanager
+def timed(times: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds of the block to `times`."""
+    start = time.monotonic()
+    yield
+    times[name] = time.monotonic() - start
+
+
+def _free(path: Path) -> Path:
+    tried: Callable[[int], Path] = lambda n: path if n == 1 else path.with_name(f"{path.name}-{n}")  # noqa: E731
+    return next(tried(n) for n in range(1, 10_000) if not tried(n).exists())

@@ -1,0 +1,789 @@
+r"""Check your loss: hand over a function from a batch to a scalar, get back its bias, what it costs, and the name of the mistake.
+
+    from fiducial.lab import check_policy_loss
+
+    def mine(batch):                                            # REINFORCE, the penalty in the reward
+        penalty = batch.beta * (batch.logprobs - batch.ref_logprobs).detach()
+        paid = batch.rewards - (penalty * batch.mask).sum(1)
+        return -(paid[:, None] * batch.logprobs * batch.mask).sum() / batch.mask.sum()
+
+    print(check_policy_loss(mine))
+
+The batch is a population (`fiducial.lab.population`): its mean is an expectation, so the gradient of the loss is compared with the exact one to rounding.
+Only its direction is judged: a sum, a mean over tokens and a mean over responses are one loss at three learning rates. What is wrong is then looked for in
+this order: no gradient, or one that is not finite; log-probabilities read at the wrong place or temperature; the mistakes of `fiducial.lab.faults`, by
+their gradients in closed form; gradients where none should be; changes of the batch that should change nothing (more padding, other prompts, another
+order, every row twice); and what must be taken away for the bias to go. What no loss can show is not checked: tokenisation, sampling, dropout at another
+time, accumulation and processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import exact, faults
+from .faults import CATALOGUE, Candidate
+from .population import Batch, Critic, Outside, PairBatch, Population, Rows, build, build_pairs, draw, layout, make_population, pairs, rows
+from .world import Array
+
+Objective = Literal["J", "reward", "kl", "forward_kl", "clip"]
+Loss = Callable[[Any], Any]
+"""From a Batch or PairBatch to a scalar tensor, or to a tuple that begins with one."""
+
+TOLERANCE = 1e-6
+"""A relative bias below this is rounding: float32 passes, bfloat16 does not."""
+ROUNDING = 0.01
+"""Up to here an unexplained bias may be that of half precision."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a loss.
+
+    ok: its expected gradient has the exact direction, and nothing changes it that should not.
+    name: "correct", or the mistake, of `fiducial.lab.CATALOGUE`; several are joined by " + ".
+    sentence: what is wrong, by how much, and what to do.
+    checked: what it was held against.
+    cosine: of its expected gradient and the exact one.
+    relative_bias: |a g - exact| / |exact| at the best positive factor a.
+    scale: the length of g along the exact gradient: 1 for a mean over responses of sums over tokens.
+    variance: E |g_i - g|^2 / |g|^2 of what one response (group, pair) adds to the gradient: how many it takes for noise as large as the gradient.
+    gap: what a short training with this loss leaves of the way to the optimum: 1 where it began, 0 at the optimum. None: not trained.
+    probes: the invariances that failed: padding, order, copies, prompt, nan.
+    remarks: more sentences.
+    """
+
+    ok: bool
+    name: str
+    sentence: str
+    checked: str
+    cosine: float = math.nan
+    relative_bias: float = math.nan
+    scale: float = math.nan
+    variance: float = math.nan
+    gap: float | None = None
+    probes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{'ok   ' if self.ok else 'WRONG'}  {self.checked}: {self.name}", self.sentence, *self.remarks]
+        if not math.isnan(self.cosine):
+            gap = "" if self.gap is None else f", gap after a short training {self.gap:.3f}"
+            lines.append(f"cosine {self.cosine:.4f}, relative bias {self.relative_bias:.1e}, scale {self.scale:.4g}, variance {self.variance:.3g}{gap}")
+        return "\n       ".join(lines)
+
+
+# ---- a loss on one batch ----
+
+
+@dataclass(frozen=True)
+class Change:
+    """How the plain batch is changed. None of it should matter."""
+
+    widen: int = 0
+    outside: Outside = "nonsense"
+    garbled: bool = False
+    order: bool = False
+    copies: int = 1
+
+
+PROBES: dict[str, tuple[Change, str]] = {
+    "padding": (Change(widen=2, outside="other"), "padding counts"),
+    "prompt": (Change(garbled=True), "reads the prompt's tokens"),
+    "order": (Change(order=True), "depends on the order of rows"),
+    "copies": (Change(copies=2), "copies count"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """Value and gradient of a loss on one batch.
+
+    table: [E, ...] gradient by every row of the learned table: states, complete responses, positions inside prompts, columns behind the end.
+    sides: the batch, or the chosen and the rejected half. each: their gradients [N, W, ...] row by row, node [N, W] the row of the table.
+    """
+
+    value: float
+    table: Array
+    sides: tuple[Batch, ...]
+    each: tuple[Array, ...]
+    node: tuple[Array, ...]
+    nothing: bool
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.value) and np.isfinite(self.table).all())
+
+
+def scalar(found: Any) -> Tensor:
+    """The loss in what a function returned. ValueError if there is none."""
+    loss = found[0] if isinstance(found, tuple) and found else found
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"a loss must return a scalar tensor, or a tuple that begins with one, not {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"a loss must return a scalar tensor, not one of shape {list(loss.shape)}: sum it or average it")
+    return loss.reshape(())
+
+
+def look(loss: Loss, batch: Batch | PairBatch, what: str) -> Look:
+    """The loss and its gradient by "raw" logits, "values" or "scores"."""
+    sides = (batch,) if isinstance(batch, Batch) else (batch.chosen, batch.rejected)
+    leaves = [getattr(s, what) for s in sides]
+    value = scalar(loss(batch))
+    found = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
+    each = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+    size = max(int(s.node.max()) for s in sides) + 2
+    # a value in column t is of the state that position t - 1 is in; in front of the first column there is none
+    node = [torch.cat([torch.full_like(s.node[:, :1], size - 1), s.node[:, :-1]], 1) if what == "values" else s.node for s in sides]
+    table = torch.zeros((size, *each[0].shape[2:]), dtype=torch.float64)
+    for n, g in zip(node, each, strict=True):
+        table.index_add_(0, n.reshape(-1), g.double().reshape(-1, *g.shape[2:]))
+    return Look(
+        float(value.detach()), table.numpy(), sides, tuple(g.double().numpy() for g in each), tuple(n.numpy() for n in node),
+        all(g is None for g in found),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A direction held against the exact one; see `Verdict`."""
+
+    cosine: float
+    relative_bias: float
+    scale: float
+
+
+def measure(found: Array, target: Array) -> Measured:
+    """Two gradients of the same shape."""
+    g, t = found.ravel(), target.ravel()
+    gg, gt, tt = float(g @ g), float(g @ t), float(t @ t)
+    if gg < 1e-24 * tt:
+        return Measured(0.0, 1.0, 0.0)
+    best = max(gt / gg, 0.0)
+    return Measured(gt / math.sqrt(gg * tt), float(np.linalg.norm(best * g - t)) / math.sqrt(tt), gt / tt)
+
+
+# ---- what is checked ----
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One kind of loss.
+
+    what: the tensor that is learned. exact: minus the exact gradient of the loss that is meant. make: the population as a batch.
+    candidates: mistakes, each with its gradient. train: from a loss to the gap that it leaves.
+    parts: populations in which one thing is missing; where the bias is gone there, it was in that thing.
+    """
+
+    checked: str
+    what: str
+    population: Population
+    exact: Callable[[Population], Array]
+    make: Callable[[Population, Change], Any]
+    candidates: Callable[[Population], Iterator[Candidate]]
+    train: Callable[[Loss], float] | None
+    parts: dict[str, Callable[[Population], Population]] = field(default_factory=dict)
+    group: int = 1
+    zero: str = "zero in expectation"
+
+    def look(self, loss: Loss, change: Change | None = None, population: Population | None = None) -> Look:
+        return look(loss, self.make(population or self.population, change or Change()), self.what)
+
+    def parameters(self, table: Array) -> Array:
+        """Of [..., E, ...] rows those that are learned: [P, S, V] logits, [P, S] values, or [P, S + Y] scores."""
+        world = self.population.world
+        where, prompts = layout(world.prompts, world.horizon), len(world.prompts)
+        if self.what == "scores":
+            inner, own = table[: where.states].reshape(prompts, -1), table[where.states : where.ends].reshape(prompts, -1)
+            return np.concatenate([inner, own], 1)
+        return table[: where.states].reshape(prompts, -1, *table.shape[1:])
+
+    def leaks(self, seen: Look) -> list[str]:
+        """Where a gradient reaches what is no token of the policy's."""
+        world = self.population.world
+        where = layout(world.prompts, world.horizon)
+        size = np.abs(seen.table).reshape(len(seen.table), -1).max(1)
+        reached = size > 1e-10 * size.max()
+        front = [len(reached) - 1] if self.what == "values" else []
+        inside = np.r_[where.ends : where.prompts, front].astype(int)
+        behind = np.r_[where.ends if self.what == "scores" else where.states : where.ends, where.prompts : len(reached) - len(front)]
+        return [n for n, at in (("trains on the prompt", inside), ("trains on padding", behind)) if reached[at].any()]
+
+    def variance(self, seen: Look) -> float:
+        """Every response (group, pair) of the population is as likely as every other."""
+        units, learned = None, None
+        for g, node in zip(seen.each, seen.node, strict=True):
+            n = len(g)
+            table = np.zeros((n, len(seen.table), int(np.prod(g.shape[2:]))))
+            np.add.at(table, (np.arange(n)[:, None], node), g.reshape(n, g.shape[1], -1))
+            units = table if units is None else units + table
+        assert units is not None
+        units = units.reshape(-1, self.group, *units.shape[1:]).sum(1)
+        learned = units[:, : self._learned_rows]
+        whole = learned.sum(0)
+        return float((learned**2).sum() * len(learned) / (whole**2).sum() - 1)
+
+    @property
+    def _learned_rows(self) -> int:
+        where = layout(self.population.world.prompts, self.population.world.horizon)
+        return where.ends if self.what == "scores" else where.states
+
+
+def judge(loss: Loss, case: Case, *, train: bool = True) -> Verdict:
+    """Look, measure, and name what is wrong."""
+    seen = case.look(loss)
+    if seen.nothing:
+        return _wrong(case, "no gradient")
+    if not seen.finite:
+        return _wrong(case, "not finite")
+    direction, target = -case.parameters(seen.table), case.exact(case.population)
+    found = measure(direction, target)
+    leaks = case.leaks(seen)
+    typical = math.sqrt(sum(float((g**2).sum()) for g in seen.each))
+    if np.linalg.norm(direction) < 1e-9 * typical and not leaks:
+        return replace(_wrong(case, case.zero), cosine=0.0, relative_bias=1.0, scale=0.0)
+    failed = _probe(loss, case, seen)
+    if "random" in failed:
+        return _wrong(case, "random")
+    biased = found.relative_bias > TOLERANCE
+    names: tuple[str, ...] = ()
+    remarks: list[str] = []
+    if biased:
+        names, remarks = _explain(loss, case, seen, direction, leaks, failed)
+    elif leaks:
+        names = tuple(leaks)
+    elif fatal := [f for f in failed if f != "nan"]:
+        names = (_probe_name(fatal[0], case),)
+    if not names:
+        remarks += _about_scale(found.scale, case)
+    remarks += [f"Also: {_probe_sentence(f, case)}." for f in failed if _probe_name(f, case) not in names]
+    gap = case.train(loss) if train and case.train is not None else None
+    sentence = _sentence(names, found) if names else f"The expected gradient has the exact direction, to {found.relative_bias:.0e}."
+    return Verdict(
+        not names, " + ".join(names) or "correct", sentence, case.checked, found.cosine, found.relative_bias, found.scale, case.variance(seen), gap,
+        tuple(failed), tuple(remarks),
+    )  # fmt: skip
+
+
+def _wrong(case: Case, name: str) -> Verdict:
+    return Verdict(False, name, _sentence((name,), None), case.checked)
+
+
+def _sentence(names: tuple[str, ...], found: Measured | None) -> str:
+    what = "; ".join(CATALOGUE[n].words for n in names)
+    todo = "; ".join(CATALOGUE[n].remedy for n in names if CATALOGUE[n].remedy)
+    size = "" if found is None or found.relative_bias <= TOLERANCE else f" The expected gradient is off by {found.relative_bias:.2%} (cosine {found.cosine:.4f})."
+    return f"{what[0].upper()}{what[1:]}.{size}" + (f" What to do: {todo}." if todo else "")
+
+
+# ---- diagnosis ----
+
+
+def _probe(loss: Loss, case: Case, seen: Look) -> list[str]:
+    """Names of the invariances that fail; "random" alone if there is no saying."""
+
+    def same(other: Look, *, up_to_scale: bool = False) -> bool:
+        a, b = case.parameters(seen.table), case.parameters(other.table)
+        if not np.isfinite(b).all():
+            return False
+        if up_to_scale:
+            return measure(b, a).relative_bias < TOLERANCE
+        return bool(np.linalg.norm(a - b) <= TOLERANCE * np.linalg.norm(a))
+
+    if not same(case.look(loss)):
+        return ["random"]
+    failed = [name for name, (change, _) in PROBES.items() if not same(case.look(loss, change), up_to_scale=name == "copies")]
+    try:
+        clean = same(case.look(loss, Change(outside="nan")))
+    except Exception:  # a loss may well refuse what is not a number, wherever it stands
+        clean = False
+    return failed if clean else [*failed, "nan"]
+
+
+def _probe_name(probe: str, case: Case) -> str:
+    if probe == "nan":
+        return "nan"
+    return "groups mixed" if probe == "order" and case.group > 1 else PROBES[probe][1]
+
+
+def _probe_sentence(probe: str, case: Case) -> str:
+    if probe == "nan":
+        return "NaN where the mask is false reaches the gradient (0 * NaN is NaN): select with torch.where instead of multiplying"
+    return CATALOGUE[_probe_name(probe, case)].words
+
+
+def _explain(loss: Loss, case: Case, seen: Look, direction: Array, leaks: list[str], failed: list[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Names for a biased gradient, and remarks."""
+    if case.what == "raw" and (misread := reading(seen)):
+        return (misread,), []
+    known = faults.explain(direction, case.candidates(case.population), case.group)
+    if known is not None:
+        names, rest = _with_leaks(known.names, leaks)
+        return (*names, *rest), [f"The penalty acts with {known.strength:.4g} times its strength."] if "wrong beta" in names else []
+    if leaks and not failed:
+        return tuple(leaks), []
+    order = [f for f in failed if f != "nan"]
+    if order:
+        if order[0] == "order" and case.checked == LIKELIHOOD and constant_within_rows(seen):
+            return ("mean of micro-batch means",), []
+        return (_probe_name(order[0], case),), []
+    if measure(direction, case.exact(case.population)).relative_bias < ROUNDING:
+        return ("rounding",), []
+    gone = [name for name, part in case.parts.items() if _exact_without(loss, case, part(case.population))]
+    return ("unknown",), [f"The bias is gone without {name}: look there." for name in gone] + coverage(seen)
+
+
+def _with_leaks(names: tuple[str, ...], leaks: list[str]) -> tuple[tuple[str, ...], list[str]]:
+    """A mask that is shifted leaves something out at one end and takes something in at the other."""
+    out, rest = list(names), list(leaks)
+    for left_out, taken, both in (("last token left out", "trains on the prompt", "mask one early"), ("first token left out", "trains on padding", "mask one late")):
+        if left_out in out and taken in rest:
+            out[out.index(left_out)] = both
+            rest.remove(taken)
+    return tuple(out), rest
+
+
+def _exact_without(loss: Loss, case: Case, population: Population) -> bool:
+    target = case.exact(population)
+    if np.linalg.norm(target) < 1e-9:
+        return False
+    seen = case.look(loss, population=population)
+    return seen.finite and measure(-case.parameters(seen.table), target).relative_bias < TOLERANCE
+
+
+def _about_scale(scale: float, case: Case) -> list[str]:
+    """What a scale says, where it says something."""
+    if case.group == 1 or case.what != "raw":
+        return []
+    g, tokens = case.group, float((faults.Terms(case.population).likely[..., None] * faults.Terms(case.population).lengths).sum())
+    for natural in (1.0, 1 / tokens):
+        if abs(scale / natural / ((g - 1) / g) - 1) < 1e-6:
+            return [f"Its length is (G - 1) / G = {(g - 1) / g:.3g} of the exact one: the mean of the group includes the response itself. All terms share it."]
+    return []
+
+
+READINGS = (
+    ("", 1, "tau", True), ("labels not shifted", 0, "tau", True), ("labels shifted twice", 2, "tau", True), ("temperature missing", 1, "1", True),
+    ("log-softmax missing", 1, "tau", False), ("log-softmax missing", 1, "1", False),
+)  # fmt: skip
+
+
+def reading(seen: Look) -> str | None:
+    """How log-probabilities were read from logits, by the gradient: that of log softmax(z / tau)_y is (one-hot_y - softmax(z / tau)) / tau.
+
+    Returns:
+        The mistake, or None where they were read as they should be, or not by looking up tokens.
+    """
+    for name, offset, tau, normalised in READINGS:
+        left = total = 0.0
+        for side, g in zip(seen.sides, seen.each, strict=True):
+            raw, ids = side.raw.detach().numpy(), side.ids.numpy()
+            w = ids.shape[1] - offset
+            hot = np.eye(raw.shape[-1])[ids[:, offset : offset + w]]
+            temperature = side.temperature if tau == "tau" else 1.0
+            form = hot - np.exp(exact.log_softmax(raw[:, :w] / temperature)) if normalised else hot
+            share = (g[:, :w] * form).sum(-1, keepdims=True) / (form**2).sum(-1, keepdims=True)
+            left += float(((g[:, :w] - share * form) ** 2).sum() + (g[:, w:] ** 2).sum())
+            total += float((g**2).sum())
+        if left < 1e-16 * total:
+            return name or None
+    return None
+
+
+def _coefficients(side: Batch, g: Array) -> Array:
+    """[N, W] the loss's derivative by the log-probability of each token, of a loss that looks tokens up."""
+    ids, raw = side.ids.numpy(), side.raw.detach().numpy()
+    form = np.eye(raw.shape[-1])[ids[:, 1:]] - np.exp(exact.log_softmax(raw[:, :-1] / side.temperature))
+    return np.concatenate([np.zeros((len(ids), 1)), (g[:, :-1] * form).sum(-1) / (form**2).sum(-1)], 1) * side.temperature
+
+
+def constant_within_rows(seen: Look) -> bool:
+    """Whether all tokens of a response weigh the same, as in a mean of means."""
+    for side, g in zip(seen.sides, seen.each, strict=True):
+        c, mask = _coefficients(side, g), side.mask.numpy()
+        high, low = np.where(mask, c, -np.inf).max(1), np.where(mask, c, np.inf).min(1)
+        if (high - low > 1e-9 * np.abs(c).max()).any():
+            return False
+    return True
+
+
+def coverage(seen: Look) -> list[str]:
+    """Which of the policy's tokens never have a gradient."""
+    out = []
+    for name in ("first", "last", "EOS"):
+        reached = False
+        for side, g in zip(seen.sides, seen.each, strict=True):
+            if g.ndim < 3:
+                return []
+            t, columns = side.trajectory, torch.arange(side.ids.shape[1])[None]
+            last = t.last & t.finished[:, None] if name == "EOS" else t.last
+            at = (columns == t.prompt_lengths[:, None]) if name == "first" else last
+            reached |= bool((np.abs(_coefficients(side, g))[at.numpy()] > 1e-12 * np.abs(g).max()).any())
+        if not reached:
+            out.append(f"No response's {name} token has a gradient." if name != "EOS" else "EOS never has a gradient.")
+    return out
+
+
+# ---- policies ----
+
+LIKELIHOOD = "likelihood of demonstrations"
+WORDS: dict[str, str] = {
+    "J": "policy loss, E[r] - beta KL(pi, ref)",
+    "reward": "policy loss, E[r]",
+    "kl": "KL loss, KL(pi, ref)",
+    "forward_kl": "KL loss, KL(ref, pi)",
+    "clip": "clipped surrogate, off policy",
+}
+
+
+def check_policy_loss(
+    loss: Callable[[Batch], Any], objective: Objective = "J", *, group: int = 1, critic: Critic = "exact", clip: float = 0.2, train: bool = True
+) -> Verdict:
+    """Whether minus the expected gradient of a policy loss is that of the objective.
+
+    Args:
+        loss: from a Batch to a scalar. It takes what it needs of: `logits()` or `logprobs`, `old_logprobs`, `ref_logprobs`, `rewards`, `beta`, `mask`,
+            `old_values`, `advantages` (exact ones), `group`.
+        objective: "J": E[r] - beta KL(pi, ref). "reward": E[r] (the batch's beta is 0). "kl", "forward_kl": the loss is KL(pi, ref), or KL(ref, pi), of
+            responses that the policy sampled. "clip": PPO's surrogate at a policy that has moved from the one that sampled, of the batch's `advantages`.
+        group: 2: rows 2i and 2i + 1 are two responses to one prompt, and `batch.group` says so; for RLOO, GRPO and their kind.
+        critic: what `old_values` are: those of the policy, wrong ones, or 0. With lambda below 1 only the first gives the exact gradient.
+        clip: epsilon of "clip".
+        train: also train a table of logits with it (about a second).
+
+    Raises:
+        ValueError: the loss returned no scalar, or there is no such objective or group.
+    """
+    if objective not in WORDS:
+        raise ValueError(f"objective must be one of {', '.join(WORDS)}, not {objective!r}")
+    if group not in (1, 2):
+        raise ValueError(f"group must be 1 or 2, not {group}")
+    return judge(loss, policy_case(objective, group=group, critic=critic, clip=clip), train=train)
+
+
+@functools.cache
+def policy_case(objective: Objective = "J", *, group: int = 1, critic: Critic = "exact", clip: float = 0.2) -> Case:
+    """The case of :func:`check_policy_loss`."""
+    beta = {"reward": 0.0}.get(objective, 0.4)
+    population = make_population(
+        horizon=3 if group == 1 else 2, group=group, beta=beta, critic=critic, off_policy=objective == "clip", silent=objective in ("kl", "forward_kl")
+    )
+    goal = {"J": _ascent, "reward": _ascent, "kl": _ascent_kl, "forward_kl": _ascent_forward, "clip": functools.partial(_ascent_clip, clip=clip)}[objective]
+
+    def candidates(p: Population) -> Iterator[Candidate]:
+        if objective == "clip":
+            yield from faults.clip_candidates(p, clip=clip)
+        elif objective == "forward_kl":
+            yield from faults.forward_candidates(p)
+        else:
+            if group > 1 and objective != "kl":  # first, for here the baseline is known
+                yield from faults.group_candidates(p, objective=objective)
+            yield from faults.policy_candidates(p, objective=objective)
+
+    without: dict[str, Callable[[Population], Population]] = {
+        "rewards": lambda p: p.with_(world=p.world.with_(reward=np.zeros_like(p.world.reward))),
+        "the distance to the reference": lambda p: p.with_(world=p.world.with_(reference=p.policy)),
+        "a critic": lambda p: p.with_(old_values=np.zeros_like(p.old_values)),
+        "the temperature": lambda p: p.with_(temperature=1.0),
+    }
+    return Case(
+        WORDS[objective] + (f", groups of {group}" if group > 1 else ""), "raw", population, goal, _make, candidates,
+        None if objective == "clip" else functools.partial(_train_policy, population=population, objective=objective, critic=critic), without, group,
+        "k1 as a loss" if objective == "kl" else "zero in expectation",
+    )  # fmt: skip
+
+
+def _ascent(p: Population) -> Array:
+    return exact.gradient(p.world, p.policy) / p.temperature
+
+
+def _ascent_kl(p: Population) -> Array:
+    return exact.gradient(p.world.with_(reward=np.zeros_like(p.world.reward)), p.policy, beta=1.0) / p.temperature
+
+
+def _ascent_forward(p: Population) -> Array:
+    reference = exact.log_softmax(p.world.reference)
+    visits = exact.visits(p.tree, reference)[..., None]
+    return visits * (np.exp(reference) - np.exp(p.policy)) / p.temperature / len(p.world.prompts)
+
+
+def _ascent_clip(p: Population, *, clip: float) -> Array:
+    """State by state: visits of the old policy, and the ratio's gradient where the clip leaves it. See test_kit.py for finite differences."""
+    old, new = np.exp(p.data), np.exp(p.policy)
+    ratio = new / old
+    kept = ~(((p.advantages > 0) & (ratio > 1 + clip)) | ((p.advantages < 0) & (ratio < 1 - clip)))
+    weight = np.where(kept, p.advantages * new, 0.0)
+    return exact.visits(p.tree, p.data)[..., None] * (weight - new * weight.sum(-1, keepdims=True)) / p.temperature / len(p.world.prompts)
+
+
+def _make(p: Population, change: Change) -> Batch:
+    prompt, response, group = rows(p)
+    prompt, response, group = _rearranged(change, p.group, prompt, response, group)
+    if change.copies > 1 and p.group > 1:
+        group = np.arange(len(group)) // p.group
+    return build(p, prompt, response, group, widen=change.widen, outside=change.outside, garbled=change.garbled)
+
+
+def _rearranged(change: Change, group: int, *numbers: Rows) -> list[Rows]:
+    """Row numbers of the changed batch, whole groups at a time."""
+    n = len(numbers[0])
+    order = np.arange(n).reshape(-1, group)
+    if change.order:
+        order = np.random.default_rng(3).permutation(order)
+    return [np.concatenate([x[order.reshape(-1)]] * change.copies) for x in numbers]
+
+
+def _train_policy(loss: Loss, *, population: Population, objective: str, critic: Critic, iterations: int = 150, n: int = 256) -> float:
+    """Sample, step, and again: the share of the way that is left. Adam at a falling rate, so that the scale of the loss does not matter."""
+    world, tau = population.world, population.temperature
+    reference = exact.log_softmax(world.reference)
+    start = population.policy if objective in ("kl", "forward_kl") else reference
+    theta = torch.from_numpy(start * tau).clone().requires_grad_()
+    rng = np.random.default_rng(0)
+    optimizer = torch.optim.Adam([theta], lr=0.1)
+    for step in range(iterations):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / iterations)
+        now = exact.log_softmax(theta.detach().numpy() / tau)
+        at = population.with_(policy=now, data=now)
+        if critic == "exact":
+            at = at.with_(old_values=exact.values(world, now)[0])
+        value = scalar(loss(build(at, *draw(at, n, rng), theta=theta)))
+        if not value.requires_grad:
+            return 1.0
+        optimizer.zero_grad()
+        value.backward()  # type: ignore[no-untyped-call]
+        if theta.grad is None or not theta.grad.isfinite().all():
+            return math.inf
+        optimizer.step()
+    end = exact.logprobs(population.tree, exact.log_softmax(theta.detach().numpy() / tau))
+    first, ref = exact.logprobs(population.tree, start), exact.reference(world)
+    if objective == "kl":
+        return exact.kl(end, ref) / exact.kl(first, ref)
+    if objective == "forward_kl":
+        return exact.kl(ref, end) / exact.kl(ref, first)
+    if objective == "reward":
+        top = float(world.reward.max(1).mean())
+        return (top - exact.expected(end, world.reward)) / (top - exact.expected(ref, world.reward))
+    return exact.gap(world, end).relative
+
+
+def check_likelihood(loss: Callable[[Batch], Any], *, train: bool = True) -> Verdict:
+    """Whether the gradient of a loss for supervised fine-tuning is that of the negative log-likelihood, every token weighing the same.
+
+    Args:
+        loss: from a Batch of demonstrations (`logits()` or `logprobs`, `ids`, `mask`; the temperature is 1) to a scalar.
+        train: see :func:`check_policy_loss`.
+    """
+    return judge(loss, likelihood_case(), train=train)
+
+
+@functools.cache
+def likelihood_case() -> Case:
+    """The case of :func:`check_likelihood`."""
+    population = make_population(temperature=1.0, off_policy=True)
+
+    def goal(p: Population) -> Array:
+        return exact.visits(p.tree, p.data)[..., None] * (np.exp(p.data) - np.exp(p.policy)) / p.temperature / len(p.world.prompts)
+
+    return Case(LIKELIHOOD, "raw", population, goal, _make, faults.likelihood_candidates, functools.partial(_train_likelihood, population=population))
+
+
+def _train_likelihood(loss: Loss, *, population: Population, iterations: int = 150, n: int = 256) -> float:
+    """KL(data, policy) that is left of where it began."""
+    tree = population.tree
+    theta = torch.from_numpy(population.policy.copy()).requires_grad_()
+    rng, optimizer = np.random.default_rng(0), torch.optim.Adam([theta], lr=0.1)
+    for step in range(iterations):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / iterations)
+        optimizer.zero_grad()
+        scalar(loss(build(population, *draw(population, n, rng), theta=theta))).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    data = exact.logprobs(tree, population.data)
+    end = exact.logprobs(tree, exact.log_softmax(theta.detach().numpy()))
+    return exact.kl(data, end) / exact.kl(data, exact.logprobs(tree, population.policy))
+
+
+# ---- pairs ----
+
+
+def _make_pairs(p: Population, change: Change) -> PairBatch:
+    prompt, chosen, rejected = _rearranged(change, 1, *pairs(p))
+    return build_pairs(p, prompt, chosen, rejected, widen=change.widen, outside=change.outside, garbled=change.garbled)
+
+
+def check_preference_loss(loss: Callable[[PairBatch], Any], beta: float = 0.4, *, train: bool = True) -> Verdict:
+    """Whether a preference loss is DPO's: its expected gradient at a policy that is no optimum, where beta inside the sigmoid matters.
+
+    Args:
+        loss: from a PairBatch to a scalar: of `policy_chosen`, ..., `ref_rejected` [B], or of the tokens of `chosen` and `rejected`.
+        beta: the strength that the loss is to have; the batch's `beta` is the same.
+        train: minimise it from the reference (L-BFGS on the population) and say what is left of the gap to pi*.
+    """
+    return judge(loss, preference_case(beta), train=train)
+
+
+@functools.cache
+def preference_case(beta: float = 0.4) -> Case:
+    """The case of :func:`check_preference_loss`."""
+    population = make_population(temperature=1.0, preferences=True, beta=beta)
+
+    def train(loss: Loss) -> float:
+        world = population.world
+        prompt, chosen, rejected = pairs(population)
+        start = exact.log_softmax(world.reference)
+        theta = _minimise(lambda x: loss(build_pairs(population, prompt, chosen, rejected, theta=x)), start)
+        return exact.gap(world, exact.logprobs(population.tree, theta)).relative if np.isfinite(theta).all() else math.inf
+
+    without: dict[str, Callable[[Population], Population]] = {
+        "the reference": lambda p: p.with_(world=p.world.with_(reference=np.zeros_like(p.world.reference))),
+        "beta": lambda p: p.with_(world=p.world.with_(beta=1.0)),
+    }
+    return Case(
+        f"preference loss, DPO at beta {beta:g}", "raw", population, faults.preference_gradient, _make_pairs, faults.preference_candidates, train, without
+    )
+
+
+def check_reward_loss(loss: Callable[[PairBatch], Any], *, train: bool = True) -> Verdict:
+    """Whether the loss of a reward model is the Bradley-Terry likelihood of scores that stand at each response's last token.
+
+    Args:
+        loss: from a PairBatch to a scalar: of `score_chosen` and `score_rejected` [B], or of `chosen.scores` and `rejected.scores` [B, W], each column
+            the head's output at that token.
+        train: minimise it from scores of 0 and say how far the policy that is best by the learned scores stays from pi*.
+    """
+    return judge(loss, reward_case(), train=train)
+
+
+@functools.cache
+def reward_case() -> Case:
+    """The case of :func:`check_reward_loss`."""
+    population = make_population(temperature=1.0, preferences=True)
+
+    def train(loss: Loss) -> float:
+        world = population.world
+        prompt, chosen, rejected = pairs(population)
+        psi = _minimise(lambda x: loss(build_pairs(population, prompt, chosen, rejected, psi=x)), np.zeros_like(world.reward))
+        if not np.isfinite(psi).all():
+            return math.inf
+        return exact.gap(world, exact.optimum(world, reward=psi)[0]).relative
+
+    return Case("reward model, Bradley-Terry", "scores", population, faults.reward_gradient, _make_pairs, faults.reward_candidates, train)
+
+
+def _minimise(closure: Callable[[Tensor], Any], start: Array, steps: int = 150) -> Array:
+    """L-BFGS on the whole population."""
+    x = torch.from_numpy(start.copy()).requires_grad_()
+    optimizer = torch.optim.LBFGS([x], max_iter=steps, tolerance_grad=1e-10, tolerance_change=1e-14, history_size=30, line_search_fn="strong_wolfe")
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = scalar(closure(x))
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(step)  # type: ignore[no-untyped-call]
+    return x.detach().numpy()
+
+
+# ---- critics ----
+
+
+def check_value_loss(loss: Callable[[Batch], Any], *, train: bool = True) -> Verdict:
+    """Whether the fixed point of a critic's loss is V^pi: the rewards and penalties to come, from each state.
+
+    The values stand within 0.1 of those of the policy, inside the range to which PPO clips them, and `old_values` are exact: every lambda has the same
+    fixed point.
+
+    Args:
+        loss: from a Batch to a scalar, of `values` (with gradient), `old_values`, `rewards`, `beta`, `logprobs`, `ref_logprobs`, `mask`.
+        train: fit a table of values with it and say what is left of its error.
+    """
+    return judge(loss, value_case(), train=train)
+
+
+@functools.cache
+def value_case() -> Case:
+    """The case of :func:`check_value_loss`."""
+    population = make_population()
+
+    def goal(p: Population) -> Array:
+        return exact.visits(p.tree, p.data) * (exact.values(p.world, p.policy)[0] - p.values) / len(p.world.prompts)
+
+    return Case("critic, V of the policy", "values", population, goal, _make, faults.critic_candidates, functools.partial(_train_critic, population=population))
+
+
+def _train_critic(loss: Loss, *, population: Population, iterations: int = 150, n: int = 256) -> float:
+    """The root mean square error that is left, from values of 0; old values are those of a moment ago."""
+    phi = torch.zeros(population.values.shape, dtype=torch.float64, requires_grad=True)
+    rng, optimizer = np.random.default_rng(0), torch.optim.Adam([phi], lr=0.1)
+    for step in range(iterations):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / iterations)
+        optimizer.zero_grad()
+        at = population.with_(old_values=phi.detach().numpy().copy())
+        scalar(loss(build(at, *draw(at, n, rng), phi=phi))).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    truth, visits = exact.values(population.world, population.policy)[0], exact.visits(population.tree, population.policy)
+    error = visits * (phi.detach().numpy() - truth) ** 2
+    return math.sqrt(float(error.sum() / (visits * truth**2).sum()))
+
+
+# ---- small batches ----
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Monte-Carlo estimates against the exact gradient.
+
+    z: [seeds] the largest |z| over the parameters. chi2: [seeds] the squared distance in units of its covariance, over its degrees of freedom.
+    """
+
+    z: tuple[float, ...]
+    chi2: tuple[float, ...]
+    dof: int
+    ok: bool
+
+
+def unbiased(
+    loss: Loss, case: Case | None = None, *, batch: int = 32, n: int = 20_000, seeds: tuple[int, ...] = (0, 1, 2), scale: float | None = None
+) -> Draws:
+    """Whether the mean gradient of small sampled batches is the exact one: the only check that sees what statistics of a small batch do.
+
+    Args:
+        case: of policies: `policy_case`, `likelihood_case`; default: J.
+        batch, n: responses in a batch, and in all.
+        scale: the loss's length of gradient over the exact one (1: a mean over responses of sums over tokens); None: the best factor, at one degree of
+            freedom.
+
+    Returns:
+        ok where max |z| < 4.5 and chi2 is within five of its deviations of 1, for every seed.
+    """
+    case = case or policy_case()
+    target = case.exact(case.population).ravel()
+    zs, chis, dof = [], [], 0
+    for seed in seeds:
+        rng = np.random.default_rng([seed, 17])
+        found = np.stack([
+            -case.parameters(look(loss, build(case.population, *draw(case.population, batch, rng)), case.what).table).ravel() for _ in range(n // batch)
+        ])  # fmt: skip
+        mean, covariance = found.mean(0), np.cov(found.T) / len(found)
+        values, vectors = np.linalg.eigh(covariance)
+        live = values > 1e-9 * values.max()
+        white = vectors[:, live] / np.sqrt(values[live])
+        m, t = mean @ white, target @ white
+        a = float(m @ t / (t @ t)) if scale is None else scale
+        dof = int(live.sum()) - (scale is None)
+        deviation = np.sqrt(np.diag(covariance))
+        zs.append(float(np.abs((mean - a * target)[deviation > 0] / deviation[deviation > 0]).max()))
+        chis.append(float(((m - a * t) ** 2).sum()) / dof)
+    spread = math.sqrt(2 / dof)
+    ok = max(zs) < 4.5 and all(abs(c - 1) < 5 * spread for c in chis)
+    return Draws(tuple(zs), tuple(chis), dof, ok)

@@ -1,0 +1,169 @@
+"""The shipped methods, run on a world as a user would run them, and measured against its optimum along the way.
+
+What is run is `fiducial.methods`, with its sampler, its batches and its checkpoints; nothing is written again here. The policy at each checkpoint is
+turned into its exact distribution over responses, so that no number on the way is an estimate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+
+from ..config import OptimizerSettings, RowSettings, RunSettings
+from ..methods.dpo import DPO, dpo
+from ..methods.ppo import PPO, CriticSettings, ppo
+from ..train.checkpoint import numbered
+from . import exact, policies
+from .world import Array, World, bradley_terry
+
+Method = Literal["dpo", "ppo"]
+Kind = Literal["table", "transformer"]
+
+REWARD = '''"""The rewards of this world, for `fiducial ppo --reward reward.py:gold` (or :proxy, where a learned reward would err)."""
+
+from pathlib import Path
+
+from fiducial.lab.world import World
+
+world = World.load(Path(__file__).with_name("world.npz"))
+
+
+def gold(prompts, completions):
+    """The true reward of each response."""
+    return world.scores(prompts, completions)
+
+
+def proxy(prompts, completions):
+    """What a reward model would say."""
+    return world.scores(prompts, completions, "proxy")
+'''
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run of a shipped method.
+
+    beta: of the run and of the optimum it is held against; None: the world's.
+    points: how many times on the way it is measured.
+    reward: what PPO is given; the gap is measured in it too.
+    settings: any others of the method, as its own settings class takes them.
+    """
+
+    method: Method
+    policy: Kind
+    learning_rate: float
+    steps: int
+    seed: int = 0
+    batch_size: int = 256
+    beta: float | None = None
+    points: int = 12
+    reward: Literal["reward", "proxy"] = "reward"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def write_world(world: World, model: Any, folder: Path, *, preference: Array | None = None, copies: int = 100) -> Path:
+    """Everything that the commands need to run on this world: two policies, prompts, comparisons, a reward function. Returns `folder`.
+
+    Args:
+        model: the transformer whose logits are the world's reference.
+        preference: [P, Y, Y] of the annotators; default: Bradley-Terry with the true rewards.
+        copies: how often every two responses are compared; each comes out as often as its probability says, to the nearest whole number.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    world.save(folder / "world.npz")
+    policies.save(model, folder / "transformer")
+    policies.save(policies.table(world), folder / "table")
+    (folder / "reward.py").write_text(REWARD, encoding="utf-8")
+    write_rows(folder / "prompts.jsonl", ({"prompt": world.prompt_text(p)} for p in range(len(world.prompts))))
+    write_rows(folder / "pairs.jsonl", comparisons(world, bradley_terry(world.reward) if preference is None else preference, copies))
+    return folder
+
+
+def write_rows(path: Path, rows: Iterator[dict[str, str]]) -> None:
+    """JSON lines."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def comparisons(world: World, preference: Array, copies: int) -> Iterator[dict[str, str]]:
+    """Preference rows: every two responses to a prompt `copies` times, in both orders, in proportion to the probability of each order.
+
+    Raises:
+        ValueError: prompts of different lengths: a cut response is told from a finished one by the rows' common limit.
+    """
+    if len({len(p) for p in world.prompts}) > 1:
+        raise ValueError("comparisons need prompts of one length: a cut response is told from a finished one by --rows.max-length")
+    for p in range(len(world.prompts)):
+        for i in range(len(world.responses)):
+            for j in range(i):
+                a, b = world.response_text(i), world.response_text(j)
+                first = round(copies * float(preference[p, i, j]))
+                yield from [{"prompt": world.prompt_text(p), "chosen": a, "rejected": b}] * first
+                yield from [{"prompt": world.prompt_text(p), "chosen": b, "rejected": a}] * (copies - first)
+
+
+def run(plan: Plan, folder: Path, out: Path) -> dict[str, Any]:
+    """Run it on the world in `folder`, into the run folder `out`; the measurements of the path and of the end."""
+    world = World.load(folder / "world.npz")
+    world = world if plan.beta is None else world.with_(beta=plan.beta)
+    every = max(1, plan.steps // plan.points) if plan.points else 0
+    common: dict[str, Any] = {
+        "model": str(folder / plan.policy), "out": str(out), "beta": world.beta, "steps": plan.steps, "batch_size": plan.batch_size,
+        "learning_rate": plan.learning_rate, "seed": plan.seed, "optimizer": OptimizerSettings(schedule="linear"),
+        "run": RunSettings(checkpoint_every=every, keep_checkpoints=plan.steps, eval_every=0, samples=2, tokens=65_536), **plan.settings,
+    }  # fmt: skip
+    if plan.method == "dpo":
+        width = len(world.prompts[0]) + world.horizon
+        done = dpo(DPO(data=str(folder / "pairs.jsonl"), rows=RowSettings(max_length=width, held_out=0.0), max_new_tokens=world.horizon, **common))
+    else:
+        critic = {"critic": CriticSettings(start="policy")} | plan.settings
+        name = "gold" if plan.reward == "reward" else "proxy"
+        done = ppo(PPO(
+            data=str(folder / "prompts.jsonl"), reward=(f"{folder / 'reward.py'}:{name}",), max_new_tokens=world.horizon, **{**common, **critic},
+        ))  # fmt: skip
+    samples = plan.batch_size if plan.method == "ppo" else 0
+    start = exact.reference(world)
+    end = exact.logprobs(world.tree, policies.logits(done.model.lm, world.prompts, world.tree))
+    trail = {0: start, **dict(checkpoints(out, folder / plan.policy, world)), plan.steps: end}
+    path = [point(world, step, logp, step * samples, plan.reward) for step, logp in trail.items()]
+    last = {k: v for k, v in path[-1].items() if k != "step"}
+    pairs = plan.steps * plan.batch_size if plan.method == "dpo" else 0
+    return {
+        "seed": plan.seed, **last, "pairs": pairs, "seconds": done.train_seconds, "path": path, "trail": [x.tolist() for x in trail.values()],
+        "final": end.tolist(),
+    }  # fmt: skip
+
+
+def point(world: World, step: int, logp: Array, samples: int, reward: str) -> dict[str, Any]:
+    """Where a policy [P, Y] stands."""
+    found = exact.gap(world, logp, reward=getattr(world, reward))
+    gold = {"gold": exact.expected(logp, world.reward)} if reward == "proxy" else {}
+    return {
+        "step": step, "samples": samples, "kl": found.kl, "reward": found.reward, "gap": found.gap, "relative_gap": found.relative,
+        "total_variation": found.total_variation, **gold,
+    }  # fmt: skip
+
+
+def checkpoints(out: Path, start: Path, world: World) -> Iterator[tuple[int, Array]]:
+    """(step, log-probabilities [P, Y]) of the policy in each checkpoint of a run."""
+    model = policies.load(start)
+    for folder in numbered(out / "checkpoints"):
+        state = load_file(folder / "model.safetensors")
+        model.load_state_dict({k.removeprefix("lm."): v for k, v in state.items() if k.startswith("lm.")}, strict=False)
+        yield int(folder.name.rpartition("-")[2]), exact.logprobs(world.tree, policies.logits(model, world.prompts, world.tree))
+
+
+def run_quietly(plan: Plan, folder: Path, out: Path) -> dict[str, Any]:
+    """`run` in a process of its own: one thread, and what it says goes to a file beside its folder."""
+    torch.set_num_threads(1)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".log"), "w", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 2)
+        return {**run(plan, folder, out), "plan": asdict(plan)}

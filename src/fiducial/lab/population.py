@@ -1,0 +1,381 @@
+r"""Populations: batches in which every response stands exactly as often as it is likely, so that the mean over the batch *is* the expectation.
+
+The policy gives the three tokens of every state the probabilities 1/2, 1/4 and 1/4 in some order. A response of at most three tokens then has a probability
+in 64ths, and 64 rows a prompt hold each one as often as it should come: whatever a loss does with the batch, its gradient there is compared with an exact
+one, without sampling and without looking into the loss. Preferences are made rational in the same way: rewards are 0 or log 3, and every two responses are
+compared four times, of which the Bradley-Terry model gives the better one three.
+
+What makes mistakes visible is built in: prompts of unequal length, one with EOS inside; responses of one, two and three tokens, some cut; padding that is
+EOS; a temperature that is not 1; finite nonsense wherever the mask is false, with gradients of its own.
+
+Shapes: P prompts, S states of a prompt, V tokens, Y responses; N rows of W columns. Column t speaks of token t. float64; log-probabilities in nats.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..core.reductions import select
+from ..rollout.trajectory import Trajectory
+from . import exact
+from .world import EOS, Array, Tokens, Tree, World, random_reward, tree
+
+Rows = NDArray[np.int64]
+Critic = Literal["exact", "arbitrary", "none"]
+
+PROMPTS: tuple[Tokens, ...] = ((1,), (2, EOS, 1))
+"""Of one and of three tokens. An EOS inside a prompt is a token like any other: chat templates put one behind every turn."""
+TEMPERATURE = 0.7
+BETA = 0.4
+STRENGTHS = (1, 3)
+"""exp(reward) in worlds of preferences: Bradley-Terry probabilities are then 1/2, 1/4 or 3/4."""
+
+
+# ---- what a loss is given ----
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """N responses behind their prompts, padded right, and what is known of them. Where the mask is false stands finite nonsense.
+
+    trajectory: ids, mask, prompt_lengths, lengths, finished, temperature (see `fiducial.rollout.trajectory.Trajectory`).
+    logprobs: [N, W] of the policy at the sampling temperature, with gradient.
+    old_logprobs, ref_logprobs: [N, W] of the policy that sampled and of the reference, at the same temperature.
+    rewards: [N] of the whole responses.
+    beta: what a nat of KL costs; 0 where the objective is the reward alone.
+    advantages: [N, W] exact ones, Q - V of the policy that sampled: for a loss that is given its advantages.
+    values: [N, W] of a critic in the state before each token, with gradient. old_values: the same when the batch was sampled, without.
+    scores: [N, W] of a reward model behind each token, with gradient; that of the response stands at its last token.
+    group: [N] responses with the same number belong together.
+    """
+
+    trajectory: Trajectory
+    logprobs: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    rewards: Tensor
+    beta: float
+    advantages: Tensor
+    values: Tensor
+    old_values: Tensor
+    scores: Tensor
+    group: Tensor
+    raw: Tensor = field(repr=False)
+    raw_ref: Tensor = field(repr=False)
+    node: Tensor = field(repr=False)
+    """[N, W] the row of the tables that a position is read from."""
+    pad_id: int = EOS
+    eos_id: int = EOS
+
+    def __len__(self) -> int:
+        return len(self.trajectory)
+
+    @property
+    def ids(self) -> Tensor:
+        """[N, W] prompt, response, padding."""
+        return self.trajectory.ids
+
+    @property
+    def mask(self) -> Tensor:
+        """[N, W] true at the tokens the policy chose, the ending EOS included."""
+        return self.trajectory.mask
+
+    @property
+    def temperature(self) -> float:
+        """Of sampling: probabilities are softmax(logits / temperature)."""
+        return self.trajectory.temperature
+
+    def logits(self) -> Tensor:
+        """[N, W, V] raw logits of the policy as a causal language model returns them: position t predicts token t + 1. With gradient."""
+        return self.raw
+
+    def ref_logits(self) -> Tensor:
+        """[N, W, V] raw logits of the reference."""
+        return self.raw_ref
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch:
+    """B pairs of responses to the same prompt.
+
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected: [B] log-probabilities of whole responses, the first two with gradient.
+    score_chosen, score_rejected: [B] of a reward model, with gradient.
+    chosen, rejected: the same responses token by token.
+    """
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    score_chosen: Tensor
+    score_rejected: Tensor
+    chosen: Batch
+    rejected: Batch
+    beta: float
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+
+# ---- where everything stands ----
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Templates of the rows: ids, mask, node [P, Y, W], and what the rows of a table are about.
+
+    A table has a row for every state [0, states), every complete response [ends), every position inside a prompt [prompts) and every column behind the end.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    node: Tensor
+    prompt_lengths: Tensor
+    response_lengths: Tensor
+    finished: Tensor
+    states: int
+    ends: int
+    prompts: int
+    rows: int
+
+
+@functools.cache
+def layout(prompts: tuple[Tokens, ...], horizon: int, widen: int = 0, garbled: bool = False) -> Layout:
+    """`widen` columns of padding more than needed, filled with tokens of all kinds; `garbled`: prompts of other tokens, as long as they were."""
+    shape = tree(3, horizon)
+    rng = np.random.default_rng([7, widen])
+    states, responses, longest = len(prompts) * len(shape.states), len(shape.responses), max(map(len, prompts))
+    width = longest + horizon + widen
+    ends, insides = states + len(prompts) * responses, states + len(prompts) * (responses + longest)
+    ids = rng.integers(0, 3, size=(len(prompts), responses, width)) if widen else np.full((len(prompts), responses, width), EOS)
+    mask = np.zeros(ids.shape, dtype=bool)
+    node = np.broadcast_to(insides + np.arange(width), ids.shape).copy()
+    for p, prompt in enumerate(prompts):
+        start = len(prompt)
+        ids[p, :, :start] = rng.integers(0, 3, size=start) if garbled else prompt
+        node[p, :, :start] = ends + p * longest + np.arange(start)
+        for y, response in enumerate(shape.responses):
+            stop = start + len(response)
+            ids[p, y, start:stop], mask[p, y, start:stop] = response, True
+            node[p, y, start - 1 : stop - 1] = p * len(shape.states) + shape.path[y, : len(response)]
+            node[p, y, stop - 1] = states + p * responses + y
+    return Layout(
+        torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(node), torch.tensor([len(p) for p in prompts]), torch.from_numpy(shape.lengths),
+        torch.from_numpy(shape.finished), states, ends, insides, insides + width,
+    )  # fmt: skip
+
+
+# ---- populations ----
+
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    """A world, the policy that is learned and the one that wrote the responses.
+
+    policy, data: [P, S, V] log-probabilities of the next token. data equals policy where the policy samples for itself; in 4ths, so that counts are whole.
+    old_values: [P, S] what the critic said when the responses were sampled. values: [P, S] what it says now. scores: [P, Y] of a reward model.
+    group: responses a prompt that are sampled together, 1 or 2.
+    """
+
+    world: World
+    policy: Array
+    data: Array
+    temperature: float
+    old_values: Array
+    values: Array
+    scores: Array
+    group: int = 1
+
+    @property
+    def tree(self) -> Tree:
+        return self.world.tree
+
+    @functools.cached_property
+    def advantages(self) -> Array:
+        """[P, S, V] Q - V of the policy that sampled."""
+        v, q = exact.values(self.world, self.data)
+        return q - v[..., None]
+
+    def with_(self, **changes: object) -> Population:
+        """A copy with other fields."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def rational(prompts: int, states: int, seed: int) -> Array:
+    """[P, S, 3] log-probabilities 1/2, 1/4, 1/4, the likelier token drawn for each state."""
+    likely = np.random.default_rng([seed, 11]).integers(0, 3, size=(prompts, states, 1))
+    out = np.full((prompts, states, 3), 0.25)
+    np.put_along_axis(out, likely, 0.5, axis=-1)
+    return np.log(out)
+
+
+def make_population(
+    *, horizon: int = 3, group: int = 1, beta: float = BETA, temperature: float = TEMPERATURE, critic: Critic = "exact", off_policy: bool = False,
+    preferences: bool = False, silent: bool = False, seed: int = 0,
+) -> Population:  # fmt: skip
+    """A population.
+
+    Args:
+        horizon: tokens of a response at most; 3 gives 15 responses and 64 rows a prompt, 2 gives 7 and 16.
+        group: 2 puts every response beside every other, each as often as two draws would give them.
+        critic: old_values: those of the policy, any others, or 0.
+        off_policy: the responses were written by another policy than the one that is learned.
+        preferences: rewards are 0 or log 3, so that the odds of a comparison are whole numbers.
+        silent: all rewards are 0.
+    """
+    shape = tree(3, horizon)
+    prompts, states, responses = len(PROMPTS), len(shape.states), len(shape.responses)
+    rng = np.random.default_rng([seed, horizon, 12])
+    reference = exact.log_softmax(rng.normal(size=(prompts, states, 3)) * 0.7)
+    if preferences:
+        reward = np.log(np.stack([rng.permutation(np.resize(STRENGTHS, responses)) for _ in PROMPTS]))
+    else:
+        reward = random_reward(prompts, responses, seed + 1) * (not silent)
+    world = World("rational", PROMPTS, reference, reward, beta, horizon)
+    policy = rational(prompts, states, seed)
+    data = rational(prompts, states, seed + 1) if off_policy else policy
+    known = exact.values(world, data)[0]
+    old = {"exact": known, "arbitrary": rng.normal(size=known.shape), "none": np.zeros_like(known)}[critic]
+    near = known + rng.uniform(-0.1, 0.1, size=known.shape)  # inside the range to which PPO's critics are clipped
+    return Population(world, policy, data, temperature, old, near, rng.normal(size=reward.shape), group)
+
+
+def likelihoods(population: Population) -> Array:
+    """[P, Y] probabilities of the responses in the data."""
+    return np.exp(exact.logprobs(population.tree, population.data))
+
+
+def rows(population: Population) -> tuple[Rows, Rows, Rows]:
+    """Prompt, response and group [N] of each row of the population; groups stand together."""
+    copies = 4**population.tree.horizon
+    counts = np.rint(likelihoods(population) * copies).astype(int)
+    assert (counts.sum(1) == copies).all(), "the probabilities are not whole numbers of 1 / copies"
+    listed = [np.repeat(np.arange(counts.shape[1]), c) for c in counts]
+    if population.group == 1:
+        prompt = np.repeat(np.arange(len(counts)), copies)
+        return prompt, np.concatenate(listed), prompt
+    pairs = np.concatenate([np.stack(np.meshgrid(r, r, indexing="ij"), -1).reshape(-1, 2) for r in listed])
+    prompt = np.repeat(np.arange(len(counts)), copies**2)
+    return np.repeat(prompt, 2), pairs.reshape(-1), np.repeat(np.arange(len(pairs)), 2)
+
+
+def draw(population: Population, n: int, rng: np.random.Generator) -> tuple[Rows, Rows, Rows]:
+    """Prompt, response and group of n sampled rows, as many for each prompt."""
+    each = n // len(population.world.prompts)
+    p = likelihoods(population)
+    listed = [rng.choice(p.shape[1], size=each, p=row / row.sum()) for row in p]
+    prompt = np.repeat(np.arange(len(p)), each)
+    return prompt, np.concatenate(listed), prompt if population.group == 1 else np.arange(len(prompt)) // population.group
+
+
+def pairs(population: Population) -> tuple[Rows, Rows, Rows]:
+    """Prompt, chosen and rejected response [B] of every pair of the population of preferences."""
+    strength = np.rint(np.exp(population.world.reward)).astype(int)
+    out = []
+    for p, k in enumerate(strength):
+        for i in range(len(k)):
+            for j in range(i):
+                won = 4 * k[i] // (k[i] + k[j])
+                out += [(p, i, j)] * won + [(p, j, i)] * (4 - won)
+    prompt, chosen, rejected = np.array(out).T
+    return prompt, chosen, rejected
+
+
+# ---- building ----
+
+Outside = Literal["nonsense", "other", "nan"]
+
+
+def _outside(kind: Outside, width: int, salt: int, *trailing: int) -> Array:
+    """Tables of what stands where the mask is false."""
+    if kind == "nan":
+        return np.full((width, *trailing), np.nan)
+    return np.random.default_rng([salt, kind == "other", 13]).normal(size=(width, *trailing))
+
+
+def _table(inside: Array, rows: int, kind: Outside, salt: int) -> Tensor:
+    rest = _outside(kind, rows - len(inside), salt, *inside.shape[1:])
+    return torch.from_numpy(np.concatenate([inside, rest]))
+
+
+def _gather(table: Tensor, node: Tensor, ids: Tensor, temperature: float, first: float) -> Tensor:
+    """[N, W] log-probabilities of the tokens; in front of the first there is nothing to predict it."""
+    raw = table[node] if table.dim() == 2 else table
+    found = (raw[:, :-1] / temperature).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return torch.cat([torch.full_like(found[:, :1], first), found], 1)
+
+
+def build(
+    population: Population, prompt: Rows, response: Rows, group: Rows, *, theta: Tensor | None = None, phi: Tensor | None = None,
+    psi: Tensor | None = None, widen: int = 0, outside: Outside = "nonsense", garbled: bool = False,
+) -> Batch:  # fmt: skip
+    """The rows as a batch.
+
+    Args:
+        prompt, response, group: [N] of each row.
+        theta: [P, S, V] raw logits with gradient, phi [P, S] values, psi [P, Y] scores, to train them. Without, `Batch.raw`, `values` and `scores`
+            are leaves themselves.
+        widen: columns of padding on top of the longest row. outside: what stands where the mask is false. garbled: see `layout`.
+    """
+    world, tau = population.world, population.temperature
+    where = layout(world.prompts, world.horizon, widen, garbled)
+    p, y = torch.from_numpy(prompt), torch.from_numpy(response)
+    lengths = where.prompt_lengths[p] + where.response_lengths[y]
+    width = int(lengths.max()) + widen
+    ids, mask, node = (x[p, y][:, :width] for x in (where.ids, where.mask, where.node))
+
+    def table(inside: Array, salt: int) -> Tensor:
+        return _table(inside.reshape(where.states, *inside.shape[2:]), where.rows, outside, salt)
+
+    def learned(known: Tensor, given: Tensor | None) -> Tensor:
+        return known if given is None else torch.cat([given.reshape(where.states, *known.shape[1:]), known[where.states :]])
+
+    nothing = float("nan") if outside == "nan" else -0.3
+    raw = learned(table(population.policy * tau, 0), theta)[node]
+    raw_ref = table(exact.log_softmax(world.reference) * tau, 1)[node]
+    old = _gather(table(population.data * tau, 0), node, ids, tau, nothing)
+    front = torch.full((len(prompt), 1), nothing, dtype=torch.float64)
+    values = torch.cat([front, learned(table(population.values, 2), phi)[node[:, :-1]]], 1)
+    old_values = torch.cat([front, table(population.old_values, 2)[node[:, :-1]]], 1)
+    inner = _outside("nonsense", where.states, 3)
+    complete = torch.from_numpy(population.scores) if psi is None else psi
+    behind = torch.from_numpy(_outside(outside, where.rows - where.ends, 4))
+    scores = torch.cat([torch.from_numpy(inner), complete.reshape(-1), behind])[node]
+    advantages = _gather_plain(table(population.advantages, 5), node, ids, nothing)
+    for leaf in (raw, values, scores):
+        if not leaf.requires_grad:
+            leaf.requires_grad_()
+    sample = torch.arange(len(prompt)) if population.group == 1 else torch.arange(len(prompt)) % population.group
+    trajectory = Trajectory(
+        ids, mask, select(old, mask), where.prompt_lengths[p], lengths, where.finished[y], torch.from_numpy(group), sample, tau
+    )
+    return Batch(
+        trajectory, _gather(raw, node, ids, tau, nothing), old, _gather(raw_ref, node, ids, tau, nothing), torch.from_numpy(world.reward[prompt, response]),
+        world.beta, advantages, values, old_values, scores, trajectory.prompt, raw, raw_ref, node,
+    )  # fmt: skip
+
+
+def _gather_plain(table: Tensor, node: Tensor, ids: Tensor, first: float) -> Tensor:
+    found = table[node[:, :-1]].gather(-1, ids[:, 1:, None])[..., 0]
+    return torch.cat([torch.full_like(found[:, :1], first), found], 1)
+
+
+def build_pairs(
+    population: Population, prompt: Rows, chosen: Rows, rejected: Rows, *, theta: Tensor | None = None, psi: Tensor | None = None, widen: int = 0,
+    outside: Outside = "nonsense", garbled: bool = False,
+) -> PairBatch:  # fmt: skip
+    """Pairs as a batch; see `build`."""
+    number = np.arange(len(prompt))
+    sides = [build(population, prompt, y, number, theta=theta, psi=psi, widen=widen, outside=outside, garbled=garbled) for y in (chosen, rejected)]
+    w, r = sides
+    return PairBatch(
+        *(select(x.logprobs, x.mask).sum(1) for x in sides), *(select(x.ref_logprobs, x.mask).sum(1) for x in sides),
+        *(select(x.scores, x.trajectory.last).sum(1) for x in sides), w, r, population.world.beta,
+    )  # fmt: skip

@@ -1,0 +1,173 @@
+"""What the lab's page says at its top, and how it writes shares of a gap: sentences no stronger than the seeds' ranges, and alarms."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import median
+
+from fiducial.report.lab_schema import Lab, Num, Result, Sensitivity, Trained
+from fiducial.report.numbers import MINUS, number
+
+SHORT = 0.2  # a method that leaves more of the gap than this is an alarm
+HOLDS = 1e-6  # an identity that is farther off than this does not hold: float64 leaves nine digits of room
+
+
+def share(x: Num) -> str:
+    """A share of the gap as percent, two digits: 35%, 2.1%, 0.043%."""
+    if x is None:
+        return "not measured"
+    p = 100 * x
+    if not math.isfinite(p):
+        return "not finite"
+    if 0 < abs(p) < 0.001:
+        return "under 0.001%" if p > 0 else f"{number(p)}%"
+    digits = 0 if abs(p) >= 10 or p == 0 else 1 if abs(p) >= 1 else 2 if abs(p) >= 0.1 else 3
+    return f"{p:,.{digits}f}%".replace("-", MINUS)
+
+
+def off(x: Num) -> str:
+    """A difference between two sides: one digit is enough."""
+    return "not known" if x is None else "0" if x == 0 else f"{x:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("-", MINUS)
+
+
+def known(x: Num) -> str:
+    """A number, or a dash. What is under a billionth of its unit is rounding, and one digit tells it."""
+    return "\u2014" if x is None else off(x) if abs(x) < 1e-9 else number(x)
+
+
+def gaps(method: Trained) -> list[float]:
+    return [r.relative_gap for r in method.runs if r.relative_gap is not None]
+
+
+def middle(method: Trained) -> Result | None:
+    """The run with the median gap (the upper of the two middle ones of an even number); None where no gap was measured."""
+    runs = sorted((r for r in method.runs if r.relative_gap is not None), key=lambda r: r.relative_gap or 0.0)
+    return runs[len(runs) // 2] if runs else None
+
+
+def seeds(values: Sequence[float]) -> str:
+    """What is known about the spread: `3 seeds: 0.4% to 0.7%`."""
+    return "one seed" if len(values) == 1 else f"{len(values)} seeds: {share(min(values))} to {share(max(values))}"
+
+
+def with_policy(one: Trained | Sensitivity) -> str:
+    return f"{one.name} with a {one.policy}"
+
+
+def first_world(lab: Lab) -> str:
+    """The world told first: of those in which a method ended, the first of the list."""
+    order = [w.key for w in lab.worlds or []]
+    ended = [m.world for m in lab.methods or [] if gaps(m)]
+    return min(ended, key=lambda key: order.index(key) if key in order else len(order), default="")
+
+
+def lab_answer(lab: Lab) -> list[str]:
+    """The sentences at the top: how far the methods end from the optimum, what the derivation and the labels do, where a proxy turns over."""
+    told = [" ".join(_near(lab)), " ".join(_elsewhere(lab) + _theory(lab) + _proxies(lab))]
+    return [sentence for sentence in told if sentence] or ["Nothing was measured."]
+
+
+def _near(lab: Lab) -> list[str]:
+    """A sentence a policy, for the first world in which methods were trained."""
+    first = first_world(lab)
+    here = sorted((m for m in lab.methods or [] if m.world == first and gaps(m)), key=lambda m: median(gaps(m)))
+    out: list[str] = []
+    for policy in sorted({m.policy for m in here}):
+        own = [m for m in here if m.policy == policy]
+        ends = [f"{m.name} {share(median(gaps(m)))} ({seeds(gaps(m))})" for m in own]
+        if not out:  # the first number says what it is
+            m = own[0]
+            ends[0] = f"{with_policy(m)} ends {share(median(gaps(m)))} short of the optimum ({seeds(gaps(m))})"
+        out.append(f"{f'With a {policy}:' if out else f'On the {first} world'} {', '.join(ends)}{_verdict(own)}.")
+    return out
+
+
+def _verdict(own: list[Trained]) -> str:
+    """Whether the seeds tell two methods apart: only where their ranges do not touch."""
+    if len(own) != 2:
+        return ""
+    near, far = gaps(own[0]), gaps(own[1])
+    if min(len(near), len(far)) < 2:
+        return "; one seed shows no order"
+    return f"; every seed of {own[0].name} ends closer" if max(near) < min(far) else "; the seeds overlap, neither is shown to end closer"
+
+
+def _elsewhere(lab: Lab) -> list[str]:
+    rest = sorted((m for m in lab.methods or [] if m.world != first_world(lab) and gaps(m)), key=lambda m: median(gaps(m)))
+    if not rest:
+        return []
+    worlds = {m.world for m in rest}
+    where = f"the {rest[0].world} world" if len(worlds) == 1 else f"the {len(worlds)} other worlds"
+    named = [f"{share(median(gaps(m)))} ({with_policy(m)}{', ' + m.world if len(worlds) > 1 else ''}; {seeds(gaps(m))})" for m in (rest[0], rest[-1])]
+    return [f"On {where} what is left runs from {named[0]} to {named[1]}." if len(rest) > 1 else f"On {where} {named[0]} is left."]
+
+
+def _theory(lab: Lab) -> list[str]:
+    out = []
+    found = [d.difference for d in lab.derivation or [] if d.difference is not None]
+    error = lab.recovered.largest_logprob_error if lab.recovered else None
+    if found:
+        holds = "hold to" if max(found) <= HOLDS else "do not all hold: they are off by up to"
+        out.append(f"The {len(found)} steps from the objective to DPO {holds} {off(max(found))}.")
+    if error is not None:
+        reached = f"gives the optimum to {off(error)} nats" if error < 1e-3 else f"ends up to {number(error)} nats from the optimum"
+        out.append(f"Minimising DPO's loss over all pairs {reached} in every log-probability.")
+    spread = [s.total_variation for s in lab.missing.starts if s.total_variation is not None] if lab.missing else []
+    if spread and one_loss(lab):
+        out.append(f"With one response never compared, equal losses end up to {number(max(spread))} in total variation from it.")
+    return out
+
+
+def one_loss(lab: Lab) -> bool:
+    """Whether several starts reached one loss at policies that differ."""
+    starts = lab.missing.starts if lab.missing else []
+    losses = [s.loss for s in starts if s.loss is not None]
+    ends = [s.probability for s in starts if s.probability is not None]
+    return len(losses) > 1 and max(losses) - min(losses) < 1e-4 and len(ends) > 1 and max(ends) - min(ends) > 1e-3
+
+
+def _proxies(lab: Lab) -> list[str]:
+    curves = lab.overoptimisation or []
+    turned = [c for c in curves if c.turns_over]
+    if not curves:
+        return []
+    if not turned:
+        return [f"Along none of the {len(curves)} proxies does the true value turn over."]
+    return [f"Where a proxy is climbed, the true value turns over in {len(turned)} of {len(curves)} cases."]
+
+
+def lab_alarms(lab: Lab, identities: Sequence[tuple[str, Num]] = ()) -> list[str]:
+    """What should make a reader doubt the numbers, or not use a method as it was set. `identities`: formulas in words, and how far off they are."""
+    found = [alarm for m in lab.methods or [] for alarm in _method_alarms(lab, m)]
+    steps = [(f"The derivation's step {d.title!r}", d.difference) for d in lab.derivation or []]
+    found += [f"{name} does not hold: its sides differ by {number(d)}." for name, d in [*steps, *identities] if d is not None and not d <= HOLDS]
+    for r in lab.best_of_n.rows if lab.best_of_n else []:
+        if r.kl is not None and r.bound is not None and r.kl > r.bound + 1e-9:
+            found.append(f"Best of {r.n} has a KL of {number(r.kl)} nats, above its bound {number(r.bound)}, which cannot be.")
+    return found
+
+
+def _method_alarms(lab: Lab, m: Trained) -> list[str]:
+    ends, who = gaps(m), f"{with_policy(m)} on the {m.world} world"
+    lost, found = len(m.runs) - len(ends), []
+    if ends and median(ends) > SHORT:
+        found.append(f"{who} stops {share(median(ends))} short ({seeds(ends)}). {m.cause or 'The cause was not measured.'}")
+    if ends and min(ends) < -HOLDS:
+        found.append(f"{who} ends above the optimum ({share(min(ends))}), which cannot be: two different objectives were compared.")
+    if any(above_frontier(lab, m.world, r) for r in m.runs):
+        found.append(f"{who} ends above the frontier, which cannot be: its KL and its reward are not those of one policy.")
+    if lost:
+        found.append(f"{who}: {lost} of {len(m.runs)} runs have no gap.")
+    return found
+
+
+def above_frontier(lab: Lab, world: str, run: Result) -> bool:
+    """Whether a run's end lies above the curve by more than the curve's own grain, a hundredth of its height."""
+    f = lab.frontier
+    if f is None or f.world != world or run.kl is None or run.reward is None:
+        return False
+    points = sorted(zip(f.kl, f.reward, strict=True))
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 <= run.kl <= x1 and x1 > x0:
+            return run.reward > y0 + (y1 - y0) * (run.kl - x0) / (x1 - x0) + 0.01 * (points[-1][1] - points[0][1])
+    return False
