@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo lab test check bench clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -11,6 +11,9 @@ BIN := .venv/bin
 
 demo: .venv/.installed
 	$(BIN)/fiducial demo $(ARGS)
+
+lab: .venv/.installed
+	$(BIN)/fiducial lab $(ARGS)
 
 test: .venv/.installed
 	$(BIN)/python -m pytest $(ARGS)
@@ -25,4 +28,4 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/ppo_page.py
 
 clean:
-	rm -rf .venv runs demo-run
+	rm -rf .venv runs demo-run lab-run

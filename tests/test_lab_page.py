@@ -55,12 +55,15 @@ def setting_data() -> dict[str, Any]:
             "probabilities_sum": sum(best.values())}  # fmt: skip
 
 
+START = point(REF)[1]
+
+
 def run_data(seed: int, end: float, samples: int, kl: float = 0.6, reward: float = 0.9, points: int = 12) -> dict[str, Any]:
     """A run that closes the gap geometrically, straight towards where it ends."""
     path = []
     for i in range(points + 1):
         done = 1 - (1 - i / points) ** 2
-        path.append({"step": 40 * i, "samples": samples * i // points, "kl": kl * done, "reward": 0.55 + (reward - 0.55) * done,
+        path.append({"step": 40 * i, "samples": samples * i // points, "kl": kl * done, "reward": START + (reward - START) * done,
                      "relative_gap": end ** (i / points) if end > 0 else end, "total_variation": 0.4})  # fmt: skip
     return {"seed": seed, "relative_gap": end, "gap": 0.2 * end, "total_variation": abs(end) ** 0.5 / 2, "kl": kl, "reward": reward, "samples": samples,
             "pairs": 0 if samples else 96_000, "seconds": 31.25 + seed, "path": path}  # fmt: skip
@@ -101,7 +104,7 @@ def lab_data() -> dict[str, Any]:
         "timings": {"training": 412.0, "the exact parts": 31.5},
         "worlds": [
             {"key": "mild", "words": "Short responses, a smooth reward.", "prompts": 2, "responses": 15, "vocabulary": 3, "horizon": 3, "beta": BETA,
-             "kl_optimum": kl, "objective_reference": 0.552, "objective_optimum": reward - BETA * kl},
+             "kl_optimum": kl, "objective_reference": START, "objective_optimum": reward - BETA * kl},
             {"key": "peaked", "words": "One response in a hundred pays.", "prompts": 4, "responses": 1365, "vocabulary": 4, "horizon": 5, "beta": 0.1,
              "kl_optimum": 4.318, "objective_reference": 0.0102, "objective_optimum": 0.4567},
         ],
@@ -380,7 +383,8 @@ def test_every_formula_of_the_setting_holds_in_the_arithmetic_world() -> None:
 
 @pytest.mark.parametrize(("field", "broken"), [
     ("probability", {"chain", "optimal_policy"}), ("sum_log_ratio", {"log_ratio", "reward"}), ("kl", {"optimum_objective"}),
-    ("reward", {"optimal_policy", "reward"}), ("objective", {"optimum_objective", "optimum_partition"}), ("probabilities_sum", {"sums"}), ("expected_reward", {"optimum_objective"}),
+    ("reward", {"optimal_policy", "reward"}),
+    ("objective", {"optimum_objective", "optimum_partition"}), ("probabilities_sum", {"sums"}), ("expected_reward", {"optimum_objective"}),
     ("q", {"advantage"}), ("ref", {"chain"}),
 ])  # fmt: skip
 def test_a_wrong_number_breaks_its_formulas_and_no_other(field: str, broken: set[str]) -> None:
@@ -432,7 +436,7 @@ def test_the_frontier_shows_the_median_seed_of_each_method_below_the_curve() -> 
     named = {s["name"]: s for s in found["series"]}
     assert list(named)[:3] == ["frontier", "J of the optimum (slope β = 0.5)", "best of n"] and list(named)[-1] == "optimum"
     ppo = next(m for m in data.methods or [] if m.name == "PPO")
-    best = middle(ppo)
+    best = middle(ppo.runs)
     assert best is not None and best.relative_gap == 0.021 and named["PPO, table"]["y"][-1] == best.reward
     assert named["PPO, table"]["color"] == named["PPO, transformer"]["color"] != named["DPO, table"]["color"]
     assert (named["PPO, table"]["dash"], named["PPO, transformer"]["dash"]) == ("solid", "dash")
@@ -487,3 +491,37 @@ def test_the_estimator_behind_a_method_is_the_one_it_names(folder: Path) -> None
     table = html.split("Its gradient")[1].split("</table>")[0]
     assert "0.174; 21.9" in table and "8.41" not in table and table.count("GRPO") == 3
     assert "Its gradient" not in html_of(folder, {**lab_data(), "estimators": None})
+    data = lab_data()
+    data["estimators"].append({**data["estimators"][0], "name": "PPO's surrogate, lambda 0.95", "variance": 12.3})
+    table = html_of(folder, data).split("Its gradient")[1].split("</table>")[0]
+    assert "PPO&#39;s surrogate" not in table and "DPO on pairs" in table  # of several it is not known which
+
+
+def test_runs_of_another_seeds_world_stay_out_of_this_worlds_picture(folder: Path) -> None:
+    method = method_data("PPO", "table", "mild", [0.01, 0.02, 0.03])
+    for step in method["runs"][1]["path"]:
+        step["reward"] += 5.0
+    method["runs"][1]["reward"] += 5.0  # above this frontier, but that is not its frontier
+    data = lab(methods=[method])
+    (line,) = [s for s in frontier_figure(data)["series"] if s["name"] == "PPO, table"]
+    assert line["y"][-1] == method["runs"][2]["reward"] and lab_alarms(data) == []
+    assert "optimum 0.741" not in html_of(folder, {**lab_data(), "methods": [method]})
+    method["runs"][1]["kl_optimum"] = 0.876
+    assert "optimum 0.876" in html_of(folder, {**lab_data(), "methods": [method]})
+
+
+def test_a_trained_path_is_drawn_only_from_where_the_curve_begins() -> None:
+    data = lab_data()["overoptimisation"]
+    data[3]["path"] = {"kl": [0.0, 1.0], "proxy": [0.0, 1.7], "gold": [0.0, 1.2]}
+    found = proxy_figures(lab(overoptimisation=data).overoptimisation or [])[3]
+    assert [(s["name"], s["dash"]) for s in found["series"][2:4]] == [("PPO, proxy", "dash"), ("PPO, true value", "solid")]
+    data[3]["path"]["gold"] = [2.0, 3.2]
+    wrong = lab(overoptimisation=data, methods=None)
+    assert len(proxy_figures(wrong.overoptimisation or [])[3]["series"]) == 3
+    assert lab_alarms(wrong) == ["A world with an exploit: the trained policy does not begin where the curve does, and is not drawn."]
+
+
+def test_a_cause_is_told_even_where_it_is_no_alarm(folder: Path) -> None:
+    data = lab_data() | {"methods": [method_data("PPO", "table", "mild", [0.08], "It stopped early.")]}
+    text = text_of(html_of(folder, data))
+    assert "PPO, table, mild, 8.0% short: It stopped early." in text and "alarm" not in text

@@ -153,13 +153,14 @@ def test_both_sides_of_each_step_are_those_of_the_slow_loops(derived):
     assert "shifted" in label and [left, right] == pytest.approx(pairs[0][1:], abs=1e-8)
 
 
-def test_the_policy_found_numerically_knows_no_formula(monkeypatch):
+def test_the_policy_found_numerically_knows_no_formula_and_no_side_knows_the_other(monkeypatch):
     right = derivation.maximise(WORLD)
     np.testing.assert_allclose(right.logp, np.log(BEST), atol=1e-9)
     assert -right.loss == pytest.approx(mean(lambda p: BETA * math.log(Z[p])), abs=1e-12)
     monkeypatch.setattr(exact, "optimum", lambda w, **more: (np.full((2, 15), -math.log(15)), np.zeros(2)))
+    monkeypatch.setattr(exact, "soft_values", lambda w: (np.zeros((2, 7)), np.zeros((2, 7, 3))))
     steps = {s["key"]: s["difference"] for s in derivation.derive(WORLD)[0]}
-    assert min(steps["objective"], steps["optimal_policy"], steps["reward"]) > 0.1 and steps["cancels"] < 1e-8
+    assert min(steps["objective"], steps["partition"], steps["optimal_policy"], steps["reward"]) > 0.1 and steps["cancels"] < 1e-8
 
 
 def test_a_wrong_reward_shows_in_the_last_two_steps():

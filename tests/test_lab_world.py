@@ -98,7 +98,7 @@ def test_the_scores_of_texts_are_those_of_the_table(world):
     assert len(set(zip(prompts, completions, strict=True))) == len(every)
     assert world.scores(prompts, completions) == [world.reward[p, y] for p, y in every]
     assert world.scores(prompts, completions, "proxy") == [world.reward[p, y] + 100 for p, y in every]
-    assert world.scores(prompts[:1], [world.response_text(every[0][1])]) == [world.reward[every[0]]]  # with its full stop all the same
+    assert world.scores(prompts, [world.response_text(y) for _, y in every]) == [world.reward[p, y] for p, y in every]  # with their full stops all the same
     for prompt, completion in [("zz", ""), (prompts[0], "abca")]:
         with pytest.raises(KeyError):
             world.scores([prompt], [completion])

@@ -27,6 +27,7 @@ VERBS = {
     "collect": Verb("collect.pairs:Collect:collect", "sample responses, have a judge compare them, write preference rows"),
     "generate": Verb("collect.generate:Generate:generate", "answer a file of prompts"),
     "eval": Verb("collect.evaluate:Evaluate:evaluate", "win rate, score, KL and length of a model, with intervals"),
+    "lab": Verb("lab.command:Lab:lab", "every method against the exactly known optimum of small worlds, and a page with the derivations and their numbers"),
     "report": Verb("report.command:Report:report", "write the page of a run again"),
 }
 

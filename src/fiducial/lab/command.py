@@ -26,7 +26,7 @@ from ..report.numbers import number
 from ..train.progress import Progress, say
 from . import derivation, estimators, exact, labels, overoptimisation, policies
 from .measured import Plan, run_quietly, write_world
-from .world import World, exploited
+from .world import World
 
 
 class Lab(Settings):
@@ -164,7 +164,7 @@ WORLDS = {
 
 def make_worlds(folder: Path, seed: int) -> dict[tuple[str, int], World]:
     """The worlds of three seeds, each with its files below `folder`; the exploit's only once."""
-    made = {"mild": policies.mild, "peaked": policies.peaked, "large": policies.large, "exploit": exploit}
+    made = {"mild": policies.mild, "peaked": policies.peaked, "large": policies.large, "exploit": policies.exploit}
     out = {}
     for name, make in made.items():
         for s in (seed, seed + 1, seed + 2) if name != "exploit" else (seed,):
@@ -174,13 +174,6 @@ def make_worlds(folder: Path, seed: int) -> dict[tuple[str, int], World]:
             if not (where / "pairs.jsonl").exists():
                 write_world(world, model, where, copies=COPIES[name])
     return out
-
-
-def exploit(seed: int) -> tuple[World, Any]:
-    """The mild world, in which a few responses are overrated by the proxy."""
-    world, model = policies.mild(seed)
-    gold, proxy = exploited(world.reward, np.exp(exact.reference(world)), seed)
-    return world.with_(name="exploit", reward=gold, proxy=proxy), model
 
 
 def describe(name: str, world: World) -> dict[str, Any]:

@@ -89,14 +89,14 @@ class Change:
     """How the plain batch is changed. None of it should matter."""
 
     widen: int = 0
-    outside: Outside = "nonsense"
+    fill: Outside = "nonsense"
     garbled: bool = False
     order: bool = False
     copies: int = 1
 
 
 PROBES: dict[str, tuple[Change, str]] = {
-    "padding": (Change(widen=2, outside="other"), "padding counts"),
+    "padding": (Change(widen=2, fill="other"), "padding counts"),
     "prompt": (Change(garbled=True), "reads the prompt's tokens"),
     "order": (Change(order=True), "depends on the order of rows"),
     "copies": (Change(copies=2), "copies count"),
@@ -115,7 +115,7 @@ class Look:
     table: Array
     sides: tuple[Batch, ...]
     each: tuple[Array, ...]
-    node: tuple[Array, ...]
+    node: tuple[Rows, ...]
     nothing: bool
 
     @property
@@ -138,7 +138,7 @@ def look(loss: Loss, batch: Batch | PairBatch, what: str) -> Look:
     sides = (batch,) if isinstance(batch, Batch) else (batch.chosen, batch.rejected)
     leaves = [getattr(s, what) for s in sides]
     value = scalar(loss(batch))
-    found = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
+    found = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True) if value.requires_grad else [None] * len(leaves)
     each = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
     size = max(int(s.node.max()) for s in sides) + 2
     # a value in column t is of the state that position t - 1 is in; in front of the first column there is none
@@ -206,11 +206,14 @@ class Case:
             return np.concatenate([inner, own], 1)
         return table[: where.states].reshape(prompts, -1, *table.shape[1:])
 
-    def leaks(self, seen: Look) -> list[str]:
-        """Where a gradient reaches what is no token of the policy's."""
-        world = self.population.world
-        where = layout(world.prompts, world.horizon)
+    def leaks(self, seen: Look, *, by_row: bool = False) -> list[str]:
+        """Where a gradient reaches what is no token of the policy's, on balance or in any row."""
+        where = layout(self.population.world.prompts, self.population.world.horizon)
         size = np.abs(seen.table).reshape(len(seen.table), -1).max(1)
+        if by_row:
+            size = np.zeros(len(size))
+            for node, g in zip(seen.node, seen.each, strict=True):
+                np.maximum.at(size, node, np.abs(g).reshape(*node.shape, -1).max(-1))
         reached = size > 1e-10 * size.max()
         front = [len(reached) - 1] if self.what == "values" else []
         inside = np.r_[where.ends : where.prompts, front].astype(int)
@@ -264,7 +267,7 @@ def judge(loss: Loss, case: Case, *, train: bool = True) -> Verdict:
         names = (_probe_name(fatal[0], case),)
     if not names:
         remarks += _about_scale(found.scale, case)
-    remarks += [f"Also: {_probe_sentence(f, case)}." for f in failed if _probe_name(f, case) not in names]
+    remarks += [f"Also: {_probe_sentence(f, case)}." for f in failed if _probe_name(f, case) not in names and not (names and f == "nan")]
     gap = case.train(loss) if train and case.train is not None else None
     sentence = _sentence(names, found) if names else f"The expected gradient has the exact direction, to {found.relative_bias:.0e}."
     return Verdict(
@@ -280,7 +283,8 @@ def _wrong(case: Case, name: str) -> Verdict:
 def _sentence(names: tuple[str, ...], found: Measured | None) -> str:
     what = "; ".join(CATALOGUE[n].words for n in names)
     todo = "; ".join(CATALOGUE[n].remedy for n in names if CATALOGUE[n].remedy)
-    size = "" if found is None or found.relative_bias <= TOLERANCE else f" The expected gradient is off by {found.relative_bias:.2%} (cosine {found.cosine:.4f})."
+    biased = found is not None and found.relative_bias > TOLERANCE
+    size = f" The expected gradient is off by {found.relative_bias:.2%} (cosine {found.cosine:.4f})." if found is not None and biased else ""
     return f"{what[0].upper()}{what[1:]}.{size}" + (f" What to do: {todo}." if todo else "")
 
 
@@ -302,7 +306,7 @@ def _probe(loss: Loss, case: Case, seen: Look) -> list[str]:
         return ["random"]
     failed = [name for name, (change, _) in PROBES.items() if not same(case.look(loss, change), up_to_scale=name == "copies")]
     try:
-        clean = same(case.look(loss, Change(outside="nan")))
+        clean = same(case.look(loss, Change(fill="nan")))
     except Exception:  # a loss may well refuse what is not a number, wherever it stands
         clean = False
     return failed if clean else [*failed, "nan"]
@@ -326,8 +330,10 @@ def _explain(loss: Loss, case: Case, seen: Look, direction: Array, leaks: list[s
         return (misread,), []
     known = faults.explain(direction, case.candidates(case.population), case.group)
     if known is not None:
-        names, rest = _with_leaks(known.names, leaks)
-        return (*names, *rest), [f"The penalty acts with {known.strength:.4g} times its strength."] if "wrong beta" in names else []
+        names = _with_leaks(known.names, leaks, case.leaks(seen, by_row=True), case)
+        if "order" in failed:  # nothing that a response's own length does depends on the order
+            names = tuple("mean of micro-batch means" if n == "mean of means" else n for n in names)
+        return names, [f"The penalty acts with {known.strength:.4g} times its strength."] if "wrong beta" in names else []
     if leaks and not failed:
         return tuple(leaks), []
     order = [f for f in failed if f != "nan"]
@@ -341,14 +347,15 @@ def _explain(loss: Loss, case: Case, seen: Look, direction: Array, leaks: list[s
     return ("unknown",), [f"The bias is gone without {name}: look there." for name in gone] + coverage(seen)
 
 
-def _with_leaks(names: tuple[str, ...], leaks: list[str]) -> tuple[tuple[str, ...], list[str]]:
-    """A mask that is shifted leaves something out at one end and takes something in at the other."""
-    out, rest = list(names), list(leaks)
-    for left_out, taken, both in (("last token left out", "trains on the prompt", "mask one early"), ("first token left out", "trains on padding", "mask one late")):
-        if left_out in out and taken in rest:
+def _with_leaks(names: tuple[str, ...], leaks: list[str], anywhere: list[str], case: Case) -> tuple[str, ...]:
+    """A mask that is shifted leaves something out at one end and takes something in at the other. What is read at the wrong place leaks by itself."""
+    out, rest = list(names), [x for x in leaks if x not in names and case.what == "raw"]
+    shifted = (("last token left out", "trains on the prompt", "mask one early"), ("first token left out", "trains on padding", "mask one late"))
+    for left_out, taken, both in shifted:
+        if left_out in out and taken in anywhere:
             out[out.index(left_out)] = both
-            rest.remove(taken)
-    return tuple(out), rest
+            rest = [x for x in rest if x != taken]
+    return (*out, *rest)
 
 
 def _exact_without(loss: Loss, case: Case, population: Population) -> bool:
@@ -476,17 +483,19 @@ def policy_case(objective: Objective = "J", *, group: int = 1, critic: Critic = 
     population = make_population(
         horizon=3 if group == 1 else 2, group=group, beta=beta, critic=critic, off_policy=objective == "clip", silent=objective in ("kl", "forward_kl")
     )
-    goal = {"J": _ascent, "reward": _ascent, "kl": _ascent_kl, "forward_kl": _ascent_forward, "clip": functools.partial(_ascent_clip, clip=clip)}[objective]
+    goals: dict[str, Callable[[Population], Array]] = {
+        "J": _ascent, "reward": _ascent, "kl": _ascent_kl, "forward_kl": _ascent_forward, "clip": functools.partial(_ascent_clip, clip=clip)
+    }  # fmt: skip
 
     def candidates(p: Population) -> Iterator[Candidate]:
         if objective == "clip":
-            yield from faults.clip_candidates(p, clip=clip)
+            yield from faults.clip_candidates(p, clip)
         elif objective == "forward_kl":
             yield from faults.forward_candidates(p)
         else:
             if group > 1 and objective != "kl":  # first, for here the baseline is known
-                yield from faults.group_candidates(p, objective=objective)
-            yield from faults.policy_candidates(p, objective=objective)
+                yield from faults.group_candidates(p, objective)
+            yield from faults.policy_candidates(p, objective)
 
     without: dict[str, Callable[[Population], Population]] = {
         "rewards": lambda p: p.with_(world=p.world.with_(reward=np.zeros_like(p.world.reward))),
@@ -495,7 +504,7 @@ def policy_case(objective: Objective = "J", *, group: int = 1, critic: Critic = 
         "the temperature": lambda p: p.with_(temperature=1.0),
     }
     return Case(
-        WORDS[objective] + (f", groups of {group}" if group > 1 else ""), "raw", population, goal, _make, candidates,
+        WORDS[objective] + (f", groups of {group}" if group > 1 else ""), "raw", population, goals[objective], _make, candidates,
         None if objective == "clip" else functools.partial(_train_policy, population=population, objective=objective, critic=critic), without, group,
         "k1 as a loss" if objective == "kl" else "zero in expectation",
     )  # fmt: skip
@@ -529,7 +538,7 @@ def _make(p: Population, change: Change) -> Batch:
     prompt, response, group = _rearranged(change, p.group, prompt, response, group)
     if change.copies > 1 and p.group > 1:
         group = np.arange(len(group)) // p.group
-    return build(p, prompt, response, group, widen=change.widen, outside=change.outside, garbled=change.garbled)
+    return build(p, prompt, response, group, widen=change.widen, fill=change.fill, garbled=change.garbled)
 
 
 def _rearranged(change: Change, group: int, *numbers: Rows) -> list[Rows]:
@@ -616,7 +625,7 @@ def _train_likelihood(loss: Loss, *, population: Population, iterations: int = 1
 
 def _make_pairs(p: Population, change: Change) -> PairBatch:
     prompt, chosen, rejected = _rearranged(change, 1, *pairs(p))
-    return build_pairs(p, prompt, chosen, rejected, widen=change.widen, outside=change.outside, garbled=change.garbled)
+    return build_pairs(p, prompt, chosen, rejected, widen=change.widen, fill=change.fill, garbled=change.garbled)
 
 
 def check_preference_loss(loss: Callable[[PairBatch], Any], beta: float = 0.4, *, train: bool = True) -> Verdict:

@@ -74,7 +74,7 @@ def write_world(world: World, model: Any, folder: Path, *, preference: Array | N
     Args:
         model: the transformer whose logits are the world's reference.
         preference: [P, Y, Y] of the annotators; default: Bradley-Terry with the true rewards.
-        copies: how often every two responses are compared; each comes out as often as its probability says, to the nearest whole number.
+        copies: how often every two responses are compared; each order comes as often as its probability says, in whole numbers.
     """
     folder.mkdir(parents=True, exist_ok=True)
     world.save(folder / "world.npz")
@@ -102,9 +102,12 @@ def comparisons(world: World, preference: Array, copies: int) -> Iterator[dict[s
         raise ValueError("comparisons need prompts of one length: a cut response is told from a finished one by --rows.max-length")
     for p in range(len(world.prompts)):
         for i in range(len(world.responses)):
+            over = 0.0  # what rounding took from this response is given back in its next comparison: its wins in all, which decide its score, are right
             for j in range(i):
                 a, b = world.response_text(i), world.response_text(j)
-                first = round(copies * float(preference[p, i, j]))
+                wanted = copies * float(preference[p, i, j]) + over
+                first = min(copies, max(0, round(wanted)))
+                over = wanted - first
                 yield from [{"prompt": world.prompt_text(p), "chosen": a, "rejected": b}] * first
                 yield from [{"prompt": world.prompt_text(p), "chosen": b, "rejected": a}] * (copies - first)
 

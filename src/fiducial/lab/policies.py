@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from ..models.tabular import TabularConfig, TabularLM
 from . import exact
-from .world import EOS, LETTERS, Array, Tokens, Tree, World, prompts_for, random_reward, tree
+from .world import EOS, LETTERS, Array, Tokens, Tree, World, exploited, prompts_for, random_reward, tree
 
 
 def transformer(prompts: tuple[Tokens, ...], vocabulary: int, horizon: int, seed: int, *, spread: float = 0.1, width: int = 64, layers: int = 2) -> Any:
@@ -123,9 +123,23 @@ def mild(seed: int = 0) -> tuple[World, Any]:
 
 def peaked(seed: int = 0) -> tuple[World, Any]:
     """As many responses, but the best ones are rare under the reference and the pull to it is weak: 2.9 nats. What is not sampled is not learned."""
-    return make("peaked", seed=seed, spread=0.25, beta=0.3, kl=2.9)
+    world, model = make("peaked", seed=seed, spread=0.25, beta=0.3, kl=None)
+    ref = exact.reference(world)
+    world = world.with_(reward=world.reward - RARE * (ref - ref.mean(-1, keepdims=True)))
+    return world.with_(reward=world.reward * scale_for(world, 2.9)), model
+
+
+RARE = 0.5
+"""What a nat of rareness under the reference is worth in the peaked world, in deviations of the random reward."""
 
 
 def large(seed: int = 0) -> tuple[World, Any]:
     """121 responses to each of 2 prompts."""
     return make("large", seed=seed, vocabulary=4, horizon=4)
+
+
+def exploit(seed: int = 0) -> tuple[World, Any]:
+    """The mild world, in which a proxy overrates a few unlikely responses that the true reward hates."""
+    world, model = mild(seed)
+    gold, proxy = exploited(world.reward, np.exp(exact.reference(world)), seed)
+    return world.with_(name="exploit", reward=gold, proxy=proxy), model

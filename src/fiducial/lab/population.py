@@ -198,6 +198,17 @@ class Population:
         return self.world.tree
 
     @functools.cached_property
+    def inner_scores(self) -> Array:
+        """[P, S] what a reward model says behind a token that does not end the response."""
+        return _outside("nonsense", len(self.world.prompts) * len(self.tree.states), 3).reshape(len(self.world.prompts), -1)
+
+    @functools.cached_property
+    def positions(self) -> tuple[Rows, Rows, Array]:
+        """[P, Y, W] the row of the tables behind each position, and ids; and the scores of the rows that are no token of a response."""
+        where = layout(self.world.prompts, self.world.horizon)
+        return where.node.numpy(), where.ids.numpy(), _outside("nonsense", where.rows - where.ends, 4)
+
+    @functools.cached_property
     def advantages(self) -> Array:
         """[P, S, V] Q - V of the policy that sampled."""
         v, q = exact.values(self.world, self.data)
@@ -218,7 +229,7 @@ def rational(prompts: int, states: int, seed: int) -> Array:
 
 def make_population(
     *, horizon: int = 3, group: int = 1, beta: float = BETA, temperature: float = TEMPERATURE, critic: Critic = "exact", off_policy: bool = False,
-    preferences: bool = False, silent: bool = False, seed: int = 0,
+    preferences: bool = False, silent: bool = False, seed: int = 3,
 ) -> Population:  # fmt: skip
     """A population.
 
@@ -229,6 +240,7 @@ def make_population(
         off_policy: the responses were written by another policy than the one that is learned.
         preferences: rewards are 0 or log 3, so that the odds of a comparison are whole numbers.
         silent: all rewards are 0.
+        seed: of the tables; with 3 the two prompts have answers of different mean length.
     """
     shape = tree(3, horizon)
     prompts, states, responses = len(PROMPTS), len(shape.states), len(shape.responses)
@@ -240,7 +252,7 @@ def make_population(
         reward = random_reward(prompts, responses, seed + 1) * (not silent)
     world = World("rational", PROMPTS, reference, reward, beta, horizon)
     policy = rational(prompts, states, seed)
-    data = rational(prompts, states, seed + 1) if off_policy else policy
+    data = rational(prompts, states, seed + 4) if off_policy else policy
     known = exact.values(world, data)[0]
     old = {"exact": known, "arbitrary": rng.normal(size=known.shape), "none": np.zeros_like(known)}[critic]
     near = known + rng.uniform(-0.1, 0.1, size=known.shape)  # inside the range to which PPO's critics are clipped
@@ -253,17 +265,21 @@ def likelihoods(population: Population) -> Array:
 
 
 def rows(population: Population) -> tuple[Rows, Rows, Rows]:
-    """Prompt, response and group [N] of each row of the population; groups stand together."""
+    """Prompt, response and group [N] of each row of the population, in no order; the rows of a group stand together."""
     copies = 4**population.tree.horizon
     counts = np.rint(likelihoods(population) * copies).astype(int)
     assert (counts.sum(1) == copies).all(), "the probabilities are not whole numbers of 1 / copies"
     listed = [np.repeat(np.arange(counts.shape[1]), c) for c in counts]
-    if population.group == 1:
-        prompt = np.repeat(np.arange(len(counts)), copies)
-        return prompt, np.concatenate(listed), prompt
-    pairs = np.concatenate([np.stack(np.meshgrid(r, r, indexing="ij"), -1).reshape(-1, 2) for r in listed])
-    prompt = np.repeat(np.arange(len(counts)), copies**2)
-    return np.repeat(prompt, 2), pairs.reshape(-1), np.repeat(np.arange(len(pairs)), 2)
+    if population.group > 1:
+        listed = [np.stack(np.meshgrid(y, y, indexing="ij"), -1).reshape(-1) for y in listed]
+    order = _shuffled(sum(map(len, listed)), population.group)
+    prompt, response = np.repeat(np.arange(len(counts)), len(listed[0]))[order], np.concatenate(listed)[order]
+    return prompt, response, prompt if population.group == 1 else np.arange(len(prompt)) // population.group
+
+
+def _shuffled(n: int, group: int = 1) -> Rows:
+    """An order without meaning: in a sorted batch micro-batches would hold one response each."""
+    return np.random.default_rng(5).permutation(np.arange(n).reshape(-1, group)).reshape(-1)
 
 
 def draw(population: Population, n: int, rng: np.random.Generator) -> tuple[Rows, Rows, Rows]:
@@ -284,7 +300,7 @@ def pairs(population: Population) -> tuple[Rows, Rows, Rows]:
             for j in range(i):
                 won = 4 * k[i] // (k[i] + k[j])
                 out += [(p, i, j)] * won + [(p, j, i)] * (4 - won)
-    prompt, chosen, rejected = np.array(out).T
+    prompt, chosen, rejected = np.array(out)[_shuffled(len(out))].T
     return prompt, chosen, rejected
 
 
@@ -298,6 +314,14 @@ def _outside(kind: Outside, width: int, salt: int, *trailing: int) -> Array:
     if kind == "nan":
         return np.full((width, *trailing), np.nan)
     return np.random.default_rng([salt, kind == "other", 13]).normal(size=(width, *trailing))
+
+
+def outside(population: Population, salt: int, *trailing: int) -> tuple[Array, Array]:
+    """[P, Y, ...] what stands in a table at each response's last token, where nothing follows, and [W, ...] in each column of padding."""
+    where = layout(population.world.prompts, population.world.horizon)
+    rest = _outside("nonsense", where.rows - where.states, salt, *trailing)
+    ends = rest[: where.ends - where.states].reshape(len(population.world.prompts), -1, *trailing)
+    return ends, rest[where.prompts - where.states :]
 
 
 def _table(inside: Array, rows: int, kind: Outside, salt: int) -> Tensor:
@@ -314,7 +338,7 @@ def _gather(table: Tensor, node: Tensor, ids: Tensor, temperature: float, first:
 
 def build(
     population: Population, prompt: Rows, response: Rows, group: Rows, *, theta: Tensor | None = None, phi: Tensor | None = None,
-    psi: Tensor | None = None, widen: int = 0, outside: Outside = "nonsense", garbled: bool = False,
+    psi: Tensor | None = None, widen: int = 0, fill: Outside = "nonsense", garbled: bool = False,
 ) -> Batch:  # fmt: skip
     """The rows as a batch.
 
@@ -322,7 +346,7 @@ def build(
         prompt, response, group: [N] of each row.
         theta: [P, S, V] raw logits with gradient, phi [P, S] values, psi [P, Y] scores, to train them. Without, `Batch.raw`, `values` and `scores`
             are leaves themselves.
-        widen: columns of padding on top of the longest row. outside: what stands where the mask is false. garbled: see `layout`.
+        widen: columns of padding on top of the longest row. fill: what stands where the mask is false. garbled: see `layout`.
     """
     world, tau = population.world, population.temperature
     where = layout(world.prompts, world.horizon, widen, garbled)
@@ -332,22 +356,21 @@ def build(
     ids, mask, node = (x[p, y][:, :width] for x in (where.ids, where.mask, where.node))
 
     def table(inside: Array, salt: int) -> Tensor:
-        return _table(inside.reshape(where.states, *inside.shape[2:]), where.rows, outside, salt)
+        return _table(inside.reshape(where.states, *inside.shape[2:]), where.rows, fill, salt)
 
     def learned(known: Tensor, given: Tensor | None) -> Tensor:
         return known if given is None else torch.cat([given.reshape(where.states, *known.shape[1:]), known[where.states :]])
 
-    nothing = float("nan") if outside == "nan" else -0.3
+    nothing = float("nan") if fill == "nan" else -0.3
     raw = learned(table(population.policy * tau, 0), theta)[node]
     raw_ref = table(exact.log_softmax(world.reference) * tau, 1)[node]
     old = _gather(table(population.data * tau, 0), node, ids, tau, nothing)
     front = torch.full((len(prompt), 1), nothing, dtype=torch.float64)
     values = torch.cat([front, learned(table(population.values, 2), phi)[node[:, :-1]]], 1)
     old_values = torch.cat([front, table(population.old_values, 2)[node[:, :-1]]], 1)
-    inner = _outside("nonsense", where.states, 3)
     complete = torch.from_numpy(population.scores) if psi is None else psi
-    behind = torch.from_numpy(_outside(outside, where.rows - where.ends, 4))
-    scores = torch.cat([torch.from_numpy(inner), complete.reshape(-1), behind])[node]
+    behind = torch.from_numpy(_outside(fill, where.rows - where.ends, 4))
+    scores = torch.cat([torch.from_numpy(population.inner_scores).reshape(-1), complete.reshape(-1), behind])[node]
     advantages = _gather_plain(table(population.advantages, 5), node, ids, nothing)
     for leaf in (raw, values, scores):
         if not leaf.requires_grad:
@@ -369,13 +392,16 @@ def _gather_plain(table: Tensor, node: Tensor, ids: Tensor, first: float) -> Ten
 
 def build_pairs(
     population: Population, prompt: Rows, chosen: Rows, rejected: Rows, *, theta: Tensor | None = None, psi: Tensor | None = None, widen: int = 0,
-    outside: Outside = "nonsense", garbled: bool = False,
+    fill: Outside = "nonsense", garbled: bool = False,
 ) -> PairBatch:  # fmt: skip
     """Pairs as a batch; see `build`."""
-    number = np.arange(len(prompt))
-    sides = [build(population, prompt, y, number, theta=theta, psi=psi, widen=widen, outside=outside, garbled=garbled) for y in (chosen, rejected)]
-    w, r = sides
+    world, number = population.world, np.arange(len(prompt))
+    w, r = (build(population, prompt, y, number, theta=theta, psi=psi, widen=widen, fill=fill, garbled=garbled) for y in (chosen, rejected))
+
+    def whole(x: Batch, tokens: Tensor) -> Tensor:
+        return select(tokens, x.mask).sum(1)
+
     return PairBatch(
-        *(select(x.logprobs, x.mask).sum(1) for x in sides), *(select(x.ref_logprobs, x.mask).sum(1) for x in sides),
-        *(select(x.scores, x.trajectory.last).sum(1) for x in sides), w, r, population.world.beta,
+        whole(w, w.logprobs), whole(r, r.logprobs), whole(w, w.ref_logprobs), whole(r, r.ref_logprobs),
+        select(w.scores, w.trajectory.last).sum(1), select(r.scores, r.trajectory.last).sum(1), w, r, world.beta,
     )  # fmt: skip

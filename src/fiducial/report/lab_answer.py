@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
 
-from fiducial.report.lab_schema import Lab, Num, Result, Sensitivity, Trained
+from fiducial.report.lab_schema import Lab, Num, Overoptimisation, Result, Sensitivity, Trained, World
 from fiducial.report.numbers import MINUS, number
 
 SHORT = 0.2  # a method that leaves more of the gap than this is an alarm
@@ -39,10 +39,28 @@ def gaps(method: Trained) -> list[float]:
     return [r.relative_gap for r in method.runs if r.relative_gap is not None]
 
 
-def middle(method: Trained) -> Result | None:
+def middle(runs: Sequence[Result]) -> Result | None:
     """The run with the median gap (the upper of the two middle ones of an even number); None where no gap was measured."""
-    runs = sorted((r for r in method.runs if r.relative_gap is not None), key=lambda r: r.relative_gap or 0.0)
-    return runs[len(runs) // 2] if runs else None
+    ended = sorted((r for r in runs if r.relative_gap is not None), key=lambda r: r.relative_gap or 0.0)
+    return ended[len(ended) // 2] if ended else None
+
+
+def of_world(world: World | None, run: Result) -> bool:
+    """Whether a run may belong to the world as it is described: seeds can have worlds of their own, and then it begins at another reference's reward."""
+    first = min(run.path, key=lambda s: s.step, default=None)
+    if world is None or world.objective_reference is None or first is None or first.step != 0 or first.reward is None:
+        return True  # it cannot be told
+    return abs(first.reward - world.objective_reference) <= HOLDS * max(1.0, abs(world.objective_reference))
+
+
+def begins_with(one: Overoptimisation) -> bool:
+    """Whether the trained policy's path begins where the curve does: else it is of another world, or its scores are counted from another zero."""
+    if one.path is None or not one.path.kl or not one.curve.kl:
+        return False
+    c, p = one.curve, one.path
+    start = min(range(len(c.kl)), key=lambda i: c.kl[i])
+    room = 0.02 * (max(*c.proxy, *c.gold) - min(*c.proxy, *c.gold))
+    return abs(p.proxy[0] - c.proxy[start]) <= room and abs(p.gold[0] - c.gold[start]) <= room
 
 
 def seeds(values: Sequence[float]) -> str:
@@ -141,6 +159,9 @@ def lab_alarms(lab: Lab, identities: Sequence[tuple[str, Num]] = ()) -> list[str
     found = [alarm for m in lab.methods or [] for alarm in _method_alarms(lab, m)]
     steps = [(f"The derivation's step {d.title!r}", d.difference) for d in lab.derivation or []]
     found += [f"{name} does not hold: its sides differ by {number(d)}." for name, d in [*steps, *identities] if d is not None and not d <= HOLDS]
+    for one in lab.overoptimisation or []:
+        if one.path and not begins_with(one):
+            found.append(f"{one.title}: the trained policy does not begin where the curve does, and is not drawn.")
     for r in lab.best_of_n.rows if lab.best_of_n else []:
         if r.kl is not None and r.bound is not None and r.kl > r.bound + 1e-9:
             found.append(f"Best of {r.n} has a KL of {number(r.kl)} nats, above its bound {number(r.bound)}, which cannot be.")
@@ -164,7 +185,7 @@ def _method_alarms(lab: Lab, m: Trained) -> list[str]:
 def above_frontier(lab: Lab, world: str, run: Result) -> bool:
     """Whether a run's end lies above the curve by more than the curve's own grain, a hundredth of its height."""
     f = lab.frontier
-    if f is None or f.world != world or run.kl is None or run.reward is None:
+    if f is None or f.world != world or run.kl is None or run.reward is None or not of_world(lab.world(world), run):
         return False
     points = sorted(zip(f.kl, f.reward, strict=True))
     for (x0, y0), (x1, y1) in pairwise(points):

@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from fiducial.report.figures import COLOURS, GREEN, INK, VERMILLION, Figure, figure, thin
-from fiducial.report.lab_answer import first_world, gaps, middle, share, with_policy
+from fiducial.report.lab_answer import begins_with, first_world, gaps, middle, of_world, share, with_policy
 from fiducial.report.lab_schema import KL, BestOfN, Lab, Num, Overoptimisation, Result, Sensitivity, Step, Trained
 from fiducial.report.numbers import MINUS, number
 
@@ -65,7 +65,7 @@ def frontier_figure(lab: Lab) -> Figure:
                             text=[f"n = {c.n}" for c in chosen]))  # fmt: skip
     ends = []
     for m in here(lab, f.world):
-        run = middle(m)
+        run = middle([r for r in m.runs if of_world(lab.world(f.world), r)])
         if run is None:
             continue
         own = [s for s in _path(run) if s.kl is not None and s.reward is not None]
@@ -78,7 +78,7 @@ def frontier_figure(lab: Lab) -> Figure:
     series.append(curve("optimum", [best.kl], [best.reward], VERMILLION, mode="markers", symbol="star", big=True, text=[f"β = {setting_of(best.beta)}"]))
     title = "No policy can lie above the curve: the most reward that each KL buys"
     if ends:
-        title = f"Each method climbs towards the frontier and ends within {share(max(ends))} of the optimum (median seeds)" if max(ends) >= 0 else title
+        title = f"Each method climbs towards the frontier and ends within {share(max(ends))} of the optimum" if max(ends) >= 0 else title
     out = figure(title, "mean reward E[r] (points)", series, x="KL(π‖ref) (nats per response)")
     shown = [y for s in series for y in s["y"] if y is not None and s.get("dash") != "dot"]
     reach = max((1.05 if s["name"] == "best of n" else 1.3) * x for s in series[2:] for x in s["x"])
@@ -119,7 +119,7 @@ def _gap_limits(values: Sequence[float]) -> Figure:
 def _gap_figure(title: str, methods: list[Trained], x: str, at: Any) -> Figure:
     series = []
     for m in methods:
-        own = middle(m)
+        own = middle(m.runs)
         for run in sorted(m.runs, key=lambda r: r is own):  # the median seed on top, the others pale
             steps = [s for s in _path(run) if s.relative_gap is not None]
             if steps:
@@ -158,6 +158,9 @@ def proxy_figure(one: Overoptimisation, limits: tuple[list[float], list[float]] 
     if one.error and len(one.error) == len(x):
         band = {name: [g + sign * 1.96 * e for g, e in zip(one.curve.gold, one.error, strict=True)] for name, sign in (("low", -1), ("high", 1))}
     series = [curve("proxy", x, one.curve.proxy, GREEN, dash="dash"), curve("true value", x, one.curve.gold, GREEN, **band)]
+    if one.path and begins_with(one):
+        way = [max(k, 0.0) ** 0.5 for k in one.path.kl]
+        series += [curve("PPO, proxy", way, one.path.proxy, COLOURS["ppo"], dash="dash"), curve("PPO, true value", way, one.path.gold, COLOURS["ppo"])]
     told = one.title
     if one.peak and one.last and one.turns_over:
         told += f": the true value peaks at {number(one.peak.gold)} and ends at {number(one.last.gold)}"
@@ -175,8 +178,9 @@ def proxy_figures(curves: Sequence[Overoptimisation]) -> list[Figure]:
 
 
 def _limits(curves: Sequence[Overoptimisation]) -> tuple[list[float], list[float]] | None:
-    xs = [max(k, 0.0) ** 0.5 for c in curves for k in c.curve.kl]
-    ys = [y for c in curves for y in [*c.curve.proxy, *c.curve.gold]]
+    drawn = [line for c in curves for line in (c.curve, c.path if begins_with(c) else None) if line]
+    xs = [max(k, 0.0) ** 0.5 for line in drawn for k in line.kl]
+    ys = [y for line in drawn for y in [*line.proxy, *line.gold]]
     if not xs or not ys:
         return None
     room = 0.06 * (max(ys) - min(ys)) or 0.5
@@ -194,7 +198,7 @@ def heat_figure(one: Sensitivity) -> Figure:
     return {
         "kind": "heat", "title": title, "x": "learning rate", "y": "β (points per nat)", "series": [], "small": False, "note": one.setting,
         "columns": [setting_of(x) for x in one.learning_rates], "rows": [setting_of(b) for b in one.betas],
-        "z": [[None if x is None else math.log10(x + 1e-9) for x in row] for row in one.relative_gap],
+        "z": [[None if x is None else math.log10(min(max(x, 1e-3), 1.0)) for x in row] for row in one.relative_gap],
         "text": [["" if x is None else share(x) for x in row] for row in one.relative_gap],
         "bar": {"title": "share of the gap left", "range": [-3, 0.01], "ticks": [[-3, -2, -1, 0], ["≤ 0.1%", "1%", "10%", "≥ 100%"]]},
     }  # fmt: skip

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from fiducial.report.figures import Figure
-from fiducial.report.lab_answer import gaps, known, lab_alarms, lab_answer, middle, off, one_loss, seeds, share
+from fiducial.report.lab_answer import SHORT, gaps, known, lab_alarms, lab_answer, middle, of_world, off, one_loss, seeds, share
 from fiducial.report.lab_figures import (
     best_of_n_figure,
     frontier_figure,
@@ -107,22 +107,28 @@ def _methods(lab: Lab) -> dict[str, Any] | None:
     return table([*head, *([("Its gradient", "relative bias; variance of a sample")] if named else [])], rows, left=(1,))
 
 
+def _causes(lab: Lab) -> list[str]:
+    """Why methods stopped short, of those that are no alarm."""
+    return [f"{label(m)}, {m.world}, {share(median(gaps(m)))} short: {m.cause}" for m in lab.methods or [] if m.cause and gaps(m) and median(gaps(m)) <= SHORT]
+
+
 def _method_row(lab: Lab, m: Trained) -> list[Cell]:
-    run, ends, world = middle(m) or (m.runs[0] if m.runs else None), gaps(m), lab.world(m.world)
+    run, ends, world = middle(m.runs) or (m.runs[0] if m.runs else None), gaps(m), lab.world(m.world)
     if run is None:
         return [(label(m), m.setting), m.world, "no run", NONE, NONE, NONE, NONE]
     gap: Cell = share(median(ends)) if ends else "not measured"
     if len(ends) > 1:
         gap = (str(gap), ", ".join(share(x) for x in ends) if len(ends) <= 4 else seeds(ends))
-    kl: Cell = (known(run.kl), f"optimum {number(world.kl_optimum)}") if world and world.kl_optimum is not None else known(run.kl)
+    best = run.kl_optimum if run.kl_optimum is not None else world.kl_optimum if world and of_world(world, run) else None
+    kl: Cell = (known(run.kl), f"optimum {number(best)}") if best is not None else known(run.kl)
     used: Cell = (count(run.samples), f"{count(run.pairs)} pairs") if run.pairs else count(run.samples)
     return [(label(m), m.setting), m.world, gap, known(run.total_variation), kl, used, duration(run.seconds) if run.seconds is not None else NONE]
 
 
 def _behind(lab: Lab, m: Trained) -> Estimator | None:
-    """The estimator whose expectation the method follows: the one it names, or the first that carries its name."""
+    """The estimator whose expectation the method follows: the one it names, or the only one that carries its name."""
     found = [e for e in lab.estimators or [] if (e.name == m.estimator if m.estimator else m.name.lower() in e.name.lower())]
-    return found[0] if found else None
+    return found[0] if len(found) == 1 else None  # of several it is not known which
 
 
 # ---- the setting
@@ -265,7 +271,8 @@ def _sections(lab: Lab) -> dict[str, Any]:
     slopes = [Identity("slope", "The slope of the frontier is β: the largest relative difference along it.", f.slope_error),
               Identity("variance", "And it climbs by the variance of the reward: the largest relative difference.", f.variance_error)] if f else []  # fmt: skip
     return {
-        "methods": _methods(lab), "setting": setting, "worked": _worked(setting) if setting else None, "identities": identities(setting) if setting else [],
+        "methods": _methods(lab), "causes": _causes(lab),
+        "setting": setting, "worked": _worked(setting) if setting else None, "identities": identities(setting) if setting else [],
         "slopes": [i for i in slopes if i.difference is not None],
         "derivation": [{"key": d.key, "title": d.title, "words": d.words, "difference": off(d.difference),
                         "table": table(["", d.left_name, d.right_name], [[name, side(a), side(b)] for name, a, b in d.rows])} for d in lab.derivation or []],

@@ -44,7 +44,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Result:
-    """Where one seed of a method ended."""
+    """Where one seed of a method ended. `kl_optimum`: of the world that it was trained on, where each seed has its own."""
 
     seed: int
     relative_gap: Num
@@ -55,12 +55,13 @@ class Result:
     samples: float = 0
     pairs: float = 0
     seconds: Num = None
+    kl_optimum: Num = None
     path: list[Step] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A method with a policy in a world. `estimator`: the name of the row in `estimators` that stands behind it; without it the first that names it."""
+    """A method with a policy in a world. `estimator`: the name of the row in `estimators` that stands behind it; else the only one with its name."""
 
     method: str
     name: str
@@ -283,6 +284,7 @@ class Fit:
 class Overoptimisation:
     """A proxy climbed, and the true value meanwhile.
 
+    path: a trained policy on the same axes, drawn where it begins where the curve begins.
     fit: d(alpha - beta d). rl_fit: d(alpha - beta log d). error: standard errors of gold, where it was sampled.
     """
 
@@ -291,6 +293,7 @@ class Overoptimisation:
     words: str
     curve: Curve
     turns_over: bool
+    path: Curve | None = None
     peak: Place | None = None
     last: Place | None = None
     fit: Fit | None = None

@@ -51,7 +51,7 @@ function layout(f) {
   const ink = css("--ink"), soft = css("--soft"), grid = css("--grid"), size = f.small ? 11 : 13;
   const axis = title => ({ title: { text: plain(title), font: { size, color: soft }, standoff: 6 }, gridcolor: grid, zerolinecolor: grid, linecolor: grid,
     tickfont: { size: size - 1, color: soft }, automargin: true, nticks: f.small ? 5 : 7, exponentformat: "power", hoverformat: ".4~g" });
-  const shapes = [], notes = [], legend = f.series.filter(s => !s.faint && s.legend !== false).length > 1;
+  const shapes = [], notes = [], legend = f.series.filter(s => !s.faint).length > 1;
   if (f.band) shapes.push({ type: "rect", layer: "below", xref: "paper", x0: 0, x1: 1, yref: "y", y0: f.band[0], y1: f.band[1], fillcolor: css("--band"), line: { width: 0 } });
   if (f.level) {
     shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, yref: "y", y0: f.level.y, y1: f.level.y, line: { color: soft, width: 1, dash: "dash" } });
