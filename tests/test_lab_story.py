@@ -159,7 +159,9 @@ def test_the_policy_found_numerically_knows_no_formula_and_no_side_knows_the_oth
     assert -right.loss == pytest.approx(mean(lambda p: BETA * math.log(Z[p])), abs=1e-12)
     monkeypatch.setattr(exact, "optimum", lambda w, **more: (np.full((2, 15), -math.log(15)), np.zeros(2)))
     monkeypatch.setattr(exact, "soft_values", lambda w: (np.zeros((2, 7)), np.zeros((2, 7, 3))))
-    steps = {s["key"]: s["difference"] for s in derivation.derive(WORLD)[0]}
+    told = derivation.derive(WORLD)[0]
+    assert [left for _, left, _ in told[2]["rows"]] == pytest.approx([1 / 15] * 5) != [right for *_, right in told[2]["rows"]]
+    steps = {s["key"]: s["difference"] for s in told}
     assert min(steps["objective"], steps["partition"], steps["optimal_policy"], steps["reward"]) > 0.1 and steps["cancels"] < 1e-8
 
 

@@ -62,8 +62,8 @@ class Job:
 
 
 SETTINGS: dict[tuple[str, str, str], tuple[float, int]] = {
-    ("mild", "dpo", "table"): (0.05, 800), ("mild", "ppo", "table"): (0.05, 150),
-    ("mild", "dpo", "transformer"): (1e-3, 1000), ("mild", "ppo", "transformer"): (1e-3, 150),
+    ("mild", "dpo", "table"): (0.05, 1600), ("mild", "ppo", "table"): (0.05, 150),
+    ("mild", "dpo", "transformer"): (1e-3, 1500), ("mild", "ppo", "transformer"): (1e-3, 150),
     ("peaked", "dpo", "table"): (0.05, 800), ("peaked", "ppo", "table"): (0.05, 150),
     ("peaked", "dpo", "transformer"): (1e-3, 1500), ("peaked", "ppo", "transformer"): (1e-3, 400),
     ("large", "dpo", "table"): (0.05, 800), ("large", "ppo", "table"): (0.05, 150),
@@ -74,7 +74,9 @@ SETTINGS: dict[tuple[str, str, str], tuple[float, int]] = {
 SECONDS = {("dpo", "table"): 0.009, ("ppo", "table"): 0.025, ("dpo", "transformer"): 0.045, ("ppo", "transformer"): 0.12}
 """Usual seconds a step, to begin with the longest."""
 NAMES = {"ppo": "PPO", "dpo": "DPO"}
-COPIES = {"mild": 100, "exploit": 100, "peaked": 100, "large": 4}
+ESTIMATORS = {"ppo": "PPO's surrogate, lambda 0.95, exact critic, whitened", "dpo": "DPO's loss"}
+"""The row of the estimators' table that stands behind each method as it is run here."""
+COPIES = {"mild": 100, "exploit": 100, "peaked": 100, "large": 2}
 """How often every two responses are compared in the file of each world: all of them together some ten thousand times."""
 RATES = {"quick": (0.01, 0.05, 0.25), "full": (0.002, 0.01, 0.05, 0.25, 1.25)}
 BETAS = {"quick": (0.2, 0.5, 1.0), "full": (0.1, 0.2, 0.5, 1.0, 2.0)}
@@ -158,7 +160,7 @@ WORLDS = {
     "mild": "Every response is within reach of the reference: methods should arrive.",
     "peaked": "The best responses are rare under the reference and the pull to it is weak: what is not sampled is not learned.",
     "large": "Eight times as many responses, and thirty times as many comparisons to learn from.",
-    "exploit": "The mild world with a proxy that overrates a few unlikely responses, which the true reward hates.",
+    "exploit": "As large; a proxy overrates the least likely responses, which the true reward hates. PPO follows the proxy, and so do gap and optimum here.",
 }
 
 
@@ -178,12 +180,13 @@ def make_worlds(folder: Path, seed: int) -> dict[tuple[str, int], World]:
 
 def describe(name: str, world: World) -> dict[str, Any]:
     """The facts of a world, for the page."""
-    best, _ = exact.optimum(world)
+    reward = world.reward if world.proxy is None else world.proxy
+    best, _ = exact.optimum(world, reward=reward)
     ref = exact.reference(world)
     return {
         "key": name, "words": WORLDS[name], "prompts": len(world.prompts), "responses": len(world.responses), "vocabulary": world.vocabulary,
-        "horizon": world.horizon, "beta": world.beta, "kl_optimum": exact.kl(best, ref), "objective_reference": exact.objective(world, ref),
-        "objective_optimum": exact.objective(world, best),
+        "horizon": world.horizon, "beta": world.beta, "kl_optimum": exact.kl(best, ref), "objective_reference": exact.objective(world, ref, reward=reward),
+        "objective_optimum": exact.objective(world, best, reward=reward),
     }  # fmt: skip
 
 
@@ -281,7 +284,7 @@ def methods(done: Done, worlds: dict[tuple[str, int], World]) -> list[dict[str, 
         what = "steps" if plan.method == "dpo" else "iterations"
         row = rows.setdefault((job.world, plan.policy, plan.method), {
             "method": plan.method, "name": NAMES[plan.method], "policy": plan.policy, "world": job.world,
-            "setting": f"learning rate {plan.learning_rate:g}, {plan.steps:,} {what}, {plan.batch_size} {each}", "runs": [], "cause": None,
+            "estimator": ESTIMATORS[plan.method], "setting": f"learning rate {plan.learning_rate:g}, {plan.steps:,} {what}, {plan.batch_size} {each}", "runs": [], "cause": None,
         })  # fmt: skip
         row["runs"].append({k: v for k, v in result.items() if k not in ("plan", "trail", "final")})
         row["cause"] = row["cause"] or cause(worlds[job.world, plan.seed], plan, result)
@@ -312,7 +315,8 @@ def cause(world: World, plan: Plan, result: dict[str, Any]) -> str | None:
         sank = f", and its probability was below a tenth of that by step {steps[half]}" if half is not None else ""
         return f"{said}: the reference gives it {number(chance[0])}{sank}; of {plan.steps * each:,.0f} responses to that prompt about {drawn:,.0f} were it."
     seen = plan.steps * plan.batch_size / (len(world.prompts) * len(world.responses) * (len(world.responses) - 1) / 2)
-    return f"{said}: each of the comparisons was seen about {number(seen)} times, and the gap was {number(100 * result['path'][-2]['relative_gap'])}% one measurement before the end."
+    before = number(100 * result["path"][-2]["relative_gap"])
+    return f"{said}: each comparison was seen about {number(seen)} times, and one measurement before the end the gap was {before}%."
 
 
 def sensitivity(done: Done) -> list[dict[str, Any]]:

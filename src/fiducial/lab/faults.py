@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from . import exact
 from .population import Population, Rows, likelihoods, outside, pairs
 from .world import EOS, Array
 
-LEFT = 1e-7
+LEFT = 1e-6
 """A gradient is explained where no more than this share of it is left over."""
 
 
@@ -304,7 +305,7 @@ class Terms:
     @functools.cached_property
     def behind(self) -> Array:
         """What stands in the column of old values behind the last token, at the last token; 0 where there is no such column."""
-        ends, _ = outside(self.population, 2)
+        ends, _ = outside(self.population, "old values")
         return ends[..., None] * (1 - self.widest) * self.last
 
     @functools.cached_property
@@ -642,7 +643,7 @@ def preference_gradient(
 def _padding(population: Population) -> tuple[Array, Array]:
     """[P, Y] the log-ratio of the first token of padding, and of all of it. Padding is EOS."""
     t = Terms(population)
-    first, more = (a - b for a, b in zip(_pad_logprobs(population, 0), _pad_logprobs(population, 1), strict=True))
+    first, more = (a - b for a, b in zip(_pad_logprobs(population, "logits"), _pad_logprobs(population, "reference"), strict=True))
     width = int((t.prompt_lengths + t.lengths).max())
     start = (t.prompt_lengths + t.lengths)[..., 0].astype(int)
     # the first column behind the end is predicted at the last token, a later one at the padding before it
@@ -651,8 +652,8 @@ def _padding(population: Population) -> tuple[Array, Array]:
     return first, first + later
 
 
-def _pad_logprobs(population: Population, salt: int) -> tuple[Array, Array]:
-    ends, columns = outside(population, salt, 3)
+def _pad_logprobs(population: Population, kind: Literal["logits", "reference"]) -> tuple[Array, Array]:
+    ends, columns = outside(population, kind, 3)
     return tuple(exact.log_softmax(x / population.temperature)[..., EOS] for x in (ends, columns))  # type: ignore[return-value]
 
 

@@ -86,13 +86,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Change:
-    """How the plain batch is changed. None of it should matter."""
+    """How the plain batch is changed: more padding, other nonsense there, other prompts, another order, every row again, every second row (or group)."""
 
     widen: int = 0
     fill: Outside = "nonsense"
     garbled: bool = False
     order: bool = False
     copies: int = 1
+    half: int | None = None
 
 
 PROBES: dict[str, tuple[Change, str]] = {
@@ -266,7 +267,7 @@ def judge(loss: Loss, case: Case, *, train: bool = True) -> Verdict:
     elif fatal := [f for f in failed if f != "nan"]:
         names = (_probe_name(fatal[0], case),)
     if not names:
-        remarks += _about_scale(found.scale, case)
+        remarks += _about_scale(found.scale, case) + _about_company(loss, case, seen)
     remarks += [f"Also: {_probe_sentence(f, case)}." for f in failed if _probe_name(f, case) not in names and not (names and f == "nan")]
     gap = case.train(loss) if train and case.train is not None else None
     sentence = _sentence(names, found) if names else f"The expected gradient has the exact direction, to {found.relative_bias:.0e}."
@@ -377,6 +378,16 @@ def _about_scale(scale: float, case: Case) -> list[str]:
     return []
 
 
+def _about_company(loss: Loss, case: Case, seen: Look) -> list[str]:
+    """Whether the gradient of the whole is a mixture of those of its halves."""
+    halves = np.stack([case.parameters(case.look(loss, Change(half=h)).table).ravel() for h in (0, 1)], 1)
+    whole = case.parameters(seen.table).ravel()
+    left = whole - halves @ np.linalg.lstsq(halves, whole, rcond=None)[0]
+    if np.linalg.norm(left) <= TOLERANCE * np.linalg.norm(whole):
+        return []
+    return ["Rows depend on one another, as with statistics of the batch. This batch stands for a very large one: see `unbiased` for small ones."]
+
+
 READINGS = (
     ("", 1, "tau", True), ("labels not shifted", 0, "tau", True), ("labels shifted twice", 2, "tau", True), ("temperature missing", 1, "1", True),
     ("log-softmax missing", 1, "tau", False), ("log-softmax missing", 1, "1", False),
@@ -400,7 +411,7 @@ def reading(seen: Look) -> str | None:
             share = (g[:, :w] * form).sum(-1, keepdims=True) / (form**2).sum(-1, keepdims=True)
             left += float(((g[:, :w] - share * form) ** 2).sum() + (g[:, w:] ** 2).sum())
             total += float((g**2).sum())
-        if left < 1e-16 * total:
+        if left < TOLERANCE**2 * total:
             return name or None
     return None
 
@@ -536,8 +547,8 @@ def _ascent_clip(p: Population, *, clip: float) -> Array:
 def _make(p: Population, change: Change) -> Batch:
     prompt, response, group = rows(p)
     prompt, response, group = _rearranged(change, p.group, prompt, response, group)
-    if change.copies > 1 and p.group > 1:
-        group = np.arange(len(group)) // p.group
+    if p.group > 1 and (change.copies > 1 or change.half is not None):
+        group = np.arange(len(prompt)) // p.group
     return build(p, prompt, response, group, widen=change.widen, fill=change.fill, garbled=change.garbled)
 
 
@@ -547,6 +558,8 @@ def _rearranged(change: Change, group: int, *numbers: Rows) -> list[Rows]:
     order = np.arange(n).reshape(-1, group)
     if change.order:
         order = np.random.default_rng(3).permutation(order)
+    if change.half is not None:
+        order = order[change.half :: 2]
     return [np.concatenate([x[order.reshape(-1)]] * change.copies) for x in numbers]
 
 
@@ -762,37 +775,35 @@ class Draws:
 
 
 def unbiased(
-    loss: Loss, case: Case | None = None, *, batch: int = 32, n: int = 20_000, seeds: tuple[int, ...] = (0, 1, 2), scale: float | None = None
-) -> Draws:
-    """Whether the mean gradient of small sampled batches is the exact one: the only check that sees what statistics of a small batch do.
+    loss: Callable[[Batch], Any], objective: Objective | Literal["likelihood"] = "J", *, group: int = 1, critic: Critic = "exact", batch: int = 32,
+    n: int = 20_000, seeds: tuple[int, ...] = (0, 1, 2), scale: float | None = None,
+) -> Draws:  # fmt: skip
+    """Whether the mean gradient of small sampled batches is the exact one. Only this sees what statistics of a small batch do.
 
     Args:
-        case: of policies: `policy_case`, `likelihood_case`; default: J.
+        objective, group, critic: see :func:`check_policy_loss`.
         batch, n: responses in a batch, and in all.
-        scale: the loss's length of gradient over the exact one (1: a mean over responses of sums over tokens); None: the best factor, at one degree of
-            freedom.
+        scale: the length that the gradient should have over the exact one (1: a mean over responses of sums over tokens); None: any.
 
     Returns:
-        ok where max |z| < 4.5 and chi2 is within five of its deviations of 1, for every seed.
+        ok where, for every seed, no parameter is 4.5 deviations off and chi2 is within five of its own deviations of 1.
     """
-    case = case or policy_case()
+    case = likelihood_case() if objective == "likelihood" else policy_case(objective, group=group, critic=critic)
     target = case.exact(case.population).ravel()
-    zs, chis, dof = [], [], 0
+    zs, chis, dof = [], [], 1
     for seed in seeds:
         rng = np.random.default_rng([seed, 17])
-        found = np.stack([
-            -case.parameters(look(loss, build(case.population, *draw(case.population, batch, rng)), case.what).table).ravel() for _ in range(n // batch)
-        ])  # fmt: skip
+        batches = (build(case.population, *draw(case.population, batch, rng)) for _ in range(n // batch))
+        found = np.stack([-case.parameters(look(loss, b, case.what).table).ravel() for b in batches])
         mean, covariance = found.mean(0), np.cov(found.T) / len(found)
         values, vectors = np.linalg.eigh(covariance)
         live = values > 1e-9 * values.max()
         white = vectors[:, live] / np.sqrt(values[live])
         m, t = mean @ white, target @ white
-        a = float(m @ t / (t @ t)) if scale is None else scale
+        best = float(m @ t / (t @ t)) if scale is None else scale
         dof = int(live.sum()) - (scale is None)
         deviation = np.sqrt(np.diag(covariance))
-        zs.append(float(np.abs((mean - a * target)[deviation > 0] / deviation[deviation > 0]).max()))
-        chis.append(float(((m - a * t) ** 2).sum()) / dof)
-    spread = math.sqrt(2 / dof)
-    ok = max(zs) < 4.5 and all(abs(c - 1) < 5 * spread for c in chis)
+        zs.append(float((np.abs(mean - best * target) / np.where(deviation > 0, deviation, np.inf)).max()))
+        chis.append(float(((m - best * t) ** 2).sum()) / dof)
+    ok = max(zs) < 4.5 and all(abs(c - 1) < 5 * math.sqrt(2 / dof) for c in chis)
     return Draws(tuple(zs), tuple(chis), dof, ok)

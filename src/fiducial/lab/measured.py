@@ -137,9 +137,10 @@ def run(plan: Plan, folder: Path, out: Path) -> dict[str, Any]:
     trail = {0: start, **dict(checkpoints(out, folder / plan.policy, world)), plan.steps: end}
     path = [point(world, step, logp, step * samples, plan.reward) for step, logp in trail.items()]
     last = {k: v for k, v in path[-1].items() if k != "step"}
+    best, _ = exact.optimum(world, reward=getattr(world, plan.reward))
     pairs = plan.steps * plan.batch_size if plan.method == "dpo" else 0
     return {
-        "seed": plan.seed, **last, "pairs": pairs, "seconds": done.train_seconds, "path": path, "trail": [x.tolist() for x in trail.values()],
+        "seed": plan.seed, **last, "kl_optimum": exact.kl(best, start), "pairs": pairs, "seconds": done.train_seconds, "path": path, "trail": [x.tolist() for x in trail.values()],
         "final": end.tolist(),
     }  # fmt: skip
 

@@ -93,10 +93,16 @@ def make(
     """
     texts, shape = prompts_for(prompts, vocabulary, uneven=uneven), tree(vocabulary, horizon)
     model = transformer(texts, vocabulary, horizon, seed, spread=spread)
-    if reward is None:
-        reward = random_reward(prompts, len(shape.responses), seed)
-    world = World(name, texts, logits(model, texts, shape), reward, beta, horizon)
-    return (world if kl is None else world.with_(reward=reward * scale_for(world, kl))), model
+    start = logits(model, texts, shape)
+    for attempt in range(100):
+        drawn = random_reward(prompts, len(shape.responses), seed + 10_000 * attempt) if reward is None else reward
+        world = World(name, texts, start, drawn, beta, horizon)
+        try:
+            return (world if kl is None else world.with_(reward=drawn * scale_for(world, kl))), model
+        except ValueError:  # rarely, the best response of a draw is one that the reference gives anyway
+            if reward is not None:
+                raise
+    raise AssertionError("a hundred draws of rewards, and in none the optimum can be moved so far")
 
 
 def scale_for(world: World, kl: float) -> float:
@@ -139,7 +145,7 @@ def large(seed: int = 0) -> tuple[World, Any]:
 
 
 def exploit(seed: int = 0) -> tuple[World, Any]:
-    """The mild world, in which a proxy overrates a few unlikely responses that the true reward hates."""
-    world, model = mild(seed)
-    gold, proxy = exploited(world.reward, np.exp(exact.reference(world)), seed)
-    return world.with_(name="exploit", reward=gold, proxy=proxy), model
+    """121 responses to each of 2 prompts; a proxy overrates the least likely ones, which the true reward hates, and the pull to the reference is weak."""
+    world, model = make("exploit", seed=seed, vocabulary=4, horizon=4, beta=0.15, kl=None)
+    gold, proxy = exploited(world.reward, np.exp(exact.reference(world)), seed, proxy=1.0)
+    return world.with_(reward=gold, proxy=proxy), model

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -200,13 +200,13 @@ class Population:
     @functools.cached_property
     def inner_scores(self) -> Array:
         """[P, S] what a reward model says behind a token that does not end the response."""
-        return _outside("nonsense", len(self.world.prompts) * len(self.tree.states), 3).reshape(len(self.world.prompts), -1)
+        return _outside("nonsense", len(self.world.prompts) * len(self.tree.states), "inner scores").reshape(len(self.world.prompts), -1)
 
     @functools.cached_property
     def positions(self) -> tuple[Rows, Rows, Array]:
         """[P, Y, W] the row of the tables behind each position, and ids; and the scores of the rows that are no token of a response."""
         where = layout(self.world.prompts, self.world.horizon)
-        return where.node.numpy(), where.ids.numpy(), _outside("nonsense", where.rows - where.ends, 4)
+        return where.node.numpy(), where.ids.numpy(), _outside("nonsense", where.rows - where.ends, "scores")
 
     @functools.cached_property
     def advantages(self) -> Array:
@@ -307,33 +307,22 @@ def pairs(population: Population) -> tuple[Rows, Rows, Rows]:
 # ---- building ----
 
 Outside = Literal["nonsense", "other", "nan"]
+Kind = Literal["logits", "reference", "values", "old values", "inner scores", "scores", "advantages"]
 
 
-def _outside(kind: Outside, width: int, salt: int, *trailing: int) -> Array:
-    """Tables of what stands where the mask is false."""
-    if kind == "nan":
-        return np.full((width, *trailing), np.nan)
-    return np.random.default_rng([salt, kind == "other", 13]).normal(size=(width, *trailing))
+def _outside(fill: Outside, rows: int, kind: Kind, *trailing: int) -> Array:
+    """Rows of a table that are about no token of the policy's."""
+    if fill == "nan":
+        return np.full((rows, *trailing), np.nan)
+    return np.random.default_rng([get_args(Kind).index(kind), fill == "other", 13]).normal(size=(rows, *trailing))
 
 
-def outside(population: Population, salt: int, *trailing: int) -> tuple[Array, Array]:
+def outside(population: Population, kind: Kind, *trailing: int) -> tuple[Array, Array]:
     """[P, Y, ...] what stands in a table at each response's last token, where nothing follows, and [W, ...] in each column of padding."""
     where = layout(population.world.prompts, population.world.horizon)
-    rest = _outside("nonsense", where.rows - where.states, salt, *trailing)
+    rest = _outside("nonsense", where.rows - where.states, kind, *trailing)
     ends = rest[: where.ends - where.states].reshape(len(population.world.prompts), -1, *trailing)
     return ends, rest[where.prompts - where.states :]
-
-
-def _table(inside: Array, rows: int, kind: Outside, salt: int) -> Tensor:
-    rest = _outside(kind, rows - len(inside), salt, *inside.shape[1:])
-    return torch.from_numpy(np.concatenate([inside, rest]))
-
-
-def _gather(table: Tensor, node: Tensor, ids: Tensor, temperature: float, first: float) -> Tensor:
-    """[N, W] log-probabilities of the tokens; in front of the first there is nothing to predict it."""
-    raw = table[node] if table.dim() == 2 else table
-    found = (raw[:, :-1] / temperature).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return torch.cat([torch.full_like(found[:, :1], first), found], 1)
 
 
 def build(
@@ -344,8 +333,8 @@ def build(
 
     Args:
         prompt, response, group: [N] of each row.
-        theta: [P, S, V] raw logits with gradient, phi [P, S] values, psi [P, Y] scores, to train them. Without, `Batch.raw`, `values` and `scores`
-            are leaves themselves.
+        theta, phi, psi: [P, S, V] raw logits, [P, S] values, [P, Y] scores with gradient, to train them. Without them `Batch.raw`, `values` and
+            `scores` are leaves.
         widen: columns of padding on top of the longest row. fill: what stands where the mask is false. garbled: see `layout`.
     """
     world, tau = population.world, population.temperature
@@ -354,40 +343,39 @@ def build(
     lengths = where.prompt_lengths[p] + where.response_lengths[y]
     width = int(lengths.max()) + widen
     ids, mask, node = (x[p, y][:, :width] for x in (where.ids, where.mask, where.node))
+    nothing = float("nan") if fill == "nan" else -0.3  # in the first column, which nothing predicts
 
-    def table(inside: Array, salt: int) -> Tensor:
-        return _table(inside.reshape(where.states, *inside.shape[2:]), where.rows, fill, salt)
+    def table(kind: Kind, known: Array, learned: Tensor | None = None) -> Tensor:
+        known = known.reshape(where.states, *known.shape[2:])
+        inside = torch.from_numpy(known) if learned is None else learned.reshape(known.shape)
+        return torch.cat([inside, torch.from_numpy(_outside(fill, where.rows - where.states, kind, *known.shape[1:]))])
 
-    def learned(known: Tensor, given: Tensor | None) -> Tensor:
-        return known if given is None else torch.cat([given.reshape(where.states, *known.shape[1:]), known[where.states :]])
+    def behind_the_first(found: Tensor) -> Tensor:
+        return torch.cat([torch.full_like(found[:, :1], nothing), found], 1)
 
-    nothing = float("nan") if fill == "nan" else -0.3
-    raw = learned(table(population.policy * tau, 0), theta)[node]
-    raw_ref = table(exact.log_softmax(world.reference) * tau, 1)[node]
-    old = _gather(table(population.data * tau, 0), node, ids, tau, nothing)
-    front = torch.full((len(prompt), 1), nothing, dtype=torch.float64)
-    values = torch.cat([front, learned(table(population.values, 2), phi)[node[:, :-1]]], 1)
-    old_values = torch.cat([front, table(population.old_values, 2)[node[:, :-1]]], 1)
+    def chosen(of_tokens: Tensor) -> Tensor:
+        return behind_the_first(of_tokens[:, :-1].gather(-1, ids[:, 1:, None])[..., 0])
+
+    def leaf(x: Tensor) -> Tensor:
+        return x if x.requires_grad else x.requires_grad_()
+
+    raw = leaf(table("logits", population.policy * tau, theta)[node])
+    raw_ref = table("reference", exact.log_softmax(world.reference) * tau)[node]
+    old = chosen((table("logits", population.data * tau)[node] / tau).log_softmax(-1))
+    values = leaf(behind_the_first(table("values", population.values, phi)[node[:, :-1]]))
+    old_values = behind_the_first(table("old values", population.old_values)[node[:, :-1]])
     complete = torch.from_numpy(population.scores) if psi is None else psi
-    behind = torch.from_numpy(_outside(fill, where.rows - where.ends, 4))
-    scores = torch.cat([torch.from_numpy(population.inner_scores).reshape(-1), complete.reshape(-1), behind])[node]
-    advantages = _gather_plain(table(population.advantages, 5), node, ids, nothing)
-    for leaf in (raw, values, scores):
-        if not leaf.requires_grad:
-            leaf.requires_grad_()
-    sample = torch.arange(len(prompt)) if population.group == 1 else torch.arange(len(prompt)) % population.group
+    rest = torch.from_numpy(_outside(fill, where.rows - where.ends, "scores"))
+    scores = leaf(torch.cat([torch.from_numpy(population.inner_scores).reshape(-1), complete.reshape(-1), rest])[node])
+    number = torch.arange(len(prompt))
     trajectory = Trajectory(
-        ids, mask, select(old, mask), where.prompt_lengths[p], lengths, where.finished[y], torch.from_numpy(group), sample, tau
-    )
-    return Batch(
-        trajectory, _gather(raw, node, ids, tau, nothing), old, _gather(raw_ref, node, ids, tau, nothing), torch.from_numpy(world.reward[prompt, response]),
-        world.beta, advantages, values, old_values, scores, trajectory.prompt, raw, raw_ref, node,
+        ids, mask, select(old, mask), where.prompt_lengths[p], lengths, where.finished[y], torch.from_numpy(group),
+        number % population.group if population.group > 1 else number, tau,
     )  # fmt: skip
-
-
-def _gather_plain(table: Tensor, node: Tensor, ids: Tensor, first: float) -> Tensor:
-    found = table[node[:, :-1]].gather(-1, ids[:, 1:, None])[..., 0]
-    return torch.cat([torch.full_like(found[:, :1], first), found], 1)
+    return Batch(
+        trajectory, chosen((raw / tau).log_softmax(-1)), old, chosen((raw_ref / tau).log_softmax(-1)), torch.from_numpy(world.reward[prompt, response]),
+        world.beta, chosen(table("advantages", population.advantages)[node]), values, old_values, scores, trajectory.prompt, raw, raw_ref, node,
+    )  # fmt: skip
 
 
 def build_pairs(
