@@ -549,6 +549,24 @@ def test_losses_that_mix_rows_are_correct_here_and_come_with_a_warning():
     assert "Rows depend" not in str(policy()(shipped.ppo_loss))
 
 
+def test_the_variance_is_that_of_one_response_and_of_one_group():
+    def of(case, loss, alone, per):
+        population, (prompt, response, group) = case.population, rows(case.population)
+        each = []
+        for i in range(0, len(prompt), per):
+            one = build(population, prompt[i : i + per], response[i : i + per], group[i : i + per])
+            each.append(case.parameters(kit.look(alone, one, "raw").table))
+        each = np.array(each).reshape(len(each), -1)
+        spread = ((each - each.mean(0)) ** 2).sum(1).mean() / (each.mean(0) ** 2).sum()
+        assert kit.judge(loss, case, train=False).variance == pytest.approx(spread, rel=1e-9)
+
+    def single(b):
+        return -((b.rewards - b.beta * log_ratio(b).detach().sum(1)) * whole(b)).mean()
+
+    of(kit.policy_case(), single, single, 1)
+    of(kit.policy_case(group=2), lambda b: rloo(b, over="means"), lambda b: rloo(b, over="means"), 2)
+
+
 def test_nan_at_padding_is_reported_and_does_not_make_a_loss_wrong():
     verdict = policy()(reinforce)
     assert verdict.ok and verdict.probes == ("nan",) and "torch.where" in str(verdict)

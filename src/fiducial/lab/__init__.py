@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from .kit import unbiased as unbiased
     from .population import Batch as Batch
     from .population import PairBatch as PairBatch
+    from .trainer import Arrival as Arrival
+    from .trainer import check_trainer as check_trainer
     from .world import World as World
 
 _WHERE = {
     "estimator_table": "estimators", "kl_table": "estimators", "CATALOGUE": "faults", "Fault": "faults", "Draws": "kit", "Verdict": "kit",
     "check_likelihood": "kit", "check_policy_loss": "kit", "check_preference_loss": "kit", "check_reward_loss": "kit", "check_value_loss": "kit",
     "unbiased": "kit", "Batch": "population", "PairBatch": "population", "World": "world",
+    "Arrival": "trainer", "check_trainer": "trainer",
 }  # fmt: skip
 
 __all__ = [*_WHERE]

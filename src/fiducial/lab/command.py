@@ -283,11 +283,12 @@ def methods(done: Done, worlds: dict[tuple[str, int], World]) -> list[dict[str, 
         each = "pairs a step" if plan.method == "dpo" else "responses an iteration"
         what = "steps" if plan.method == "dpo" else "iterations"
         row = rows.setdefault((job.world, plan.policy, plan.method), {
-            "method": plan.method, "name": NAMES[plan.method], "policy": plan.policy, "world": job.world,
-            "estimator": ESTIMATORS[plan.method], "setting": f"learning rate {plan.learning_rate:g}, {plan.steps:,} {what}, {plan.batch_size} {each}", "runs": [], "cause": None,
+            "method": plan.method, "name": NAMES[plan.method], "policy": plan.policy, "world": job.world, "estimator": ESTIMATORS[plan.method],
+            "setting": f"learning rate {plan.learning_rate:g}, {plan.steps:,} {what}, {plan.batch_size} {each}", "runs": [], "cause": None,
         })  # fmt: skip
         row["runs"].append({k: v for k, v in result.items() if k not in ("plan", "trail", "final")})
-        row["cause"] = row["cause"] or cause(worlds[job.world, plan.seed], plan, result)
+        if result["relative_gap"] == max(run["relative_gap"] for run in row["runs"]):  # the worst seed speaks for all
+            row["cause"] = cause(worlds[job.world, plan.seed], plan, result)
     order = list(WORLDS)
     return sorted(rows.values(), key=lambda r: (order.index(r["world"]), r["policy"] == "transformer", r["method"]))
 
@@ -313,7 +314,7 @@ def cause(world: World, plan: Plan, result: dict[str, Any]) -> str | None:
         drawn = sum((b - a) * each * (x + z) / 2 for a, b, x, z in zip(steps, steps[1:], chance, chance[1:], strict=False))
         half = next((k for k, c in enumerate(chance) if c < chance[0] / 10), None)
         sank = f", and its probability was below a tenth of that by step {steps[half]}" if half is not None else ""
-        return f"{said}: the reference gives it {number(chance[0])}{sank}; of {plan.steps * each:,.0f} responses to that prompt about {drawn:,.0f} were it."
+        return f"{said}: the reference gives it {number(chance[0])}{sank}; of {plan.steps * each:,.0f} responses to that prompt about {number(drawn)} were it."
     seen = plan.steps * plan.batch_size / (len(world.prompts) * len(world.responses) * (len(world.responses) - 1) / 2)
     before = number(100 * result["path"][-2]["relative_gap"])
     return f"{said}: each comparison was seen about {number(seen)} times, and one measurement before the end the gap was {before}%."
@@ -344,7 +345,8 @@ def followed(curve: dict[str, Any], done: Done) -> dict[str, Any]:
     if not paths:
         return curve
     path = paths[0]
-    return {**curve, "path": {"kl": [p["kl"] for p in path], "proxy": [p["reward"] for p in path], "gold": [p["gold"] for p in path]}}
+    above = {k: [p[k] - path[0][k] for p in path] for k in ("reward", "gold")}  # the curve too is above the reference
+    return {**curve, "path": {"kl": [p["kl"] for p in path], "proxy": above["reward"], "gold": above["gold"]}}
 
 
 @contextmanager

@@ -13,8 +13,8 @@ The batch is a population (`fiducial.lab.population`): its mean is an expectatio
 Only its direction is judged: a sum, a mean over tokens and a mean over responses are one loss at three learning rates. What is wrong is then looked for in
 this order: no gradient, or one that is not finite; log-probabilities read at the wrong place or temperature; the mistakes of `fiducial.lab.faults`, by
 their gradients in closed form; gradients where none should be; changes of the batch that should change nothing (more padding, other prompts, another
-order, every row twice); and what must be taken away for the bias to go. What no loss can show is not checked: tokenisation, sampling, dropout at another
-time, accumulation and processes.
+order, every row twice); and what must be taken away for the bias to go. Statistics of small batches need `unbiased`. What no loss can show is not checked:
+tokenisation, sampling, dropout at another time, accumulation over micro-batches and processes.
 """
 
 from __future__ import annotations
@@ -472,7 +472,8 @@ def check_policy_loss(
             `old_values`, `advantages` (exact ones), `group`.
         objective: "J": E[r] - beta KL(pi, ref). "reward": E[r] (the batch's beta is 0). "kl", "forward_kl": the loss is KL(pi, ref), or KL(ref, pi), of
             responses that the policy sampled. "clip": PPO's surrogate at a policy that has moved from the one that sampled, of the batch's `advantages`.
-        group: 2: rows 2i and 2i + 1 are two responses to one prompt, and `batch.group` says so; for RLOO, GRPO and their kind.
+        group: 2: rows 2i and 2i + 1 are two responses to one prompt, and `batch.group` says so; for RLOO, GRPO and their kind. 1: all 64 responses to
+            a prompt have one number.
         critic: what `old_values` are: those of the policy, wrong ones, or 0. With lambda below 1 only the first gives the exact gradient.
         clip: epsilon of "clip".
         train: also train a table of logits with it (about a second).

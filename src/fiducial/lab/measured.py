@@ -63,7 +63,7 @@ class Plan:
     seed: int = 0
     batch_size: int = 256
     beta: float | None = None
-    points: int = 12
+    points: int = 25
     reward: Literal["reward", "proxy"] = "reward"
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -140,8 +140,8 @@ def run(plan: Plan, folder: Path, out: Path) -> dict[str, Any]:
     best, _ = exact.optimum(world, reward=getattr(world, plan.reward))
     pairs = plan.steps * plan.batch_size if plan.method == "dpo" else 0
     return {
-        "seed": plan.seed, **last, "kl_optimum": exact.kl(best, start), "pairs": pairs, "seconds": done.train_seconds, "path": path, "trail": [x.tolist() for x in trail.values()],
-        "final": end.tolist(),
+        "seed": plan.seed, **last, "kl_optimum": exact.kl(best, start), "pairs": pairs, "seconds": done.train_seconds, "path": path,
+        "trail": [x.tolist() for x in trail.values()], "final": end.tolist(),
     }  # fmt: skip
 
 

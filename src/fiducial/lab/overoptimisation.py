@@ -25,9 +25,11 @@ FALL = 0.1
 
 
 def curves(form: str, seed: int = 0) -> list[dict[str, Any]]:
-    """Gold and proxy along the root of KL, a dictionary a proxy; "quick" draws 250,000 scores and has 121 responses to a prompt, "full" 800,000 and 19,531."""
+    """Gold and proxy along the root of KL, a dictionary a proxy; "quick" draws 250,000 scores, "full" 800,000 and has a world of 19,531 responses too."""
     ns = [int(n) for n in np.unique(np.geomspace(1, LARGEST_N, 16 if form == "quick" else 24).round())]
-    return [*(_sampled(key, ns, seed, BATCHES[form]) for key in ("gaussian", "heavy", "exploit")), *_world(form, ns, seed)]
+    sampled = [_sampled(key, ns, seed, BATCHES[form]) for key in ("gaussian", "heavy", "exploit")]
+    large = _world(exploit_world("full", seed), "world_large", ns) if form == "full" else []
+    return [*sampled, *_world(exploit_world("quick", seed), "world_exploit", ns), *large]
 
 
 # ---- best-of-n of sampled scores ----
@@ -69,15 +71,15 @@ def _sampled(key: str, ns: list[int], seed: int, batches: int) -> dict[str, Any]
 
 
 def exploit_world(form: str, seed: int = 0) -> World:
-    """Two prompts whose least likely responses a proxy loves: 121 responses with an exploit of 2 %, or 19,531 with one of 0.1 %."""
-    size, mass = (4, 0.02) if form == "quick" else (6, 0.001)
-    world, _ = policies.make("exploit", seed=seed, vocabulary=size, horizon=size, kl=None)
-    gold, proxy = exploited(world.reward, np.exp(exact.reference(world)), seed, mass=mass, proxy=1.0)
+    """A world whose least likely responses a proxy loves: that of 121 responses in which PPO is run too, or one of 19,531 with a rarer exploit."""
+    if form == "quick":
+        return policies.exploit(seed)[0]
+    world, _ = policies.make("exploit", seed=seed, vocabulary=6, horizon=6, kl=None)
+    gold, proxy = exploited(world.reward, np.exp(exact.reference(world)), seed, mass=0.001, proxy=1.0)
     return world.with_(reward=gold, proxy=proxy)
 
 
-def _world(form: str, ns: list[int], seed: int) -> list[dict[str, Any]]:
-    world = exploit_world(form, seed)
+def _world(world: World, key: str, ns: list[int]) -> list[dict[str, Any]]:
     assert world.proxy is not None
     ref = exact.reference(world)
     zero = {"proxy": exact.expected(ref, world.proxy), "gold": exact.expected(ref, world.reward)}
@@ -89,12 +91,12 @@ def _world(form: str, ns: list[int], seed: int) -> list[dict[str, Any]]:
 
     name = f"a world of {len(world.responses):,} responses"
     rl = _entry(
-        "world_exploit", f"An exploit in {name}, reinforcement learning",
+        key, f"An exploit in {name}, reinforcement learning",
         f"{name[0].upper()}{name[1:]}, its rarest ones loved by the proxy: the exact optima of the proxy at every beta. Scores are above the reference's.",
         tilt.kl, tilt.reward - zero["proxy"], tilt.other - zero["gold"], learned=True,
     )  # fmt: skip
     best = _entry(
-        "world_exploit_best_of_n", f"An exploit in {name}, best of n",
+        f"{key}_best_of_n", f"An exploit in {name}, best of n",
         "The same world and proxy, exact best-of-n: it knows only the order of the scores, not how much too high the exploit's are.",
         kl, proxy - zero["proxy"], gold - zero["gold"],
     )  # fmt: skip

@@ -109,7 +109,7 @@ def _methods(lab: Lab) -> dict[str, Any] | None:
 
 def _causes(lab: Lab) -> list[str]:
     """Why methods stopped short, of those that are no alarm."""
-    return [f"{label(m)}, {m.world}, {share(median(gaps(m)))} short: {m.cause}" for m in lab.methods or [] if m.cause and gaps(m) and median(gaps(m)) <= SHORT]
+    return [f"{label(m)}, {m.world}, {share(max(gaps(m)))} short: {m.cause}" for m in lab.methods or [] if m.cause and gaps(m) and max(gaps(m)) <= SHORT]
 
 
 def _method_row(lab: Lab, m: Trained) -> list[Cell]:
