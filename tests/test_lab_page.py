@@ -353,10 +353,10 @@ def test_the_answer_tells_theory_and_proxies_as_they_came_out() -> None:
 
 def test_a_method_that_stops_short_is_an_alarm_with_its_cause() -> None:
     (alarm,) = lab_alarms(lab())
-    assert alarm.startswith("PPO with a table on the peaked world stops 35% short (one seed). It sampled")
+    assert alarm.startswith("PPO with a table on the peaked world stops 35% short. It sampled")
     (alarm,) = lab_alarms(lab(methods=[method_data("DPO", "table", "mild", [0.5, 0.1, 0.21])]))
-    assert "stops 21% short (3 seeds: 10% to 50%). The cause was not measured." in alarm
-    assert lab_alarms(lab(methods=[method_data("DPO", "table", "mild", [0.5, 0.1, 0.19])])) == []
+    assert "stops 50% short in 2 of 3 seeds. The cause was not measured." in alarm
+    assert lab_alarms(lab(methods=[method_data("DPO", "table", "mild", [0.01, 0.1, 0.19])])) == []
 
 
 def test_what_cannot_be_is_an_alarm() -> None:

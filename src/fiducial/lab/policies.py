@@ -90,19 +90,26 @@ def make(
         reward: [P, Y]; default: independent normal ones.
         kl: nats that the optimum is to lie from the reference; the rewards are scaled until it does. None: they stay as they are.
         uneven: prompts of two lengths.
+
+    Raises:
+        ValueError: no scale of the rewards puts the optimum so far away.
     """
     texts, shape = prompts_for(prompts, vocabulary, uneven=uneven), tree(vocabulary, horizon)
     model = transformer(texts, vocabulary, horizon, seed, spread=spread)
     start = logits(model, texts, shape)
-    for attempt in range(100):
+    for attempt in range(DRAWS):
         drawn = random_reward(prompts, len(shape.responses), seed + 10_000 * attempt) if reward is None else reward
         world = World(name, texts, start, drawn, beta, horizon)
         try:
             return (world if kl is None else world.with_(reward=drawn * scale_for(world, kl))), model
         except ValueError:  # rarely, the best response of a draw is one that the reference gives anyway
-            if reward is not None:
+            if reward is not None or attempt + 1 == DRAWS:
                 raise
-    raise AssertionError("a hundred draws of rewards, and in none the optimum can be moved so far")
+    raise AssertionError("unreachable")
+
+
+DRAWS = 20
+"""How often rewards are drawn again where their optimum cannot be moved as far from the reference as asked for."""
 
 
 def scale_for(world: World, kl: float) -> float:
