@@ -19,7 +19,9 @@ def test_every_row_comes_once_an_epoch(rows, size, seed):
     for epoch in range(2):
         steps = [batches[epoch * batches.per_epoch + i] for i in range(batches.per_epoch)]
         assert sorted(row for step in steps for row in step) == list(range(rows))
-        assert all(len(s) == size for s in steps[:-1]) and 1 <= len(steps[-1]) <= size
+        lengths = [len(s) for s in steps]
+        assert max(lengths) <= size and max(lengths) - min(lengths) <= 1  # no small one is left over
+        assert len(steps) == -(-rows // size)
 
 
 def test_the_step_number_is_the_whole_cursor():
@@ -28,7 +30,7 @@ def test_the_step_number_is_the_whole_cursor():
     assert [again[i] for i in reversed(range(9))] == seen[::-1]  # in any order, with no state
     assert seen[:3] != seen[3:6] != seen[6:9]  # a fresh order each epoch
     assert Batches(10, 4, 4)[0] != seen[0]
-    assert len(batches[2]) == 2  # the last batch of an epoch is what is left
+    assert [len(batches[i]) for i in range(3)] == [3, 3, 4]
 
 
 def test_the_order_is_the_same_for_any_batch_size():

@@ -56,9 +56,9 @@ def test_the_comparisons_are_those_of_the_annotators_in_both_orders(folders):
         wins["ab".index(row["prompt"]), number[row["chosen"]], number[row["rejected"]]] += 1
     both = wins + wins.swapaxes(1, 2)
     assert set(both[both > 0]) == {100.0} and (both > 0).sum() == 2 * 15 * 14
-    assert np.abs(wins / 100 - preference)[both > 0].max() <= 0.01
-    lower = np.tril(np.ones((15, 15)), -1)
-    assert np.abs(((wins / 100 - preference) * lower).sum(-1)).max() <= 0.005 + 1e-12  # of all comparisons with earlier ones, not of each
+    wrong = np.where(both > 0, wins - 100 * preference, 0.0)
+    assert np.abs(wrong).max() < 1.5  # rounded
+    assert np.abs(wrong.sum(-1))[:, 1:].max() <= 0.5 + 1e-9  # but not in a response's wins over all the others
 
 
 def test_the_path_begins_at_the_reference_and_holds_what_was_saved_on_the_way(folders, tmp_path):

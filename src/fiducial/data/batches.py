@@ -22,7 +22,10 @@ from .render import Rendered
 
 @dataclass(frozen=True)
 class Batches:
-    """The rows of every step: `batches[step]` gives row numbers, a fresh permutation each epoch, the last batch of an epoch perhaps smaller."""
+    """The rows of every step: `batches[step]` gives row numbers, a fresh permutation each epoch.
+
+    Where an epoch is no whole number of batches they are all a little smaller: a last batch of a few rows would move the weights as far as a whole one.
+    """
 
     num_rows: int
     size: int
@@ -35,7 +38,8 @@ class Batches:
     def __getitem__(self, step: int) -> list[int]:
         epoch, place = divmod(step, self.per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
-        return [int(i) for i in order[place * self.size : (place + 1) * self.size]]
+        start, end = (k * self.num_rows // self.per_epoch for k in (place, place + 1))
+        return [int(i) for i in order[start:end]]
 
 
 def stream(num_rows: int, start: int, count: int, seed: int) -> list[tuple[int, int]]:

@@ -101,15 +101,18 @@ def comparisons(world: World, preference: Array, copies: int) -> Iterator[dict[s
     if len({len(p) for p in world.prompts}) > 1:
         raise ValueError("comparisons need prompts of one length: a cut response is told from a finished one by --rows.max-length")
     for p in range(len(world.prompts)):
-        for i in range(len(world.responses)):
-            over = 0.0  # what rounding took from this response is given back in its next comparison: its wins in all, which decide its score, are right
-            for j in range(i):
+        # a response's wins in all decide its score, so what rounding takes in one comparison is given back in the next
+        owed = [0.0] * len(world.responses)
+        for i in reversed(range(len(world.responses))):
+            over = 0.0
+            for j in reversed(range(i)):
+                exact_wins = copies * float(preference[p, i, j])
+                wanted = exact_wins + owed[i] / i + over
+                wins = min(copies, max(0, round(wanted)))
+                over, owed[j] = wanted - wins, owed[j] + wins - exact_wins
                 a, b = world.response_text(i), world.response_text(j)
-                wanted = copies * float(preference[p, i, j]) + over
-                first = min(copies, max(0, round(wanted)))
-                over = wanted - first
-                yield from [{"prompt": world.prompt_text(p), "chosen": a, "rejected": b}] * first
-                yield from [{"prompt": world.prompt_text(p), "chosen": b, "rejected": a}] * (copies - first)
+                yield from [{"prompt": world.prompt_text(p), "chosen": a, "rejected": b}] * wins
+                yield from [{"prompt": world.prompt_text(p), "chosen": b, "rejected": a}] * (copies - wins)
 
 
 def run(plan: Plan, folder: Path, out: Path) -> dict[str, Any]:
