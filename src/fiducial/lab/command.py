@@ -68,7 +68,7 @@ SETTINGS: dict[tuple[str, str, str], tuple[float, int]] = {
     ("peaked", "dpo", "transformer"): (1e-3, 1500), ("peaked", "ppo", "transformer"): (1e-3, 400),
     ("large", "dpo", "table"): (0.05, 800), ("large", "ppo", "table"): (0.05, 150),
     ("large", "dpo", "transformer"): (1e-3, 1500), ("large", "ppo", "transformer"): (1e-3, 400),
-    ("exploit", "ppo", "table"): (0.05, 150), ("exploit", "ppo", "transformer"): (1e-3, 150),
+    ("sparse", "ppo", "table"): (0.05, 150), ("exploit", "ppo", "table"): (0.05, 150),
 }  # fmt: skip
 """Learning rate and steps of each run: steps of 256 pairs, iterations of 256 responses."""
 SECONDS = {("dpo", "table"): 0.009, ("ppo", "table"): 0.025, ("dpo", "transformer"): 0.045, ("ppo", "transformer"): 0.12}
@@ -76,8 +76,8 @@ SECONDS = {("dpo", "table"): 0.009, ("ppo", "table"): 0.025, ("dpo", "transforme
 NAMES = {"ppo": "PPO", "dpo": "DPO"}
 ESTIMATORS = {"ppo": "PPO's surrogate, lambda 0.95, exact critic, whitened", "dpo": "DPO's loss"}
 """The row of the estimators' table that stands behind each method as it is run here."""
-COPIES = {"mild": 100, "exploit": 100, "peaked": 100, "large": 2}
-"""How often every two responses are compared in the file of each world: all of them together some ten thousand times."""
+COPIES = {"mild": 100, "peaked": 100, "large": 2, "sparse": 1, "exploit": 1}
+"""How often every two responses are compared in the file of each world; once where no method reads it."""
 RATES = {"quick": (0.01, 0.05, 0.25), "full": (0.002, 0.01, 0.05, 0.25, 1.25)}
 BETAS = {"quick": (0.2, 0.5, 1.0), "full": (0.1, 0.2, 0.5, 1.0, 2.0)}
 
@@ -99,7 +99,8 @@ def jobs(form: str, seed: int) -> list[Job]:
             add(world, method, "table", seeds)
             if form == "full":
                 add(world, method, "transformer", seeds)
-    add("exploit", "ppo", "table", seeds[:1], reward="proxy", points=24)
+    add("sparse", "ppo", "table", seeds)
+    add("exploit", "ppo", "table", seeds[:1], reward="proxy")
     for method, steps in (("dpo", 300), ("ppo", 60)):
         for beta in BETAS[form]:
             for rate in RATES[form]:
@@ -125,7 +126,10 @@ def lab(settings: Lab) -> Path:
         began = time.monotonic()
         pending = workers.start(todo)
         data = story(worlds["mild", settings.seed], form, times)
-        done = workers.collect(pending)
+        try:
+            done = workers.collect(pending)
+        except KeyboardInterrupt:
+            raise RunError(f"stopped; the runs that were finished are kept: go on with --out {folder} --resume") from None
         times["running the shipped methods"] = time.monotonic() - began
     data |= {
         "form": form,
@@ -160,21 +164,24 @@ WORLDS = {
     "mild": "Every response is within reach of the reference: methods should arrive.",
     "peaked": "The best responses are rare under the reference and the pull to it is weak: what is not sampled is not learned.",
     "large": "Eight times as many responses, and thirty times as many comparisons to learn from.",
+    "sparse": "As large; a few responses are right and earn 1, all others 0, as a verifier gives it.",
     "exploit": "As large; a proxy overrates the least likely responses, which the true reward hates. PPO follows the proxy, and so do gap and optimum here.",
 }
 
 
 def make_worlds(folder: Path, seed: int) -> dict[tuple[str, int], World]:
     """The worlds of three seeds, each with its files below `folder`; the exploit's only once."""
-    made = {"mild": policies.mild, "peaked": policies.peaked, "large": policies.large, "exploit": policies.exploit}
+    made = {"mild": policies.mild, "peaked": policies.peaked, "large": policies.large, "sparse": policies.sparse, "exploit": policies.exploit}
     out = {}
     for name, make in made.items():
         for s in (seed, seed + 1, seed + 2) if name != "exploit" else (seed,):
             world, model = make(s)
             out[name, s] = world
             where = folder / "worlds" / f"{name}-{s}"
-            if not (where / "pairs.jsonl").exists():
-                write_world(world, model, where, copies=COPIES[name])
+            if not where.exists():
+                aside = where.with_name(f".{where.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                write_world(world, model, aside, copies=COPIES[name]).rename(where)
     return out
 
 
@@ -198,6 +205,7 @@ def story(world: World, form: str, times: dict[str, float]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     with timed(times, "the derivation, side by side"):
         out["setting"], out["frontier"] = derivation.setting(world), derivation.frontier(world)
+        out["sparse"] = derivation.sparse(world)
         out["derivation"], out["recovered"] = derivation.derive(world)
     with timed(times, "what labels do"):
         out["missing"], out["labels"] = labels.missing(world), labels.annotators(world)
@@ -241,7 +249,7 @@ class Workers:
             RunError: a run failed; the sentence names its log.
         """
         found = []
-        with Progress("lab: runs of the shipped methods", len(pending)) as bar:
+        with Progress("lab: the shipped methods, in seconds of work", round(sum(j.cost for j in pending.values()))) as bar:
             for future in as_completed(pending):
                 job = pending[future]
                 try:
@@ -249,20 +257,20 @@ class Workers:
                 except Exception as error:
                     log = self.folder / "runs" / f"{job.name}.log"
                     raise RunError(f"the run {job.name} failed: {error}; its log is {log}; the others are kept: --out {self.folder} --resume") from error
-                bar.advance()
+                bar.advance({"runs made": len(found), "of": len(pending)}, by=round(job.cost))
         return sorted(found, key=lambda pair: pair[0].name)
 
 
 def make_run(job: Job, folder: Path, resume: bool) -> dict[str, Any]:
     """In a worker: the result of one run, from the disk if it was made before."""
     out = folder / "runs" / job.name
-    result = out.with_suffix(".json")
+    result = out.with_name(f"{out.name}.json")
     if resume and result.exists():
         return dict(json.loads(result.read_text(encoding="utf-8")))
     shutil.rmtree(out, ignore_errors=True)  # what was cut short
     found = run_quietly(job.plan, folder / "worlds" / f"{job.world}-{job.plan.seed}", out)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    aside = result.with_suffix(".aside")
+    aside = result.with_name(f".{result.name}")
     aside.write_text(json.dumps(found), encoding="utf-8")
     aside.replace(result)
     return found

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..losses.preference import dpo_sum
 from . import exact
-from .world import Array, Tree, World, bradley_terry
+from .world import Array, Tree, World, bradley_terry, step_rewards
 
 # ---- a table and an optimiser ----
 
@@ -173,6 +173,42 @@ def setting(world: World) -> dict[str, Any]:
         "z": [float(z) for z in np.exp(log_z)],
         "probabilities_sum": float(np.exp(exact.logprobs(tree, logits))[p].sum()),
     }
+
+
+def sparse(world: World) -> list[dict[str, Any]]:
+    """The two answers to a reward that comes only at the end, each with its two sides.
+
+    arm: the response as one arm of a bandit. Its gradient, E[(r - beta log-ratio) grad log pi(y)], is that of the decision process, E[sum_t (Q - V) grad
+    log pi(a_t | s_t)]: the norms of both, at a policy half-way between reference and optimum, and their largest difference.
+    steps: what a perfect process reward pays for a step, the change in V*; over the response that `setting` shows it adds up to r - beta log Z.
+    paid: where every step earns its own reward, the soft recursion still ends at beta log Z of the sum.
+    """
+    tree, beta = world.tree, world.beta
+    (best, log_z), ref = exact.optimum(world), exact.reference(world)
+    logits = (exact.log_softmax(world.reference) + exact.logits_of(tree, best)) / 2
+    logp, step = exact.logprobs(tree, logits), np.exp(exact.log_softmax(logits))
+    weight = np.exp(logp) * (world.reward - beta * (logp - ref)) / len(world.prompts)
+    arm = np.zeros_like(step)
+    for t in range(tree.horizon):
+        alive = np.flatnonzero(tree.path[:, t] >= 0)
+        for p in range(len(arm)):
+            np.add.at(arm[p], (tree.path[alive, t], tree.token[alive, t]), weight[p, alive])
+            np.add.at(arm[p], tree.path[alive, t], -weight[p, alive, None] * step[p, tree.path[alive, t]])
+    process = exact.gradient(world, logits)
+
+    shown = setting(world)
+    earned = sum(s["q"] - s["value"] for s in shown["steps"])
+    which = next(p for p in range(len(world.prompts)) if world.prompt_text(p) == shown["prompt"])
+    total = shown["reward"] - beta * float(log_z[which])
+
+    paid = step_rewards(world, seed=0)
+    first, z = float(exact.soft_values(paid)[0][which, 0]), beta * float(exact.optimum(paid)[1][which])
+    norms = [float(np.sqrt((g**2).sum())) for g in (arm, process)]
+    return [
+        {"key": "arm", "left": norms[0], "right": norms[1], "difference": float(np.abs(arm - process).max())},
+        {"key": "steps", "left": earned, "right": total, "difference": abs(earned - total)},
+        {"key": "paid", "left": first, "right": z, "difference": abs(first - z)},
+    ]
 
 
 # ---- frontier, best-of-n ----

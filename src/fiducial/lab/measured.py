@@ -171,6 +171,6 @@ def run_quietly(plan: Plan, folder: Path, out: Path) -> dict[str, Any]:
     """`run` in a process of its own: one thread, and what it says goes to a file beside its folder."""
     torch.set_num_threads(1)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_suffix(".log"), "w", encoding="utf-8") as log:
+    with open(out.with_name(f"{out.name}.log"), "w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 2)
         return {**run(plan, folder, out), "plan": asdict(plan)}

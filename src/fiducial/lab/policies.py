@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from ..models.tabular import TabularConfig, TabularLM
 from . import exact
-from .world import EOS, LETTERS, Array, Tokens, Tree, World, exploited, prompts_for, random_reward, tree
+from .world import EOS, LETTERS, Array, Tokens, Tree, World, exploited, prompts_for, random_reward, sparse_reward, tree
 
 
 def transformer(prompts: tuple[Tokens, ...], vocabulary: int, horizon: int, seed: int, *, spread: float = 0.1, width: int = 64, layers: int = 2) -> Any:
@@ -149,6 +149,12 @@ RARE = 0.5
 def large(seed: int = 0) -> tuple[World, Any]:
     """121 responses to each of 2 prompts."""
     return make("large", seed=seed, vocabulary=4, horizon=4)
+
+
+def sparse(seed: int = 0) -> tuple[World, Any]:
+    """121 responses to each of 2 prompts, of which a few are right, as a verifier says it: reward 1 for them, 0 for all others."""
+    world, model = make("sparse", seed=seed, vocabulary=4, horizon=4, beta=0.15, kl=None)
+    return world.with_(reward=sparse_reward(len(world.prompts), world.tree, seed, share=0.03)), model
 
 
 def exploit(seed: int = 0) -> tuple[World, Any]:

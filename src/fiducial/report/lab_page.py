@@ -49,11 +49,23 @@ FORMULAS = {
     "soft_value": r"V(s_0) = \beta \log Z(x), \quad Z(x) = \sum_y \pi_\ref(y|x) e^{r(x,y)/\beta}",
     "sums": r"\sum_y \pi^*(y|x) = 1",
     "advantage": r"\beta \log\frac{\pi^*(a|s)}{\pi_\ref(a|s)} = Q(s,a) - V(s)",
+    "arm": r"\nabla J(\pi) = \E[(r(x,y) - \beta \log\frac{\pi(y|x)}{\pi_\ref(y|x)}) \nabla\log\pi(y|x)] "
+    r"\break = \E[\sum_t (Q(s_t,a_t) - V(s_t)) \nabla\log\pi(a_t|s_t)]",
+    "steps": r"\sum_t (V(s_{t+1}) - V(s_t)) = r(x,y) - \beta \log Z(x)",
+    "paid": r"V(s) = \beta \log\sum_a \pi_\ref(a|s) e^{(r(s,a) + V(s'))/\beta}, \quad V(s_0) = \beta \log Z(x), \quad r(x,y) = \sum_t r(s_t,a_t)",
     "slope": r"\frac{\d \E[r]}{\d \KL} = \beta",
     "variance": r"\frac{\d \E[r]}{\d (1/\beta)} = \Var(r)",
     "k": r"k_1 = -\log\rho, \quad k_2 = \frac{1}{2} (\log\rho)^2, \quad k_3 = \rho - 1 - \log\rho, \quad \rho = \pi_\ref / \pi, \quad y\sim\pi",
     "best_of_n": r"\KL(\pi_n\parallel\pi_\ref) \le \log n - \frac{n-1}{n}, \quad P(\text{win}) \le \frac{n}{n+1}",
     "fit": r"\E[r] \approx d (\alpha - \beta d) \text{ or } d (\alpha - \beta \log d), \quad d = \sqrt{\KL}",
+}
+
+SPARSE = {
+    "arm": "The response as one arm of a bandit (REINFORCE, RLOO): on average its gradient is that of the decision process. Their lengths, at a policy "
+    "half-way to the optimum; the difference is that of their entries.",
+    "steps": "Or a reward for each step (a process reward): a perfect one pays the change in V, which for the response above adds up to its reward less the "
+    "value of the prompt.",
+    "paid": "Where every step earns a reward of its own, the same recursion holds: here with random ones, for the same prompt.",
 }
 
 GRADIENTS = {"0": "0", "KL(pi||ref)": "∇KL(π‖ref)", "KL(ref||pi)": "∇KL(ref‖π)", "none of the two": "neither"}
@@ -273,6 +285,7 @@ def _sections(lab: Lab) -> dict[str, Any]:
     return {
         "methods": _methods(lab), "causes": _causes(lab),
         "setting": setting, "worked": _worked(setting) if setting else None, "identities": identities(setting) if setting else [],
+        "sparse": [Identity(a.key, SPARSE[a.key], a.difference, a.left, a.right) for a in lab.sparse or []],
         "slopes": [i for i in slopes if i.difference is not None],
         "derivation": [{"key": d.key, "title": d.title, "words": d.words, "difference": off(d.difference),
                         "table": table(["", d.left_name, d.right_name], [[name, side(a), side(b)] for name, a, b in d.rows])} for d in lab.derivation or []],
@@ -306,7 +319,7 @@ def write_lab_page(folder: Path, data: dict[str, Any]) -> Path:
     lab = read_lab(data)
     figures = _figures(lab)
     sections = _sections(lab)
-    checked = [(f"The formula {i.words.rstrip('.')!r}", i.difference) for i in sections["identities"]]
+    checked = [(f"The formula {i.words.rstrip('.')!r}", i.difference) for i in [*sections["identities"], *sections["sparse"]]]
     return write_page(
         Path(folder), "index.html", "lab.html.j2", {"figures": figures},
         title="PPO and DPO beside an exactly known optimum", sentences=lab_answer(lab), alarms=lab_alarms(lab, checked), figures=figures,

@@ -140,6 +140,16 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """One answer to a reward that comes only at the end, both sides of its formula."""
+
+    key: Literal["arm", "steps", "paid"]
+    left: float
+    right: float
+    difference: float
+
+
+@dataclass(frozen=True)
 class Derivation:
     """A step from the objective to DPO, both sides computed."""
 
@@ -329,6 +339,7 @@ class Lab:
     methods: list[Trained] | None = None
     frontier: Frontier | None = None
     setting: Setting | None = None
+    sparse: list[Answer] | None = None
     derivation: list[Derivation] | None = None
     recovered: Recovered | None = None
     missing: Missing | None = None
