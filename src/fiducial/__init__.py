@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import lab as lab
     from . import losses as losses
     from .collect.pairs import Collect as Collect
     from .core import advantages as advantages
@@ -32,6 +33,7 @@ _WHERE = {
     "losses": "losses",
     "advantages": "core.advantages",
     "kl": "core.kl",
+    "lab": "lab",
     "sft": "methods.sft:sft",
     "SFT": "methods.sft:SFT",
     "reward": "methods.reward_model:reward",

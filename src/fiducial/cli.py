@@ -46,6 +46,7 @@ An example, from a base model to an aligned one:
   fiducial dpo     --model runs/sft/model --data pairs.jsonl --out runs/dpo
   fiducial eval    --model runs/ppo/model --baseline runs/sft/model --prompts held_out.jsonl --judge judge.py:score
 
+Is it right? fiducial lab runs the methods where the optimum is known; fiducial.lab.check_policy_loss and its kin check a loss of yours.
 Every run is a folder with config.yaml, metrics.jsonl, samples.jsonl, model/ and report.html. Stop it with Ctrl-C; go on with --resume.
 Several processes: torchrun --nproc_per_node 2 -m fiducial VERB ...
 Exit codes: 0 done, 1 failed while running (what was trained is saved), 2 refused before it started. --debug shows tracebacks."""
