@@ -51,6 +51,7 @@ def test_the_page_and_its_data_hold_every_section_and_every_run(small):
     assert set(rows) == {("mild", "dpo"), ("mild", "ppo"), ("exploit", "ppo")}
     run = rows["mild", "dpo"]["runs"][0]
     assert run["pairs"] == 30 * 256 and run["samples"] == 0 and [p["step"] for p in run["path"]] == [0, 10, 20, 30]
+    assert [p["samples"] for p in rows["mild", "ppo"]["runs"][0]["path"]] == [0, 4 * 256, 8 * 256, 12 * 256]
     assert run["kl_optimum"] == pytest.approx(1.25, abs=1e-6) and 0 < run["relative_gap"] < 1
     (heat,) = data["sensitivity"]
     assert heat["betas"] == [2.0] and heat["learning_rates"] == [0.001, 0.05]
@@ -111,7 +112,12 @@ def test_the_cause_is_the_response_that_is_missed_most_and_how_often_it_was_draw
     assert said is not None and f"{world.response_text(y)!r} to {world.prompt_text(p)!r}" in said
     expected = 10 * 100 * float(np.exp(ref[p, y]))  # 100 responses a step to each of the two prompts, always as likely
     assert f"about {expected:.3g}" in said.replace(",", "")
+    assert "below a tenth" not in said  # it stayed as likely as it was
     assert cause(world, plan, result | {"relative_gap": 0.04}) is None
+    sunk = ref.copy()
+    sunk[p, y] -= 3.0
+    said = cause(world, plan, result | {"trail": [ref.tolist(), sunk.tolist(), sunk.tolist()], "final": sunk.tolist()})
+    assert said is not None and "its probability was below a tenth of that by step 5" in said
 
 
 def test_both_answers_to_sparse_reward_have_equal_sides():

@@ -51,7 +51,8 @@ def test_a_policy_trained_on_a_wrong_objective_is_told_which(name):
     found = arrival(WORLD, ascend(WORLD, OBJECTIVES[name]))
     assert found.name == name
     assert found.ok == (name == "correct")
-    assert name == "correct" or name not in ("no KL penalty",) or found.kl > found.kl_optimum
+    at_rest = {"correct": found.total_variation, **found.distances}[name]
+    assert at_rest < (0.02 if name == "no KL penalty" else 1e-3)  # of that objective's own optimum, which is known exactly
     assert found.name in str(found) and f"{100 * found.relative_gap:.3g}%" in str(found)
 
 
