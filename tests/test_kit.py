@@ -24,6 +24,7 @@ from fiducial.lab import (
     check_preference_loss,
     check_reward_loss,
     check_value_loss,
+    diagnosis,
     exact,
     faults,
     kit,
@@ -31,6 +32,7 @@ from fiducial.lab import (
 )
 from fiducial.lab import estimators as shipped
 from fiducial.lab.population import build, layout, likelihoods, make_population, pairs, rows
+from world import difference
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "check_your_loss.py"
 
@@ -555,10 +557,10 @@ def test_the_variance_is_that_of_one_response_and_of_one_group():
         each = []
         for i in range(0, len(prompt), per):
             one = build(population, prompt[i : i + per], response[i : i + per], group[i : i + per])
-            each.append(case.parameters(kit.look(alone, one, "raw").table))
+            each.append(case.parameters(diagnosis.look(alone, one, "raw").table))
         each = np.array(each).reshape(len(each), -1)
         spread = ((each - each.mean(0)) ** 2).sum(1).mean() / (each.mean(0) ** 2).sum()
-        assert kit.judge(loss, case, train=False).variance == pytest.approx(spread, rel=1e-9)
+        assert diagnosis.judge(loss, case, train=False).variance == pytest.approx(spread, rel=1e-9)
 
     def single(b):
         return -((b.rewards - b.beta * log_ratio(b).detach().sum(1)) * whole(b)).mean()
@@ -647,16 +649,6 @@ def test_a_batch_holds_the_responses_and_nothing_else_where_the_mask_is_true():
     assert {len(p) for p in population.world.prompts} == {1, 3} and (~batch.trajectory.finished).any()
 
 
-def difference(f, x, step=1e-6):
-    out = np.zeros_like(x)
-    for i in np.ndindex(x.shape):
-        up, down = x.copy(), x.copy()
-        up[i] += step
-        down[i] -= step
-        out[i] = (f(up) - f(down)) / (2 * step)
-    return out
-
-
 def test_targets_of_policies_are_the_finite_differences_of_what_they_are_gradients_of():
     for objective, value_of in {
         "J": lambda p, logp: exact.objective(p.world, logp),
@@ -722,14 +714,14 @@ def test_the_gradients_of_the_catalogue_are_told_apart(case):
     right = [c for c in candidates if not c.names]
     assert len(right) >= 1 or case.checked in (kit.WORDS["forward_kl"],)
     for c in right:  # with no mistake the closed form is the exact gradient, by another road
-        assert kit.measure(c.fixed + (0 if c.strength is None else c.strength), target).relative_bias < 1e-9
+        assert diagnosis.measure(c.fixed + (0 if c.strength is None else c.strength), target).relative_bias < 1e-9
     tried: dict[str, int] = {}
     for c in candidates:
         assert set(c.names) <= set(CATALOGUE)
         if len(c.names) == 1 and tried.setdefault(c.names[0], 0) < 4:
             tried[c.names[0]] += 1
             direction = c.fixed + (0 if c.strength is None else c.strength) + (0 if c.some is None else 0.1 * c.some)
-            if kit.measure(direction, target).relative_bias > 1e-6:
+            if diagnosis.measure(direction, target).relative_bias > 1e-6:
                 found = faults.explain(direction, candidates, case.group)
                 assert found is not None and (found.names == c.names or {*found.names, *c.names} in SAME), (c.names, found)
 

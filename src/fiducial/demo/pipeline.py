@@ -27,6 +27,7 @@ from ..methods.reward_model import RewardModel, reward
 from ..methods.sft import SFT, sft
 from ..report.demo_page import write_demo_page
 from ..train.progress import say
+from ..train.run import free_folder
 from .compare import compare
 from .world import World, build_tokenizer
 
@@ -86,7 +87,7 @@ class Stages:
 
 def demo(settings: Demo) -> Path:
     """The path of the page."""
-    folder = Path(settings.out) if settings.out else _free(Path("demo-run"))
+    folder = Path(settings.out) if settings.out else free_folder(Path("demo-run"))
     if folder.exists() and any(folder.iterdir()) and not settings.resume:
         raise InputError(f"--out: {folder} exists already: choose another folder, or go on with --resume")
     folder.mkdir(parents=True, exist_ok=True)
@@ -215,11 +216,3 @@ def _seconds(done: Path) -> float:
         return float(json.loads(done.read_text(encoding="utf-8"))["train_seconds"])
     except (ValueError, KeyError):
         return 0.0
-
-
-def _free(path: Path) -> Path:
-    number, found = 1, path
-    while found.exists():
-        number += 1
-        found = path.with_name(f"{path.name}-{number}")
-    return found

@@ -14,12 +14,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .catalogue import CATALOGUE as CATALOGUE
+    from .catalogue import Fault as Fault
+    from .diagnosis import Verdict as Verdict
     from .estimators import estimator_table as estimator_table
     from .estimators import kl_table as kl_table
-    from .faults import CATALOGUE as CATALOGUE
-    from .faults import Fault as Fault
     from .kit import Draws as Draws
-    from .kit import Verdict as Verdict
     from .kit import check_likelihood as check_likelihood
     from .kit import check_policy_loss as check_policy_loss
     from .kit import check_preference_loss as check_preference_loss
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .world import World as World
 
 _WHERE = {
-    "estimator_table": "estimators", "kl_table": "estimators", "CATALOGUE": "faults", "Fault": "faults", "Draws": "kit", "Verdict": "kit",
+    "estimator_table": "estimators", "kl_table": "estimators", "CATALOGUE": "catalogue", "Fault": "catalogue", "Draws": "kit", "Verdict": "diagnosis",
     "check_likelihood": "kit", "check_policy_loss": "kit", "check_preference_loss": "kit", "check_reward_loss": "kit", "check_value_loss": "kit",
     "unbiased": "kit", "Batch": "population", "PairBatch": "population", "World": "world",
     "Arrival": "trainer", "check_trainer": "trainer",

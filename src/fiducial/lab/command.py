@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from ..errors import InputError, RunError
 from ..report.lab_page import write_lab_page
 from ..report.numbers import number
 from ..train.progress import Progress, say
+from ..train.run import free_folder
 from . import derivation, estimators, exact, labels, overoptimisation, policies
 from .measured import Plan, run_quietly, write_world
 from .world import World
@@ -111,7 +112,7 @@ def jobs(form: str, seed: int) -> list[Job]:
 
 def lab(settings: Lab) -> Path:
     """The path of the page."""
-    folder = Path(settings.out) if settings.out else _free(Path("lab-run"))
+    folder = Path(settings.out) if settings.out else free_folder(Path("lab-run"))
     if folder.exists() and any(folder.iterdir()) and not settings.resume:
         raise InputError(f"--out: {folder} exists already: choose another folder, or go on with --resume")
     folder.mkdir(parents=True, exist_ok=True)
@@ -363,8 +364,3 @@ def timed(times: dict[str, float], name: str) -> Iterator[None]:
     start = time.monotonic()
     yield
     times[name] = time.monotonic() - start
-
-
-def _free(path: Path) -> Path:
-    tried: Callable[[int], Path] = lambda n: path if n == 1 else path.with_name(f"{path.name}-{n}")  # noqa: E731
-    return next(tried(n) for n in range(1, 10_000) if not tried(n).exists())

@@ -20,7 +20,7 @@ from ..core.kl import Estimator
 from ..core.reductions import select, whiten
 from ..methods.ppo import PPO, Looks, shape
 from . import exact, kit
-from .kit import Case, Loss, Measured, measure
+from .diagnosis import Case, Loss, Measured, look, measure
 from .population import Batch, build, draw
 from .world import Array, World
 
@@ -138,7 +138,7 @@ def _in_small_batches(case: Case, batches: int, size: int = 8) -> dict[str, Any]
     rng, target = np.random.default_rng(0), case.exact(case.population).ravel()
 
     def gradient(loss: Loss, batch: Batch) -> Array:
-        return -case.parameters(kit.look(loss, batch, case.what).table).ravel()
+        return -case.parameters(look(loss, batch, case.what).table).ravel()
 
     def plain(batch: Batch) -> Tensor:
         advantages, _ = ppo_advantages(batch, lam=0.95)

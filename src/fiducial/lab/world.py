@@ -231,7 +231,7 @@ def step_rewards(world: World, seed: int, scale: float = 0.5) -> World:
 
 def bradley_terry(reward: Array, scale: float = 1.0) -> Array:
     """Bradley and Terry 1952: sigmoid of the difference in reward."""
-    return _sigmoid(scale * (reward[:, :, None] - reward[:, None, :]))
+    return sigmoid(scale * (reward[:, :, None] - reward[:, None, :]))
 
 
 def flipped(preference: Array, share: float) -> Array:
@@ -241,14 +241,15 @@ def flipped(preference: Array, share: float) -> Array:
 
 def length_biased(reward: Array, lengths: NDArray[np.int64], nats_per_token: float) -> Array:
     """Annotators who also like what is longer."""
-    return _sigmoid(reward[:, :, None] - reward[:, None, :] + nats_per_token * (lengths[:, None] - lengths[None, :]))
+    return sigmoid(reward[:, :, None] - reward[:, None, :] + nats_per_token * (lengths[:, None] - lengths[None, :]))
 
 
 def intransitive(reward: Array, seed: int, twist: float) -> Array:
     """Annotators no reward can explain: every pair gets an antisymmetric nat-score of its own on top, so that preferences may run in circles."""
     noise = np.random.default_rng([seed, 5]).normal(size=(reward.shape[0], reward.shape[1], reward.shape[1])) * twist
-    return _sigmoid(reward[:, :, None] - reward[:, None, :] + np.triu(noise, 1) - np.triu(noise, 1).swapaxes(1, 2))
+    return sigmoid(reward[:, :, None] - reward[:, None, :] + np.triu(noise, 1) - np.triu(noise, 1).swapaxes(1, 2))
 
 
-def _sigmoid(x: Array) -> Array:
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), without overflow."""
     return 0.5 * (1.0 + np.tanh(x / 2))

@@ -316,6 +316,15 @@ def _reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: several runs in one process each get their own peak
 
 
+def free_folder(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, ... that does not exist."""
+    number, found = 1, path
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.name}-{number}")
+    return found
+
+
 def _next_folder(method: str) -> Path:
     number = 1
     while Path(f"runs/{method}-{number}").exists():
