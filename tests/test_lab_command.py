@@ -90,6 +90,9 @@ def test_a_folder_that_is_in_use_is_refused_and_kept(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(InputError, match=r"--out: .* exists already: .*--resume"):
         lab(Lab(out=str(tmp_path)))
+    for path in (tmp_path / "mine.txt", tmp_path / "mine.txt" / "below"):  # a file is no folder, with --resume neither
+        with pytest.raises(InputError, match=f"--out: {path} (exists already|cannot be made)"):
+            lab(Lab(out=str(path), resume=True))
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 

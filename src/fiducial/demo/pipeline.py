@@ -20,14 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..collect.pairs import Collect, collect
 from ..config import OptimizerSettings, RowSettings, RunSettings, Settings, command_line
-from ..errors import InputError
 from ..methods.dpo import DPO, dpo
 from ..methods.ppo import PPO, ppo
 from ..methods.reward_model import RewardModel, reward
 from ..methods.sft import SFT, sft
 from ..report.demo_page import write_demo_page
 from ..train.progress import say
-from ..train.run import free_folder
+from ..train.run import open_folder
 from .compare import compare
 from .world import World, build_tokenizer
 
@@ -87,10 +86,7 @@ class Stages:
 
 def demo(settings: Demo) -> Path:
     """The path of the page."""
-    folder = Path(settings.out) if settings.out else free_folder(Path("demo-run"))
-    if folder.exists() and any(folder.iterdir()) and not settings.resume:
-        raise InputError(f"--out: {folder} exists already: choose another folder, or go on with --resume")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = open_folder(settings.out, "demo-run", settings.resume)
     stage = Stages(folder, {}, time.monotonic())
     world = World(settings.seed)
     base, policy = folder / "base", folder / "sft" / "model"

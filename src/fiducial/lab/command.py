@@ -20,11 +20,11 @@ import numpy as np
 from pydantic import Field
 
 from ..config import Settings, command_line
-from ..errors import InputError, RunError
+from ..errors import RunError
 from ..report.lab_page import write_lab_page
 from ..report.numbers import number
 from ..train.progress import Progress, say
-from ..train.run import free_folder
+from ..train.run import open_folder
 from . import derivation, estimators, exact, labels, overoptimisation, policies
 from .measured import Plan, run_quietly, write_world
 from .world import World
@@ -112,10 +112,7 @@ def jobs(form: str, seed: int) -> list[Job]:
 
 def lab(settings: Lab) -> Path:
     """The path of the page."""
-    folder = Path(settings.out) if settings.out else free_folder(Path("lab-run"))
-    if folder.exists() and any(folder.iterdir()) and not settings.resume:
-        raise InputError(f"--out: {folder} exists already: choose another folder, or go on with --resume")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = open_folder(settings.out, "lab-run", settings.resume)
     form = "full" if settings.full else "quick"
     times: dict[str, float] = {}
 

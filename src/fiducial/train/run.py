@@ -316,13 +316,23 @@ def _reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: several runs in one process each get their own peak
 
 
-def free_folder(path: Path) -> Path:
-    """`path`, or the first of path-2, path-3, ... that does not exist."""
-    number, found = 1, path
-    while found.exists():
+def open_folder(out: str | None, default: str, resume: bool) -> Path:
+    """The folder of a command that makes several runs: `out`, or the first of default, default-2, ... that does not exist.
+
+    Raises:
+        InputError: it is in use and is not to be gone on with, or it cannot be made.
+    """
+    number, path = 1, Path(out or default)
+    while out is None and path.exists():
         number += 1
-        found = path.with_name(f"{path.name}-{number}")
-    return found
+        path = Path(f"{default}-{number}")
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not resume)):
+        raise InputError(f"--out: {path} exists already: choose another folder, or go on with --resume")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {path} cannot be made: {error.strerror}") from error
+    return path
 
 
 def _next_folder(method: str) -> Path:
