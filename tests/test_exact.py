@@ -13,9 +13,10 @@ import torch
 from fiducial import losses
 from fiducial.core import kl as estimators
 from fiducial.core.advantages import gae
-from fiducial.methods.ppo import PPO, Looks, look, shape
 from fiducial.models.roles import Policy, Reference
+from fiducial.rewards import Scored
 from fiducial.rollout.sampler import LocalSampler
+from fiducial.rollout.shaping import Looks, ScoreSettings, look, shape
 from fiducial.rollout.trajectory import Trajectory
 from fiducial.train.processes import Processes
 from world import (
@@ -151,7 +152,7 @@ def ppo_gradient(world: World, values: np.ndarray | None = None, *, lam: float =
         for t in range(len(y)):
             critic[i, every.prompt_lengths[i] + t] = 0.0 if values is None else values[PREFIXES.index(y[:t])]
     looks = Looks(now.detach(), ref, torch.zeros_like(ref), critic)
-    rewards, _ = shape(every, tensor(world.reward), looks, PPO(model="", data=""), {"beta": world.beta})
+    rewards, _ = shape(every, Scored(world.reward.tolist(), {}), looks, ScoreSettings(), {"beta": world.beta})
     advantage, _ = gae(rewards, looks.values, every.mask, gamma=1.0, lam=lam)
     likely = tensor(distribution(world.policy))[:, None]
     loss, _ = losses.ppo_clip_sum(now, looks.logprobs, likely * advantage, every.mask)
@@ -356,7 +357,7 @@ def sampled(kind: str) -> tuple[Policy, Trajectory]:
 def test_16_the_first_minibatch_has_ratio_one_nothing_clipped_and_the_policy_gradient(kind):
     policy, drawn = sampled(kind)
     policy.add_value_head()
-    before = look(drawn, policy, None, Reference(policy, Policy(tiny(kind))), Processes(), tokens=64)  # in micro-batches of other widths
+    before = look(drawn, policy, Reference(policy, Policy(tiny(kind))), Processes(), tokens=64)  # in micro-batches of other widths
     torch.testing.assert_close(before.logprobs, before.ref_logprobs, atol=1e-5, rtol=0)
     advantage = torch.randn(drawn.mask.shape, generator=torch.Generator().manual_seed(1))
     now = policy(drawn.ids, drawn.mask, drawn.temperature).logprobs

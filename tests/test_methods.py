@@ -19,8 +19,9 @@ from fiducial.errors import InputError, RunError
 from fiducial.methods import ppo as ppo_page
 from fiducial.models import cache as cache_module
 from fiducial.models.load import load_policy, load_renderer, load_tokenizer
-from fiducial.rewards import load_rewards
+from fiducial.rewards import Scored, load_rewards
 from fiducial.rewards.load import ModelReward, Responses
+from fiducial.rollout import shaping
 from fiducial.rollout.sampler import LocalSampler
 from fiducial.rollout.trajectory import Trajectory
 from fiducial.train.processes import Processes
@@ -256,17 +257,13 @@ def looks_of(t):
     def numbers():
         return torch.where(t.mask, torch.randn(t.ids.shape, generator=generator), torch.tensor(math.nan))  # padding holds rubbish
 
-    return ppo_page.Looks(numbers(), numbers(), torch.where(t.mask, 1.0, 0.0), numbers())
-
-
-def settings_of(**changes):
-    return fd.PPO(model="m", data="d", reward=("r",), **changes)
+    return shaping.Looks(numbers(), numbers(), torch.where(t.mask, 1.0, 0.0), numbers())
 
 
 def test_the_rewards_of_a_response_add_up_to_its_score_less_beta_times_its_kl():
     t = trajectory([7, 8, 2], [4], [6, 6, 6, 6, 6], finished=[True, False, False], prompts=[[5], [9, 9, 9, 9], [3, 3]])
     looks, scores = looks_of(t), torch.tensor([3.0, -1.0, 0.5])
-    rewards, metrics = ppo_page.shape(t, scores, looks, settings_of(), {"beta": 0.3})
+    rewards, metrics = shaping.shape(t, Scored(scores.tolist(), {}), looks, shaping.ScoreSettings(), {"beta": 0.3})
     kl = [sum((looks.logprobs - looks.ref_logprobs)[i][t.mask[i]].tolist()) for i in range(3)]
     assert (rewards[~t.mask] == 0).all()
     for i in range(3):
@@ -286,9 +283,9 @@ def test_the_penalty_for_a_missing_eos_looks_at_the_response_alone(models):
     sampler = LocalSampler(policy.lm, 6, frozenset({2, *range(20, 26)}), 128)
     t = sampler(prompts, seed=0, step=0, prompt=list(range(60)), sample=[0] * 60)
     looks = looks_of(t)
-    without, _ = ppo_page.shape(t, torch.zeros(60), looks, settings_of(), {"beta": 0.1})
-    settings = settings_of(score=ppo_page.ScoreSettings(missing_eos_penalty=1.5))
-    penalised, metrics = ppo_page.shape(t, torch.zeros(60), looks, settings, {"beta": 0.1})
+    without, _ = shaping.shape(t, Scored([0.0] * 60, {}), looks, shaping.ScoreSettings(), {"beta": 0.1})
+    settings = shaping.ScoreSettings(missing_eos_penalty=1.5)
+    penalised, metrics = shaping.shape(t, Scored([0.0] * 60, {}), looks, settings, {"beta": 0.1})
     missing = [not {2, *range(20, 26)} & set(r) for r in t.responses(ending=True)]
     assert 5 < sum(missing) < 55
     assert torch.allclose((without - penalised).sum(1), 1.5 * torch.tensor(missing).float(), atol=1e-5)
@@ -298,21 +295,22 @@ def test_the_penalty_for_a_missing_eos_looks_at_the_response_alone(models):
 @pytest.mark.parametrize("how", ["none", "first", "batch"])
 def test_scores_are_normalised_as_asked_and_then_clipped(how):
     state, first, second = {}, torch.tensor([1.0, 2.0, 6.0]), torch.tensor([7.0, 0.0, 1.0])
-    settings = ppo_page.ScoreSettings(normalise=how)
-    one, two = ppo_page.normalised(first, settings, state), ppo_page.normalised(second, settings, state)
+    settings = shaping.ScoreSettings(normalise=how)
+    (one, scale), (two, _) = shaping.normalised(first, settings, state), shaping.normalised(second, settings, state)
     std = math.sqrt(14 / 3)  # of the first scores: mean 3, deviations -2, -1, 3
     expected = {"none": (first, second), "first": ((first - 3) / std, (second - 3) / std)}
     if how == "batch":
         assert abs(float(two.mean())) < 1e-6 and float(two.std(correction=0)) == pytest.approx(1) and float(one.std(correction=0)) == pytest.approx(1)
     else:
         assert torch.allclose(one, expected[how][0]) and torch.allclose(two, expected[how][1])
-    clipped = ppo_page.normalised(second, ppo_page.ScoreSettings(normalise=how, clip=0.5), state)
+    assert torch.allclose(one[1:] - one[:-1], scale * (first[1:] - first[:-1]))
+    clipped, _ = shaping.normalised(second, shaping.ScoreSettings(normalise=how, clip=0.5), state)
     assert torch.allclose(clipped, two.clamp(-0.5, 0.5))
 
 
 def test_beta_follows_the_kl_and_moves_a_fifth_at_most(go):
     changes = {"batch_size": 8, "steps": 5, "learning_rate": 2e-2, "beta": 0.2, "epochs": 3}
-    run = go("ppo", "llama", kl=ppo_page.KLSettings(target=0.01, horizon=8), **changes)
+    run = go("ppo", "llama", kl=shaping.KLSettings(target=0.01, horizon=8), **changes)
     betas, kls = [[line[k] for line in lines(run)] for k in ("beta", "objective/kl")]
     assert betas[0] == 0.2 and betas[1] == pytest.approx(0.2 * 0.8)  # KL was 0
     for before, after, kl in zip(betas, betas[1:], kls, strict=False):
@@ -436,7 +434,7 @@ def test_a_reward_model_scores_the_very_tokens_that_were_sampled(go, models, kin
     reward = load_rewards((judge,), None, RunSettings(), Processes())
     assert isinstance(reward.parts[0], ModelReward) and reward.parts[0].same_tokens(renderer)
     rows = [PromptRow(p, {}, "") for p in PROMPTS]
-    scores, _ = reward(Responses.of(rows, t, renderer))
+    scores = reward(Responses.of(rows, t, renderer)).scores
     again = AutoModelForSequenceClassification.from_pretrained(judge).eval()
     for i, score in enumerate(scores):
         raw = again.score(again.base_model(input_ids=t.ids[i, : t.lengths[i]][None]).last_hidden_state)[0, -1]

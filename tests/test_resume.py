@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import fiducial as fd
 from fiducial.config import LoraSettings, RunSettings
 from fiducial.errors import InputError, RunError
-from fiducial.methods.ppo import KLSettings, ScoreSettings
+from fiducial.rollout.shaping import KLSettings, ScoreSettings
 from fiducial.train import checkpoint
 from fiducial.train.run import Run
 

@@ -1,7 +1,11 @@
-r"""Advantages from rewards and values. Column t speaks of token t: its reward, and the value of the state in which it was chosen.
+r"""Advantages from rewards: with a critic, or against a baseline that needs none. Column t speaks of token t: its reward, the value of the state before it.
 
 The mask [B, T] marks the tokens the policy chose. Gaps (a prompt in front, padding behind, a tool's answer in between) are stepped over: the
 state after a token is the one in which the policy chooses next, and after its last token there is none, so the value there is 0.
+
+Without a critic a response is one arm of a bandit: its return, less a baseline, is the credit of every token of it. A baseline takes nothing from the
+expected gradient as long as it does not depend on the response itself. The functions of groups take returns [N] of whole responses, or [N, T] from each
+token on; groups [N] are ids, in any order and of any size, so that nothing hangs on where a row stands.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reductions import same_shape, select
+from .reductions import same_shape, select, whiten
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -44,3 +48,116 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
         next_value = torch.where(here, values[:, t], next_value)
         running = torch.where(here, advantage, running)
     return advantages, advantages + values
+
+
+# ---- returns: what a token is credited with ----
+
+
+def whole(rewards: Tensor, mask: Tensor) -> Tensor:
+    """[N] the return of each response, the sum of its rewards [N, T]: the response as one arm of a bandit.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    same_shape(rewards=rewards, mask=mask)
+    return select(rewards, mask).sum(1)
+
+
+def to_go(rewards: Tensor, mask: Tensor) -> Tensor:
+    r"""[N, T] the reward from each token on, :math:`\sum_{k\ge t} r_k`; 0 outside the mask. What came before a token is not its doing.
+
+    The expected gradient is that of :func:`whole`, with less variance, as long as rewards come before the end: a KL paid token by token, or a step's.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    same_shape(rewards=rewards, mask=mask)
+    rewards = select(rewards, mask)
+    return select(rewards.flip(1).cumsum(1).flip(1), mask)
+
+
+# ---- baselines ----
+
+
+def leave_one_out(returns: Tensor, groups: Tensor) -> Tensor:
+    r"""RLOO: the mean of the *others* in the group as the baseline. Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740, eq. 8.
+
+    .. math:: A_i = R_i - \frac1{G-1}\sum_{j\ne i} R_j = \frac{G}{G-1}(R_i - \bar R)
+
+    The others do not depend on response i, so the expected gradient is exact.
+
+    Args:
+        returns: [N] or [N, T]. groups: [N] ids; every group needs two responses.
+
+    Raises:
+        ValueError: a group of one, which has no others.
+    """
+    size = _each(torch.ones_like(returns), groups)
+    if bool((size < 2).any()):
+        raise ValueError("leave-one-out needs two responses a group: one alone has no others to be compared with")
+    return (returns - _each(returns, groups) / size) * size / (size - 1)
+
+
+def group_mean(returns: Tensor, groups: Tensor) -> Tensor:
+    r"""Dr. GRPO: the group's mean as the baseline, and no division. Liu et al. 2025, arXiv 2503.20783.
+
+    .. math:: A_i = R_i - \bar R
+
+    The mean holds the response itself, so for groups of G the expected gradient is exactly (G - 1) / G of the true one: the direction is right.
+
+    Args:
+        returns: [N] or [N, T]. groups: [N] ids. A response alone in its group gets 0.
+    """
+    return returns - _each(returns, groups) / _each(torch.ones_like(returns), groups)
+
+
+def group_normalised(returns: Tensor, groups: Tensor, *, eps: float = 1e-4) -> Tensor:
+    r"""GRPO: mean and deviation of the group. Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, section 4.1.2.
+
+    .. math:: A_i = \frac{R_i - \bar R}{\sigma + \epsilon}
+
+    The deviation is that of a sample (division by G - 1), as in the code that people compare with. Dividing by it weighs prompts up whose responses
+    hardly differ, and makes the scale of the rewards, and with it beta, mean something else in every group: the direction is biased (Liu et al. 2025).
+
+    Args:
+        returns: [N] or [N, T]. groups: [N] ids. A response alone in its group, and a group of equal returns, get 0.
+        eps: TRL's and OpenRLHF's 1e-4.
+    """
+    size = _each(torch.ones_like(returns), groups)
+    centred = group_mean(returns, groups)
+    variance = _each(centred**2, groups) / (size - 1).clamp(min=1)
+    return centred / (variance.sqrt() + eps)
+
+
+def against_greedy(returns: Tensor, greedy: Tensor) -> Tensor:
+    """ReMax: the score of the greedy response to the same prompt as the baseline, which no sampled response has a part in. Li et al. 2023, arXiv 2310.10505.
+
+    Args:
+        returns: [N] or [N, T]. greedy: [N] score of the most likely response to each row's prompt.
+    """
+    return returns - (greedy if returns.dim() == 1 else greedy[:, None])
+
+
+def whitened(returns: Tensor, mask: Tensor) -> Tensor:
+    """REINFORCE++: mean 0 and deviation 1 over all tokens of the batch. Hu 2025, arXiv 2501.03262, eq. 9.
+
+    A response has a part in its own baseline and scale, a small one in a large batch.
+
+    Args:
+        returns: [N, T] from each token on. mask: [N, T] true at the policy's tokens.
+    """
+    return whiten(returns, mask)
+
+
+def spread(returns: Tensor, groups: Tensor) -> Tensor:
+    """[N] true where the responses of a row's group [N] do not all have one return [N]: groups without spread teach nothing."""
+    return _each((group_mean(returns, groups).abs() > 1e-6 * (1 + returns.abs())).to(returns.dtype), groups) > 0
+
+
+def _each(x: Tensor, groups: Tensor) -> Tensor:
+    """The sum of a row's group, for each row of `x` [N, ...]."""
+    if groups.shape != x.shape[:1]:
+        raise ValueError(f"one group id a row: got {list(groups.shape)} for {list(x.shape)}")
+    _, number = torch.unique(groups, return_inverse=True)
+    number = number.to(x.device)
+    return torch.zeros((int(number.max()) + 1, *x.shape[1:]), dtype=x.dtype, device=x.device).index_add(0, number, x)[number]

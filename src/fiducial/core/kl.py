@@ -1,20 +1,60 @@
-r"""KL to the reference: estimators per token, and the controller of its coefficient.
+r"""KL to the reference: estimators per token, where each may act, and the controller of its coefficient.
 
 With y sampled from the policy, :math:`l_t = \log\pi(y_t) - \log\pi_{ref}(y_t)` and :math:`r = \pi_{ref}/\pi = e^{-l}`:
 k1 = l, k2 = l²/2, k3 = r - 1 - log r (Schulman 2020, "Approximating KL divergence"). As *values*, k1 and k3 are unbiased for KL(π‖π_ref), k2 is not.
 As *losses* they differ: the gradient of a sampled k1 is zero in expectation, that of k2 is the gradient of KL(π‖π_ref) (at sequence level, on
-policy), that of k3 is the gradient of the *forward* KL(π_ref‖π). PPO here puts k1 into the reward, where its policy gradient is exact.
+policy), that of k3 is the gradient of the *forward* KL(π_ref‖π). As a detached reward k1 is exact, and k2 and k3 are not.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from .reductions import same_shape
+from .reductions import same_shape, select
 
 Estimator = Literal["k1", "k2", "k3"]
+Placement = Literal["reward", "loss"]
+Penalty = Literal["k1", "k2", "k3", "k2_tokens", "weighted_k3", "forward_k3"]
+
+REFUSED = {
+    ("loss", "k1"): "k1 as a loss has an expected gradient of zero: it holds nothing. Use k1 in the reward, or k2 as a loss",
+    ("loss", "k3"): "k3 as a loss has the gradient of the forward KL(ref, policy), not of KL(policy, ref). If that is meant, as in GRPO's paper, ask for it "
+    "by its name, forward_k3; else use k1 in the reward, or k2 as a loss",
+    ("reward", "k2"): "k2 is biased as a value, and so is a reward with it. Use k1 in the reward, or k2 as a loss",
+    ("reward", "k3"): "k3 in the reward has the gradient of KL(policy, ref) - KL(ref, policy). Use k1 in the reward",
+    ("reward", "k2_tokens"): "k2_tokens is differentiated, so it belongs into the loss. Use k1 in the reward",
+    ("reward", "weighted_k3"): "weighted_k3 is differentiated, so it belongs into the loss. Use k1 in the reward",
+    ("reward", "forward_k3"): "forward_k3 is differentiated, so it belongs into the loss. Use k1 in the reward",
+}
+"""Combinations whose gradient is known to be wrong, with the reason (Tang and Munos 2025, arXiv 2506.09477; Liu et al. 2025, arXiv 2510.01555)."""
+
+
+def check(placement: Placement | None, estimator: Penalty | None) -> None:
+    """Refuse a penalty whose gradient is known to be wrong; None stands for whatever fits the other.
+
+    Raises:
+        ValueError: with the reason and what to use.
+    """
+    if placement is not None and estimator is not None and (reason := REFUSED.get((placement, estimator))):
+        raise ValueError(f"--kl.placement {placement} with --kl.estimator {estimator}: {reason}")
+    if placement is None and estimator == "k3":
+        raise ValueError(f"--kl.estimator k3: as a value it is fine, but {REFUSED['loss', 'k3']}")
+
+
+def resolve(placement: Placement | None, estimator: Penalty | None, default: Penalty = "k1") -> tuple[Placement, Penalty]:
+    """Both of them: what is not given follows from the other, or from the method's own `default`.
+
+    Raises:
+        ValueError: as :func:`check`.
+    """
+    check(placement, estimator)
+    if estimator is None:
+        fits = placement is None or (placement, default) not in REFUSED
+        estimator = default if fits else "k1" if placement == "reward" else "k2"
+    return placement or ("reward" if estimator == "k1" else "loss"), estimator
 
 
 def estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Estimator = "k1") -> Tensor:
@@ -39,6 +79,48 @@ def estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Estimator = "
     if estimator == "k3":
         return (-log_ratio).expm1() + log_ratio
     raise ValueError(f"estimator must be k1, k2 or k3, not {estimator!r}")
+
+
+def penalty(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, *, estimator: Penalty) -> Tensor:
+    r"""A KL penalty to be differentiated as a term of the loss, summed over tokens, on responses that the policy sampled.
+
+    ============= ============================================ ==============================================================================
+    estimator     term                                         its expected gradient, on policy
+    ============= ============================================ ==============================================================================
+    k2            :math:`\tfrac12 (\sum_t l_t)^2`              exactly :math:`\nabla KL(\pi\|\pi_{ref})`; the variance of a whole response
+    k2_tokens     :math:`\sum_t \tfrac12 l_t^2`                each state's own, the way there taken as given: early tokens do not pay for later
+    weighted_k3   :math:`\sum_t \rho_t\,k3_t`                  the same as k2_tokens (DeepSeek-V3.2, arXiv 2512.02556)
+    forward_k3    :math:`\sum_t k3_t`                          the forward :math:`KL(\pi_{ref}\|\pi)` of each state, the way there taken as given
+                                                               (GRPO, arXiv 2402.03300, eq. 4): another optimum
+    ============= ============================================ ==============================================================================
+
+    In the lab's mild world, at a policy one normal deviation from its reference, the gradient of k2_tokens and weighted_k3 is 19% off that of
+    KL(policy, ref) (relative error, exact by enumeration), that of forward_k3 29% (`fiducial lab`). All four vanish where the policy is the reference.
+    In further epochs over the same responses none is exact.
+
+    Args:
+        logprobs: [B, T] of the policy, with gradient. ref_logprobs: [B, T]. old_logprobs: [B, T] of the policy that sampled, for weighted_k3.
+        mask: [B, T] true at the policy's tokens.
+
+    Returns:
+        [B, T] in nats, 0 outside the mask; k2, which belongs to the whole response, stands at its last token.
+
+    Raises:
+        ValueError: shapes differ, or the estimator is no loss.
+    """
+    check("loss", estimator)
+    same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, old_logprobs=old_logprobs, mask=mask)
+    mask = mask.bool()
+    log_ratio = select(logprobs, mask) - select(ref_logprobs, mask)
+    if estimator == "k2":
+        after = mask.flip(1).cumsum(1).flip(1)  # tokens from here on, this one included
+        return select(0.5 * log_ratio.sum(1, keepdim=True).expand_as(log_ratio) ** 2, mask & (after == 1))
+    if estimator == "k2_tokens":
+        return 0.5 * log_ratio**2
+    k3 = (-log_ratio).expm1() + log_ratio
+    if estimator == "forward_k3":
+        return k3
+    return torch.exp(select(logprobs, mask) - select(old_logprobs, mask).detach()) * k3
 
 
 def adapt(beta: float, kl: float, *, target: float, episodes: int, horizon: int = 10_000) -> float:

@@ -18,7 +18,8 @@ from ..core import kl
 from ..core.advantages import gae
 from ..core.kl import Estimator
 from ..core.reductions import select, whiten
-from ..methods.ppo import PPO, Looks, shape
+from ..rewards import Scored
+from ..rollout.shaping import Looks, ScoreSettings, shape
 from . import exact, kit
 from .diagnosis import Case, Loss, Measured, look, measure
 from .population import Batch, build, draw
@@ -30,7 +31,7 @@ from .world import Array, World
 def ppo_advantages(batch: Batch, *, lam: float = 1.0) -> tuple[Tensor, Tensor]:
     """Advantages and returns [N, W] as `fiducial ppo` makes them: k1 in every token's reward, the score at the last, GAE."""
     looks = Looks(batch.logprobs.detach(), batch.ref_logprobs, torch.zeros_like(batch.ref_logprobs), batch.old_values)
-    rewards, _ = shape(batch.trajectory, batch.rewards, looks, PPO(model="", data=""), {"beta": batch.beta})
+    rewards, _ = shape(batch.trajectory, Scored(batch.rewards.tolist(), {}), looks, ScoreSettings(), {"beta": batch.beta})
     return gae(rewards, batch.old_values, batch.mask, gamma=1.0, lam=lam)
 
 

@@ -9,8 +9,6 @@ One iteration is five steps, each a function of the ones before: sample, score, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,31 +19,23 @@ from torch import Tensor
 from .. import losses
 from ..config import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..core import advantages, kl
-from ..core.reductions import masked_mean, select, whiten
+from ..core.reductions import select, whiten
 from ..data.batches import Batches, pad, stream
 from ..data.prepare import load
 from ..data.render import Rendered, Renderer
 from ..data.rows import ChatRow, CompletionRow, PromptRow, TextRow
 from ..errors import InputError, RunError
 from ..models.load import load_policy, load_reference, load_renderer, load_scorer, save
-from ..models.roles import Policy, Reference, Scorer
+from ..models.roles import Policy, Scorer
 from ..rewards import Responses, Reward, load_rewards
-from ..rollout.answers import local_sampler, show
+from ..rollout.answers import fitting_prompt, local_sampler, show
+from ..rollout.shaping import KLSettings, Looks, ScoreSettings, look, shape
 from ..rollout.shared import sample_all
 from ..rollout.trajectory import Trajectory
-from ..train.processes import Micro, Processes, accumulate
+from ..train.processes import Micro, accumulate
 from ..train.progress import say
 from ..train.run import Run
 from ..train.step import Stepper
-
-
-class KLSettings(Settings):
-    """The coefficient of the KL penalty over time; --beta is where it starts."""
-
-    target: float | None = Field(None, gt=0)
-    """Nats a response to hold by adapting beta. None: beta stays. Ziegler et al. 2019: 6 for style, none for summaries."""
-    horizon: int = Field(10_000, gt=0)
-    """Responses over which an error of 20% changes beta by a factor of about 1.2. Ziegler et al. 2019."""
 
 
 class CriticSettings(Settings):
@@ -59,17 +49,6 @@ class CriticSettings(Settings):
     """Of the value loss. 0.1: Ziegler et al. 2019."""
     clip: float | None = Field(0.2, gt=0)
     """How far a value may move from its old one in an iteration, in units of reward. 0.2: Ziegler et al. 2019. None: free."""
-
-
-class ScoreSettings(Settings):
-    """What is done to a score before it becomes a reward."""
-
-    normalise: Literal["none", "first", "batch"] = "none"
-    """first: mean 0 and deviation 1 under the policy as it starts (Ziegler et al. 2019); batch: each batch by its deviation."""
-    clip: float | None = Field(None, gt=0)
-    """Largest absolute score, after normalisation. PPO-max (Zheng et al. 2023, arXiv 2307.04964) clips; None: not."""
-    missing_eos_penalty: float = Field(0.0, ge=0)
-    """Taken from the score of a response that was cut at its limit. TRL's meaning; Huang et al. 2024 (N+) set the score to -1 instead."""
 
 
 class PtxSettings(Settings):
@@ -138,22 +117,12 @@ class PPO(Settings):
     run: RunSettings = RunSettings(eval_every=10)
 
 
-@dataclass(frozen=True)
-class Looks:
-    """What the models say of a Trajectory, [N, T] each, before it is learned from: nats, nats, nats, units of reward."""
-
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    entropy: Tensor
-    values: Tensor
-
-
 def ppo(settings: PPO) -> Run:
     """Train; returns the run: its path, metrics and model."""
     with Run("ppo", settings, out=settings.out, run=settings.run, seed=settings.seed, resume=settings.resume) as run:
         processes, tokens = run.processes, settings.run.tokens
         renderer = load_renderer(settings.model, settings.rows)
-        prompt_ids, rows, note = load(settings.data, settings.rows, (PromptRow,), lambda r: fitting_prompt(r, renderer, settings))
+        prompt_ids, rows, note = load(settings.data, settings.rows, (PromptRow,), lambda r: fitting_prompt(r, renderer, settings.max_new_tokens))
         ptx = read_ptx(settings, renderer)
         rewards = load_rewards(settings.reward, settings.reward_weights, settings.run, processes)
         policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer).to(processes.device)
@@ -166,6 +135,7 @@ def ppo(settings: PPO) -> Run:
         steppers = [Stepper(policy, settings.learning_rate, settings.optimizer, updates, processes)]
         if critic is not None:
             steppers.append(Stepper(critic, settings.critic.learning_rate or settings.learning_rate, settings.optimizer, updates, processes))
+        _, penalty = settings.kl.resolve()
         run.start(settings.steps)
         run.state.setdefault("beta", settings.beta)
         if run.main:
@@ -174,7 +144,7 @@ def ppo(settings: PPO) -> Run:
         def answers(seen: Sequence[PromptRow]) -> list[dict[str, Any]]:
             return show(
                 policy, renderer, [(r.prompt, r.where) for r in seen], processes, seed=settings.seed, max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature, score=lambda t: rewards(Responses.of(seen, t, renderer))[0],
+                temperature=settings.temperature, score=lambda t: rewards(Responses.of(seen, t, renderer)).scores,
             )  # fmt: skip
 
         if run.step == 0:
@@ -192,22 +162,18 @@ def ppo(settings: PPO) -> Run:
                 prompt=[i for i, _ in chosen], sample=[epoch for _, epoch in chosen],
             )  # fmt: skip
             try:
-                scores, parts = rewards(Responses.of(batch, trajectory, renderer))
+                scored = rewards(Responses.of(batch, trajectory, renderer))
             except RunError as error:
                 raise RunError(f"step {run.step + 1}: {error}; {run.how_to_go_on()}") from error
-            looks = look(trajectory, policy, critic, reference, processes, tokens)
-            shaped, metrics = shape(trajectory, torch.tensor(scores), looks, settings, run.state)
+            looks = look(trajectory, policy, reference, processes, tokens, critic=critic)
+            shaped, metrics = shape(trajectory, scored, looks, settings.score, run.state, priced=penalty == "k1", limit=settings.max_new_tokens)
             advantage, returns = advantages.gae(shaped, looks.values, trajectory.mask, gamma=settings.gamma, lam=settings.lam)
             weight = whiten(advantage, trajectory.mask) if settings.whiten else advantage
 
-            moved = improve(trajectory, looks, weight, returns, ptx, steppers, settings, run)
+            moved = improve(trajectory, looks, weight, returns, penalty, ptx, steppers, settings, run)
 
-            if settings.kl.target is not None:
-                run.state["beta"] = kl.adapt(
-                    run.state["beta"], metrics["objective/kl"], target=settings.kl.target, episodes=len(batch), horizon=settings.kl.horizon
-                )
-            if len(parts) > 1:
-                metrics |= {f"reward/{Path(n.rpartition(':')[2]).name}": sum(s) / len(s) for n, s in parts.items()}
+            settings.kl.adapt(run.state, metrics["objective/kl"], len(batch))
+            metrics |= scored.metrics()
             metrics["explained_variance"] = explained_variance(looks.values, returns, trajectory.mask)
             run.end_step(
                 metrics | moved, rows=len(batch), tokens=int(trajectory.lengths.sum()) * moved["epochs_done"].__ceil__(),
@@ -220,66 +186,10 @@ def ppo(settings: PPO) -> Run:
         return run.finish(save=lambda path: save(policy, renderer.tokenizer, path, torch.tensor([prompt_ids[0]])))
 
 
-def look(
-    trajectory: Trajectory, policy: Policy, critic: Scorer | None, reference: Reference, processes: Processes, tokens: int
-) -> Looks:
-    """Log-probabilities, entropies and values of the policy as it sampled, and the reference's log-probabilities, without gradients.
-
-    The policy's log-probabilities are computed again by the trainer, not taken from the sampler, so that the ratio of the first step is 1.
-    """
-
-    def compute(rows: list[int]) -> tuple[Tensor, ...]:
-        ids, mask = narrow(trajectory, rows, processes.device)
-        mine = policy(ids, mask, trajectory.temperature, entropy=True)
-        values = mine.values if critic is None else critic(ids)
-        assert mine.entropy is not None and values is not None
-        return mine.logprobs, reference(ids, mask, trajectory.temperature), mine.entropy, select(values, mask)
-
-    return Looks(*processes.map_rows([[int(n)] for n in trajectory.lengths], tokens, trajectory.ids.shape[1], compute))
-
-
-def shape(
-    trajectory: Trajectory, scores: Tensor, looks: Looks, settings: PPO, state: dict[str, Any]
-) -> tuple[Tensor, dict[str, float]]:
-    """Rewards [N, T]: every token pays beta * log(pi / pi_ref), the last one earns the score.
-
-    Args:
-        scores: [N].
-        state: holds beta, and for `normalise: first` the mean and deviation that were seen first.
-    """
-    metrics = {"reward": float(scores.mean()), "reward_std": float(scores.std(correction=0))}
-    scores = normalised(scores, settings.score, state) - settings.score.missing_eos_penalty * (~trajectory.finished).float()
-    mask = trajectory.mask
-    kl_tokens = select(kl.estimate(looks.logprobs, looks.ref_logprobs, estimator="k1"), mask)
-    rewards = -state["beta"] * kl_tokens + trajectory.last * scores[:, None]
-    lengths = trajectory.response_lengths.float()
-    metrics |= {
-        "objective/kl": float(kl_tokens.sum(1).mean()),
-        "objective/score": float(scores.mean()),
-        "kl": float(kl_tokens.sum() / mask.sum()),
-        "beta": state["beta"],
-        "entropy": float(masked_mean(looks.entropy, mask)),
-        "completions/mean_length": float(lengths.mean()),
-        "completions/finished": float(trajectory.finished.float().mean()),
-        "sampler_gap": float((select(looks.logprobs, mask) - trajectory.logprobs).abs().max()),
-    }
-    return rewards, metrics
-
-
-def normalised(scores: Tensor, settings: ScoreSettings, state: dict[str, Any]) -> Tensor:
-    """Scores [N] on the scale that the settings ask for."""
-    if settings.normalise == "first":
-        state.setdefault("score_mean", float(scores.mean()))
-        state.setdefault("score_std", float(scores.std(correction=0)))
-        scores = (scores - state["score_mean"]) / (state["score_std"] + 1e-8)
-    elif settings.normalise == "batch":
-        scores = (scores - scores.mean()) / (scores.std(correction=0) + 1e-8)
-    return scores if settings.clip is None else scores.clamp(-settings.clip, settings.clip)
-
-
 def improve(
-    trajectory: Trajectory, looks: Looks, advantage: Tensor, returns: Tensor, ptx: list[Rendered], steppers: list[Stepper], settings: PPO, run: Run
-) -> dict[str, float]:
+    trajectory: Trajectory, looks: Looks, advantage: Tensor, returns: Tensor, penalty: kl.Penalty, ptx: list[Rendered], steppers: list[Stepper],
+    settings: PPO, run: Run,
+) -> dict[str, float]:  # fmt: skip
     """Epochs of minibatches over one frozen batch; `step` numbers the optimizer steps of the whole run."""
     processes, device = run.processes, run.processes.device
     per_step = -(-len(trajectory) // settings.minibatches)
@@ -294,12 +204,16 @@ def improve(
             approx_kl = torch.zeros((), dtype=torch.float64)
             for micro in accumulate(plan, processes, *(s.module for s in steppers)):
                 numbers = [rows[i] for i in micro.rows]
-                ids, mask = narrow(trajectory, numbers, device)
+                ids, mask = trajectory.narrow(numbers, device)
                 now = steppers[0].module(ids, mask, trajectory.temperature)
                 values = now.values if len(steppers) == 1 else select(steppers[1].module(ids), mask)
-                old, old_values, adv, ret = (x[numbers, : ids.shape[1]].to(device) for x in (looks.logprobs, looks.values, advantage, returns))
+                old, ref, old_values, adv, ret = (
+                    x[numbers, : ids.shape[1]].to(device) for x in (looks.logprobs, looks.ref_logprobs, looks.values, advantage, returns)
+                )
                 policy_loss, policy_metrics = losses.ppo_clip_sum(now.logprobs, old, adv, mask, clip=settings.clip)
                 value_loss, value_metrics = losses.clipped_value_sum(values, old_values, ret, mask, clip=settings.critic.clip)
+                if penalty != "k1":  # k1 is in the reward
+                    policy_loss = policy_loss + run.state["beta"] * kl.penalty(now.logprobs, ref, old, mask, estimator=penalty).sum()
                 steppers[0].backward((policy_loss + settings.critic.coefficient * value_loss) * micro.weight / count)
                 if micro.weight:
                     approx_kl += policy_metrics["approx_kl"].cpu()
@@ -335,30 +249,11 @@ def mix_in(rows: list[Rendered], update: int, stepper: Stepper, settings: PPO, r
             run.meter.add({"ptx_loss": metrics["loss"]}, float(batch.mask.sum()))
 
 
-def narrow(trajectory: Trajectory, rows: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask of some rows, as wide as the longest of them."""
-    width = int(trajectory.lengths[rows].max())
-    return trajectory.ids[rows, :width].to(device), trajectory.mask[rows, :width].to(device)
-
-
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns) over real tokens: 1 for a perfect critic, 0 for a constant one."""
     error, target = (returns - values)[mask], returns[mask]
     variance = target.var(correction=0)
     return float(1 - error.var(correction=0) / variance) if variance > 1e-12 else 0.0
-
-
-def fitting_prompt(row: PromptRow, renderer: Renderer, settings: PPO) -> list[int]:
-    """The prompt's ids; InputError if the response would not fit behind it."""
-    ids = renderer.prompt(row.prompt, row.where)
-    if len(ids) + settings.max_new_tokens > renderer.max_length:
-        raise InputError(
-            f"{row.where}: the prompt is {len(ids)} tokens and with --max-new-tokens {settings.max_new_tokens} exceeds the limit of "
-            f"{renderer.max_length}: sample fewer tokens, shorten the prompt, or leave such rows out with --rows.on-error skip"
-        )
-    if not ids:
-        raise InputError(f"{row.where}: the prompt has no token to start from")
-    return ids
 
 
 def read_ptx(settings: PPO, renderer: Renderer) -> list[Rendered]:

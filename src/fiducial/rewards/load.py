@@ -124,21 +124,41 @@ class ModelReward:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """What a batch of N responses is worth.
+
+    scores: the weighted total of each response.
+    parts: each reward's own scores, by its name.
+    steps: [N, T] the part of the total that is earned at single tokens (by process rewards, weighted), at those tokens; None: all of it comes at the end.
+    """
+
+    scores: list[float]
+    parts: dict[str, list[float]]
+    steps: torch.Tensor | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """The mean of each part, where there are several."""
+        if len(self.parts) < 2:
+            return {}
+        return {f"reward/{Path(n.rpartition(':')[2]).name}": sum(s) / len(s) for n, s in self.parts.items()}
+
+
+@dataclass(frozen=True)
 class Reward:
     """A weighted sum of rewards."""
 
     parts: list[FunctionReward | ModelReward]
     weights: list[float]
 
-    def __call__(self, batch: Responses) -> tuple[list[float], dict[str, list[float]]]:
-        """The score of each response, and each part's own scores by name.
+    def __call__(self, batch: Responses) -> Scored:
+        """The worth of each response.
 
         Raises:
             RunError: a part failed; it names the part and the response.
         """
         scores = {part.name: part(batch) for part in self.parts}
         total = [sum(w * scores[p.name][i] for w, p in zip(self.weights, self.parts, strict=True)) for i in range(len(batch.completions))]
-        return total, scores
+        return Scored(total, scores)
 
     @property
     def models(self) -> list[ModelReward]:

@@ -1,4 +1,4 @@
-"""What a model says to a few prompts, for the page of a run: the same prompts before and after."""
+"""The in-process sampler of a policy, the prompts it is given, and what it says to a few of them, for the page of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from ..data.prepare import text_of
 from ..data.render import Renderer
-from ..data.rows import Content
+from ..data.rows import Content, PromptRow
+from ..errors import InputError
 from ..models.load import context, plain
 from ..models.roles import Policy
 from ..train.processes import Processes
@@ -30,12 +31,27 @@ def local_sampler(policy: Policy, renderer: Renderer, *, max_new_tokens: int, te
 
 def stop_id(renderer: Renderer, text: str) -> int:
     """The id of a stop token given as text."""
-    from ..errors import InputError
-
     found = renderer.tokenizer.convert_tokens_to_ids(text)
     if found is None or (found == renderer.tokenizer.unk_token_id and text != renderer.tokenizer.unk_token):
         raise InputError(f"--stop: the tokenizer has no single token {text!r}")
     return int(found)
+
+
+def fitting_prompt(row: PromptRow, renderer: Renderer, max_new_tokens: int) -> list[int]:
+    """The prompt's ids.
+
+    Raises:
+        InputError: the response would not fit behind it, or it has no token to start from.
+    """
+    ids = renderer.prompt(row.prompt, row.where)
+    if len(ids) + max_new_tokens > renderer.max_length:
+        raise InputError(
+            f"{row.where}: the prompt is {len(ids)} tokens and with --max-new-tokens {max_new_tokens} exceeds the limit of "
+            f"{renderer.max_length}: sample fewer tokens, shorten the prompt, or leave such rows out with --rows.on-error skip"
+        )
+    if not ids:
+        raise InputError(f"{row.where}: the prompt has no token to start from")
+    return ids
 
 
 def show(
