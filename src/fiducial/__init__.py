@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from .core import kl as kl
     from .methods.dpo import DPO as DPO
     from .methods.dpo import dpo as dpo
+    from .methods.grpo import GRPO as GRPO
+    from .methods.grpo import grpo as grpo
     from .methods.ppo import PPO as PPO
     from .methods.ppo import ppo as ppo
+    from .methods.reinforce import Reinforce as Reinforce
+    from .methods.reinforce import reinforce as reinforce
     from .methods.reward_model import RewardModel as RewardModel
     from .methods.reward_model import reward as reward
     from .methods.sft import SFT as SFT
@@ -40,6 +44,10 @@ _WHERE = {
     "RewardModel": "methods.reward_model:RewardModel",
     "ppo": "methods.ppo:ppo",
     "PPO": "methods.ppo:PPO",
+    "reinforce": "methods.reinforce:reinforce",
+    "Reinforce": "methods.reinforce:Reinforce",
+    "grpo": "methods.grpo:grpo",
+    "GRPO": "methods.grpo:GRPO",
     "dpo": "methods.dpo:dpo",
     "DPO": "methods.dpo:DPO",
     "collect": "collect.pairs:collect",

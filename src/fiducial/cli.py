@@ -23,6 +23,8 @@ VERBS = {
     "sft": Verb("methods.sft:SFT:sft", "supervised fine-tuning on demonstrations"),
     "reward": Verb("methods.reward_model:RewardModel:reward", "a Bradley-Terry reward model from comparisons"),
     "ppo": Verb("methods.ppo:PPO:ppo", "sample, score and improve, with a critic and a KL penalty to a frozen reference"),
+    "reinforce": Verb("methods.reinforce:Reinforce:reinforce", "the same without a critic: RLOO, ReMax, REINFORCE++, a running mean or no baseline"),
+    "grpo": Verb("methods.grpo:GRPO:grpo", "the same against the other responses to a prompt: GRPO, Dr. GRPO, DAPO, GSPO, CISPO"),
     "dpo": Verb("methods.dpo:DPO:dpo", "learn from comparisons without a reward model"),
     "collect": Verb("collect.pairs:Collect:collect", "sample responses, have a judge compare them, write preference rows"),
     "generate": Verb("collect.generate:Generate:generate", "answer a file of prompts"),

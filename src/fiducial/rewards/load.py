@@ -136,6 +136,20 @@ class Scored:
     parts: dict[str, list[float]]
     steps: torch.Tensor | None = None
 
+    def take(self, rows: Sequence[int]) -> Scored:
+        """Only these responses, in this order."""
+        parts = {name: [part[i] for i in rows] for name, part in self.parts.items()}
+        return Scored([self.scores[i] for i in rows], parts, None if self.steps is None else self.steps[list(rows)])
+
+    @staticmethod
+    def join(several: Sequence[Scored]) -> Scored:
+        """The responses of all of them, one after the other."""
+        parts = {name: [x for s in several for x in s.parts[name]] for name in several[0].parts}
+        steps = [s.steps for s in several if s.steps is not None]
+        width = max((x.shape[1] for x in steps), default=0)
+        wide = torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in steps]) if steps else None
+        return Scored([x for s in several for x in s.scores], parts, wide)
+
     def metrics(self) -> dict[str, float]:
         """The mean of each part, where there are several."""
         if len(self.parts) < 2:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..config import Settings
 from ..core import kl
+from ..core.corrections import CORRECTIONS
 from ..core.reductions import masked_mean, select
 from ..models.roles import Policy, Reference, Scorer
 from ..rewards import Scored
@@ -74,8 +75,6 @@ class LongSettings(Settings):
     """Largest weight: beyond it the tis are cut, the others dropped. 2: veRL; TRL: 3."""
     floor: float = Field(0.5, ge=0, lt=1)
     """Least weight, for icepop alone. 0.5: IcePop."""
-    stale: float | None = Field(None, gt=0)
-    """Leave out a response with a negative advantage once the policy makes it this many nats a token less likely. DeepSeek-V3.2. None: not."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +145,20 @@ def shape(
         "completions/finished": float(trajectory.finished.float().mean()),
         "sampler_gap": float((select(looks.logprobs, mask) - trajectory.logprobs).abs().max()),
     }
+
+
+def trusted(trajectory: Trajectory, looks: Looks, settings: LongSettings) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Weights [N, T] for the sampler's log-probabilities not being the trainer's, the mask [N, T] of the tokens that are learned from, and metrics."""
+    mask = trajectory.mask & (trajectory.finished[:, None] if settings.mask_truncated else torch.ones_like(trajectory.mask))
+    if settings.correction == "none":
+        return mask.to(looks.logprobs.dtype), mask, {}
+    limits = {"cap": settings.cap} | ({"floor": settings.floor} if settings.correction == "icepop" else {})
+    weights = CORRECTIONS[settings.correction](looks.logprobs, trajectory.logprobs.to(looks.logprobs.dtype), mask, **limits)
+    each = weights[mask]
+    if not len(each):
+        return weights, mask, {}
+    size = float(each.sum() ** 2 / (each**2).sum() / len(each)) if bool((each > 0).any()) else 0.0
+    return weights, mask, {"correction/mean": float(each.mean()), "correction/effective": size, "correction/dropped": float((each == 0).float().mean())}
 
 
 def normalised(scores: Tensor, settings: ScoreSettings, state: dict[str, Any]) -> tuple[Tensor, float]:

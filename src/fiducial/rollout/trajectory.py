@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -50,6 +51,18 @@ class Trajectory:
         width = int(self.lengths[rows].max())
         return self.ids[rows, :width].to(device), self.mask[rows, :width].to(device)
 
+    def take(self, rows: Sequence[int]) -> Trajectory:
+        """Only these responses, in this order."""
+        picked = {f: getattr(self, f)[list(rows)] for f in _BY_ROW}
+        return Trajectory(**picked, temperature=self.temperature)
+
+    @staticmethod
+    def join(parts: Sequence[Trajectory]) -> Trajectory:
+        """The responses of all parts, one after the other, as wide as the widest."""
+        width = max(p.ids.shape[1] for p in parts)
+        wide = {f: [F.pad(getattr(p, f), (0, width - p.ids.shape[1])) for p in parts] for f in ("ids", "mask", "logprobs")}
+        return Trajectory(**{f: torch.cat(wide.get(f) or [getattr(p, f) for p in parts]) for f in _BY_ROW}, temperature=parts[0].temperature)
+
     def responses(self, *, ending: bool = False) -> list[list[int]]:
         """Token ids of each response, without the token that ended it unless asked for."""
         out = []
@@ -86,3 +99,6 @@ class Trajectory:
             ids, mask, kept, torch.tensor(prompt_lengths), torch.tensor(lengths), torch.tensor(finished), torch.tensor(prompt),
             torch.tensor(sample), temperature,
         )  # fmt: skip
+
+
+_BY_ROW = ("ids", "mask", "logprobs", "prompt_lengths", "lengths", "finished", "prompt", "sample")

@@ -154,6 +154,19 @@ METRICS: dict[str, Metric] = {
     "sampler_gap": _m("stability", "Gap between sampler and trainer", "nats",
         "Largest difference between the log-probability the sampler reported and the trainer's. Below 0.02 is healthy; above, the sampler has stale "
         "weights, another temperature or another precision.", (None, 0.02)),
+    "groups/no_spread": _m("learning", "Groups without spread", "share of groups",
+        "Share of the prompts sampled whose responses all got the same score: they teach nothing. Below one half is healthy; above, take prompts of middling "
+        "difficulty, larger groups, a finer reward, or let them be sampled again (--resample).", (None, 0.5)),
+    "groups/sampled": _m("speed", "Groups sampled a step", "groups",
+        "Groups sampled until the batch was full. If it keeps rising, most prompts have become too easy or stayed too hard: change the prompts."),
+    "correction/mean": _m("stability", "Mean correction weight", "",
+        "Mean weight for the sampler's probabilities not being the trainer's. Near 1 is healthy; if it drifts, the sampler has stale weights or another "
+        "precision."),
+    "correction/effective": _m("stability", "Effective share of tokens", "share of tokens",
+        "How many tokens the weighted batch is worth, as a share of all (sum squared over sum of squares). Below one half the weights throw most of the "
+        "batch away: sync the sampler more often, or use a token-level correction.", (0.5, None)),
+    "correction/dropped": _m("stability", "Tokens dropped by the correction", "share of tokens",
+        "Share of tokens whose weight is 0. A few are its purpose; if it passes a tenth, sampler and trainer no longer belong together.", (None, 0.1)),
     "epochs_done": _m("stability", "Epochs per batch done", "epochs",
         "How many passes over the batch were made before the KL limit stopped them. Less than the setting for long: lower the learning rate."),
     "ptx_loss": _m("stability", "Pretraining loss", "nats per token",
