@@ -92,10 +92,10 @@ def leave_one_out(returns: Tensor, groups: Tensor) -> Tensor:
     Raises:
         ValueError: a group of one, which has no others.
     """
-    size = _each(torch.ones_like(returns), groups)
+    size = _size(returns, groups)
     if bool((size < 2).any()):
         raise ValueError("leave-one-out needs two responses a group: one alone has no others to be compared with")
-    return (returns - _each(returns, groups) / size) * size / (size - 1)
+    return (returns - _mean(returns, groups)) * size / (size - 1)
 
 
 def group_mean(returns: Tensor, groups: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def group_mean(returns: Tensor, groups: Tensor) -> Tensor:
     Args:
         returns: [N] or [N, T]. groups: [N] ids. A response alone in its group gets 0.
     """
-    return returns - _each(returns, groups) / _each(torch.ones_like(returns), groups)
+    return returns - _mean(returns, groups)
 
 
 def group_normalised(returns: Tensor, groups: Tensor, *, eps: float = 1e-4) -> Tensor:
@@ -123,9 +123,8 @@ def group_normalised(returns: Tensor, groups: Tensor, *, eps: float = 1e-4) -> T
         returns: [N] or [N, T]. groups: [N] ids. A response alone in its group, and a group of equal returns, get 0.
         eps: TRL's and OpenRLHF's 1e-4.
     """
-    size = _each(torch.ones_like(returns), groups)
-    centred = group_mean(returns, groups)
-    variance = _each(centred**2, groups) / (size - 1).clamp(min=1)
+    size, centred = _size(returns, groups), group_mean(returns, groups)
+    variance = _mean(centred**2, groups) * size / (size - 1).clamp(min=1)
     return centred / (variance.sqrt() + eps)
 
 
@@ -134,7 +133,12 @@ def against_greedy(returns: Tensor, greedy: Tensor) -> Tensor:
 
     Args:
         returns: [N] or [N, T]. greedy: [N] score of the most likely response to each row's prompt.
+
+    Raises:
+        ValueError: not one greedy score a row.
     """
+    if greedy.shape != returns.shape[:1]:
+        raise ValueError(f"one greedy score a row: got {list(greedy.shape)} for {list(returns.shape)}")
     return returns - (greedy if returns.dim() == 1 else greedy[:, None])
 
 
@@ -151,13 +155,28 @@ def whitened(returns: Tensor, mask: Tensor) -> Tensor:
 
 def spread(returns: Tensor, groups: Tensor) -> Tensor:
     """[N] true where the responses of a row's group [N] do not all have one return [N]: groups without spread teach nothing."""
-    return _each((group_mean(returns, groups).abs() > 1e-6 * (1 + returns.abs())).to(returns.dtype), groups) > 0
+    number, sizes = _numbered(returns, groups)
+    low, high = (torch.zeros(len(sizes), dtype=returns.dtype, device=returns.device).scatter_reduce(0, number, returns, reduce=r, include_self=False)
+                 for r in ("amin", "amax"))  # fmt: skip
+    return (high - low > 1e-6 * (1 + torch.maximum(high.abs(), low.abs())))[number]
 
 
-def _each(x: Tensor, groups: Tensor) -> Tensor:
-    """The sum of a row's group, for each row of `x` [N, ...]."""
+def _numbered(x: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups as numbers from 0 on [N], and how many rows each has."""
     if groups.shape != x.shape[:1]:
         raise ValueError(f"one group id a row: got {list(groups.shape)} for {list(x.shape)}")
-    _, number = torch.unique(groups, return_inverse=True)
-    number = number.to(x.device)
-    return torch.zeros((int(number.max()) + 1, *x.shape[1:]), dtype=x.dtype, device=x.device).index_add(0, number, x)[number]
+    _, number, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
+    return number.to(x.device), sizes.to(x.device)
+
+
+def _size(x: Tensor, groups: Tensor) -> Tensor:
+    """How many rows are in each row's group, [N] or [N, 1] as `x` is [N] or [N, T]."""
+    number, sizes = _numbered(x, groups)
+    return sizes[number].to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+def _mean(x: Tensor, groups: Tensor) -> Tensor:
+    """The mean over a row's group, for each row of `x` [N, ...]. Added up in float64: equal returns must differ from their mean by nothing."""
+    number, sizes = _numbered(x, groups)
+    total = torch.zeros((len(sizes), *x.shape[1:]), dtype=torch.float64, device=x.device).index_add(0, number, x.double())
+    return (total / sizes.view(-1, *[1] * (x.dim() - 1)))[number].to(x.dtype)

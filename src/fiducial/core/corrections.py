@@ -54,8 +54,12 @@ def stale(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tens
         logprobs: [N, T] of the policy as it is now. old_logprobs: [N, T] as it sampled.
         advantages: [N, T]; the sign of their sum over a response decides.
         threshold: delta, nats a token.
+
+    Raises:
+        ValueError: shapes differ.
     """
-    left = -_log_ratio(logprobs.detach(), old_logprobs, mask).sum(1) / mask.bool().sum(1).clamp(min=1)
+    same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
+    left = -_log_ratio(logprobs, old_logprobs, mask).sum(1) / mask.bool().sum(1).clamp(min=1)
     negative = select(advantages, mask).sum(1) < 0
     return mask.bool() & ~(negative & (left > threshold))[:, None]
 

@@ -81,6 +81,26 @@ def estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Estimator = "
     raise ValueError(f"estimator must be k1, k2 or k3, not {estimator!r}")
 
 
+def exact(logits: Tensor, other: Tensor, *, temperature: float = 1.0) -> Tensor:
+    r"""KL(p || q) of each two distributions over a vocabulary, :math:`\sum_v p_v (\log p_v - \log q_v)`, exactly: nothing is sampled.
+
+    Args:
+        logits: [..., V] of p. other: [..., V] of q. temperature: divides both.
+
+    Returns:
+        [...] in nats, with the gradients of both. A token that p cannot choose (logit -inf) costs nothing; one that q alone cannot makes it infinite.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    same_shape(logits=logits, other=other)
+    if temperature != 1.0:
+        logits, other = logits / temperature, other / temperature
+    logp, logq = logits.log_softmax(-1), other.log_softmax(-1)
+    p = logp.exp()
+    return (p * torch.where(p > 0, logp - logq, torch.zeros((), dtype=logp.dtype, device=logp.device))).sum(-1)
+
+
 def penalty(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, *, estimator: Penalty) -> Tensor:
     r"""A KL penalty to be differentiated as a term of the loss, summed over tokens, on responses that the policy sampled.
 
@@ -120,7 +140,9 @@ def penalty(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, mask: 
     k3 = (-log_ratio).expm1() + log_ratio
     if estimator == "forward_k3":
         return k3
-    return torch.exp(select(logprobs, mask) - select(old_logprobs, mask).detach()) * k3
+    if estimator == "weighted_k3":
+        return torch.exp(select(logprobs, mask) - select(old_logprobs, mask).detach()) * k3
+    raise ValueError(f"a KL penalty in the loss must be k2, k2_tokens, weighted_k3 or forward_k3, not {estimator!r}")
 
 
 def adapt(beta: float, kl: float, *, target: float, episodes: int, horizon: int = 10_000) -> float:

@@ -91,8 +91,9 @@ def gspo(
 
     .. math:: L_t = -\min(s A_t,\ \mathrm{clip}(s, 1-\epsilon, 1+\epsilon_{high}) A_t), \qquad s = \exp\Big(\frac1{|y|}\sum_t \log\rho_t\Big)
 
-    Written by tokens (the paper's GSPO-token, eq. 13), which has the same gradient where the advantages of a response are equal. The true ratio of a
-    response is the product, not the geometric mean: off policy s is a surrogate with a bias of its own.
+    Written by tokens (the paper's GSPO-token, eq. 13), which has the same gradient where the advantages of a response are equal, and a response counts once:
+    multiply :func:`~fiducial.core.reductions.by_response` into the advantages of the sum form. The true ratio of a response is the product, not the
+    geometric mean: off policy s is a surrogate with a bias of its own.
 
     Args:
         logprobs, old_logprobs, advantages, mask: as for :func:`ppo_clip`.
@@ -129,7 +130,7 @@ def cispo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tens
 
     .. math:: L_t = -\mathrm{sg}[\min(\rho_t, c)]\ A_t \log\pi(y_t)
 
-    Without the cap it has the gradient of the unclipped surrogate; the cap leaves out a part of what unlikely tokens should weigh.
+    Without the cap it has the gradient of the unclipped surrogate; the cap leaves out a part of what tokens should weigh that have become c times as likely.
 
     Args:
         logprobs, old_logprobs, advantages, mask: as for :func:`ppo_clip`.
