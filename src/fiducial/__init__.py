@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .collect.pairs import Collect as Collect
     from .core import advantages as advantages
     from .core import kl as kl
+    from .methods.distill import Distill as Distill
+    from .methods.distill import distill as distill
     from .methods.dpo import DPO as DPO
     from .methods.dpo import dpo as dpo
     from .methods.grpo import GRPO as GRPO
@@ -50,6 +52,8 @@ _WHERE = {
     "GRPO": "methods.grpo:GRPO",
     "dpo": "methods.dpo:dpo",
     "DPO": "methods.dpo:DPO",
+    "distill": "methods.distill:distill",
+    "Distill": "methods.distill:Distill",
     "collect": "collect.pairs:collect",
     "Collect": "collect.pairs:Collect",
     "generate": "collect.generate:generate",

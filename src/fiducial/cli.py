@@ -26,6 +26,7 @@ VERBS = {
     "reinforce": Verb("methods.reinforce:Reinforce:reinforce", "the same without a critic: RLOO, ReMax, REINFORCE++, a running mean or no baseline"),
     "grpo": Verb("methods.grpo:GRPO:grpo", "the same against the other responses to a prompt: GRPO, Dr. GRPO, DAPO, GSPO, CISPO"),
     "dpo": Verb("methods.dpo:DPO:dpo", "learn from comparisons without a reward model"),
+    "distill": Verb("methods.distill:Distill:distill", "learn from a teacher on samples of one's own: the reverse KL, token by token"),
     "collect": Verb("collect.pairs:Collect:collect", "sample responses, have a judge compare them, write preference rows"),
     "generate": Verb("collect.generate:Generate:generate", "answer a file of prompts"),
     "eval": Verb("collect.evaluate:Evaluate:evaluate", "win rate, score, KL and length of a model, with intervals"),
@@ -78,6 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error, 1, debug)
     except KeyboardInterrupt:
         return _fail(KeyboardInterrupt("stopped at once"), 1, debug)
+    except BrokenPipeError:  # `fiducial VERB --help | head`: whoever read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _run(name: str, args: list[str]) -> int:

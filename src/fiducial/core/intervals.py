@@ -18,6 +18,20 @@ def wilson(successes: float, n: int) -> dict[str, float]:
     return {"value": p, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}
 
 
+def ratio(sums: Sequence[float], counts: Sequence[float], clusters: Sequence[Hashable] | None = None) -> dict[str, float]:
+    """Total of `sums` over total of `counts` (nats over tokens) with its normal interval, linearised (the delta method): long rows count for more.
+
+    n is the number of rows; rows of one cluster are not taken for independent ones.
+    """
+    n, total = len(sums), sum(counts)
+    if n == 0 or total == 0:
+        return {"value": math.nan, "low": math.nan, "high": math.nan, "n": n}
+    value = sum(sums) / total
+    off = mean([s - value * c for s, c in zip(sums, counts, strict=True)], clusters)
+    half = off["high"] * n / total
+    return {"value": value, "low": value - half, "high": value + half, "n": n}
+
+
 def mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> dict[str, float]:
     """Mean with its normal interval; values of one cluster (pairs of one prompt) are not taken for independent ones."""
     n = len(values)

@@ -81,10 +81,48 @@ def load_reference(name: str, policy: Policy, lora: LoraSettings, run: RunSettin
 
     if lora.r > 0:
         return Reference(policy)
-    own = load_policy(name, LoraSettings(), run)
-    if run.precision == "bfloat16":
-        own = own.to(torch.bfloat16)
-    return Reference(policy, own.requires_grad_(False).to(next(policy.parameters()).device))
+    return Reference(policy, load_frozen(name, run).to(next(policy.parameters()).device))
+
+
+def load_frozen(name: str, run: RunSettings) -> Policy:
+    """A causal language model that is only asked, never trained; its weights are held in the precision of the run."""
+    own = load_policy(name, LoraSettings(), run).requires_grad_(False)
+    return own.to(torch.bfloat16) if run.precision == "bfloat16" else own
+
+
+def load_teacher(name: str, policy: Policy, renderer: Renderer, run: RunSettings) -> Policy:
+    """A frozen model that reads the token ids of `policy` as they are and gives a distribution over the same vocabulary.
+
+    Every token of the student's tokenizer must have the same id in the teacher's; how texts are cut into tokens does not matter, for nothing is encoded
+    again. A teacher may have more rows of logits than the student (vocabularies are padded to round numbers, or have tokens of their own): they are taken
+    away, and what is left of its distribution is normalised. A student with more rows could say what the teacher cannot read, and is refused.
+
+    Raises:
+        InputError: another vocabulary, or a context too small for what the renderer lets through.
+    """
+    theirs = load_tokenizer(name)
+    known, tokens = theirs.get_vocab(), renderer.tokenizer.get_vocab()
+    unused = renderer.tokenizer.pad_token if renderer.tokenizer.pad_token_id != renderer.eos else None  # a pad token may be one side's own: it is never said
+    if differ := [t for t, i in tokens.items() if known.get(t) != i and t != unused]:
+        token = min(differ, key=tokens.__getitem__)
+        raise InputError(
+            f"--teacher: {name} has another vocabulary ({len(differ):,} of the student's {len(tokens):,} tokens differ, first {token!r}, id {tokens[token]}, "
+            f"which is {known.get(token, 'not there')} for the teacher): choose a teacher of the student's family, or make the student from one"
+        )
+    teacher = load_frozen(name, run)
+    rows, wanted = (plain(p.lm).get_output_embeddings().weight.shape[0] for p in (teacher, policy))
+    if rows < wanted:
+        raise InputError(
+            f"--teacher: {name} has {rows} logits and the student {wanted}, so the student could say tokens that the teacher cannot read: cut the student to "
+            f"size with model.resize_token_embeddings({rows}) and save it"
+        )
+    if rows > wanted:
+        plain(teacher.lm).resize_token_embeddings(wanted, mean_resizing=False)
+    if (limit := context(plain(teacher.lm).config)) < renderer.max_length:
+        raise InputError(
+            f"--teacher: {name} has a context of {limit} tokens and the student may fill {renderer.max_length}: give --rows.max-length {limit}"
+        )
+    return teacher.requires_grad_(False)
 
 
 def load_scorer(name: str, lora: LoraSettings, run: RunSettings, *, head: str, tokenizer: Any = None, seed: int = 0) -> Scorer:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.logprobs import chosen_logprobs
+from ..core.logprobs import chosen_logprobs, compared
 from ..data.batches import Fork, fork, pad
 from ..data.render import Rendered
 
@@ -52,11 +52,13 @@ def logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 class TokenOutputs(NamedTuple):
-    """Per-token answers of a Policy, [B, T] each; column t speaks of token t."""
+    """Per-token answers of a Policy, [B, T] each; column t speaks of token t. The last two are there where a teacher was named."""
 
     logprobs: Tensor
     entropy: Tensor | None
     values: Tensor | None
+    kl: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
 
 
 class Policy(nn.Module):
@@ -98,7 +100,7 @@ class Policy(nn.Module):
         return bool(torch.allclose(together[0][batch.mask[0]], alone[apart.mask], atol=tolerance))
 
     def forward(
-        self, ids: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False, fork: Fork | None = None
+        self, ids: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False, fork: Fork | None = None, teacher: Policy | None = None
     ) -> TokenOutputs:
         """Log-probabilities (and entropies, and values where there is a value head) of the labelled tokens.
 
@@ -107,20 +109,33 @@ class Policy(nn.Module):
             mask: [B, T] true at labels; token 0 has nothing in front of it and cannot be one.
             temperature: divides the logits.
             fork: given where a row holds several sequences with a common beginning (see `fiducial.data.batches.fork`).
+            teacher: a policy of the same vocabulary. The exact KL(this, teacher) of each token's state, with a gradient for this one alone, the teacher's
+                log-probabilities and the entropy are given too.
 
         Returns:
             [B, T] each, in nats (values: in units of reward), 0 outside the mask.
         """
         if bool(mask[:, 0].any()):
             raise ValueError("token 0 cannot be a label: nothing stands in front of it")
-        if fork is None:
-            hidden = hidden_states(self.lm, ids[:, :-1])[mask[:, 1:]]
+        hidden = self._states(ids, mask, fork)
+        kl = theirs = None
+        if teacher is None:
+            values, entropies = chosen_logprobs(hidden, ids[mask], self._head, self._vocabulary, temperature=temperature, entropy=entropy)
         else:
-            row, column = mask.nonzero(as_tuple=True)
-            hidden = hidden_states(self.lm, ids, fork)[row, fork.previous[row, column]]
-        values, entropies = chosen_logprobs(hidden, ids[mask], self._head, self._vocabulary, temperature=temperature, entropy=entropy)
+            with torch.no_grad():
+                other = teacher._states(ids, mask, fork)
+            kl, values, theirs, entropies = compared(
+                hidden, other, ids[mask], self._head, teacher._head, self._vocabulary, temperature=temperature
+            )
         heads = None if self.value_head is None else self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
-        return TokenOutputs(*(None if x is None else _scatter(x, mask) for x in (values, entropies, heads)))  # type: ignore[arg-type]
+        return TokenOutputs(*(None if x is None else _scatter(x, mask) for x in (values, entropies, heads, kl, theirs)))  # type: ignore[arg-type]
+
+    def _states(self, ids: Tensor, mask: Tensor, fork: Fork | None) -> Tensor:
+        """[N, H] of the states from which the labelled tokens are predicted."""
+        if fork is None:
+            return hidden_states(self.lm, ids[:, :-1])[mask[:, 1:]]
+        row, column = mask.nonzero(as_tuple=True)
+        return hidden_states(self.lm, ids, fork)[row, fork.previous[row, column]]
 
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:
@@ -130,7 +145,8 @@ class Policy(nn.Module):
 
 
 class Scorer(nn.Module):
-    """A sequence-classification model with one label: a reward model when read at the last token, a critic when read at every token."""
+    """A sequence-classification model with one label: a reward model when read at the last token, a process reward model at the ends of steps, a critic at
+    every token."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -140,11 +156,14 @@ class Scorer(nn.Module):
         head = plain(self.model).score  # with LoRA a trained copy of the head stands in its place
         return head(hidden)[..., 0].to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
 
-    def forward(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """With `lengths` [B]: scores [B] at each row's last real token. Without: values [B, T], column t for the state before token t (column 0: 0)."""
+    def forward(self, ids: Tensor, lengths: Tensor | None = None, after: Tensor | None = None) -> Tensor:
+        """Of right-padded `ids` [B, T]. With `lengths` [B]: scores [B] at each row's last real token. With a mask `after` [B, T]: scores [B, T], column t
+        for the state after token t, 0 outside the mask. With neither: values [B, T], column t for the state before token t (column 0: 0)."""
         hidden = hidden_states(self.model, ids)
         if lengths is not None:
             return self._score(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
+        if after is not None:
+            return _scatter(self._score(hidden[after]), after)
         values = self._score(hidden[:, :-1])
         return torch.cat([torch.zeros_like(values[:, :1]), values], dim=1)
 
