@@ -132,8 +132,8 @@ def distill(settings: Distill) -> Run:
                 "sampler_gap": max(processes.gather(gaps)),
             }
             run.end_step(norms | about, rows=len(chosen), tokens=int(trajectory.lengths.sum()), show=("kl_teacher", "nll/student", "nll/teacher"))
-            if run.due(settings.run.eval_every):
-                run.record(evaluate(policy, teacher, sampler, held_out or train, settings, run, where="held-out" if held_out else "training"))
+            if held_out and run.due(settings.run.eval_every):
+                run.record(evaluate(policy, teacher, sampler, held_out, settings, run))
             run.checkpoint_if_due()
 
         run.record_samples(answers())
@@ -160,9 +160,7 @@ def read(settings: Distill, renderer: Renderer, run: Run) -> tuple[list[list[int
     return train, held, [(r.prompt, r.where) for r in held_rows or rows][: settings.run.samples]
 
 
-def evaluate(
-    policy: Policy, teacher: Policy, sampler: LocalSampler, prompts: list[list[int]], settings: Distill, run: Run, *, where: str
-) -> dict[str, float]:
+def evaluate(policy: Policy, teacher: Policy, sampler: LocalSampler, prompts: list[list[int]], settings: Distill, run: Run) -> dict[str, float]:
     """The exact KL per token and both models' loss per token, on fresh samples of the student; their intervals go to the summary."""
     numbers = [i % len(prompts) for i in range(settings.eval_samples)]
     trajectory = sample_all(  # streams of their own, and the same at every evaluation, so that two differ by the student alone
@@ -177,12 +175,7 @@ def evaluate(
         return found.kl.sum(1), -found.logprobs.sum(1), -found.teacher_logprobs.sum(1)
 
     sums = run.processes.map_rows([[int(n)] for n in trajectory.lengths], settings.run.tokens, None, compute)
-    names = {
-        "kl_teacher": f"KL to the teacher, nats per token, {where} prompts",
-        "nll/student": f"loss of the student on its own samples, nats per token, {where} prompts",
-        "nll/teacher": f"loss of the teacher on the student's samples, nats per token, {where} prompts",
-    }
-    lengths = trajectory.response_lengths.tolist()
+    lengths, names = trajectory.response_lengths.tolist(), ("eval/kl_teacher", "eval/nll/student", "eval/nll/teacher")
     found = {name: intervals.ratio(values.tolist(), lengths, numbers) for name, values in zip(names, sums, strict=True)}
-    run.evaluation |= {names[name]: estimate for name, estimate in found.items()}
-    return {f"eval/{name}": estimate["value"] for name, estimate in found.items()}
+    run.evaluation |= found
+    return {name: estimate["value"] for name, estimate in found.items()}

@@ -10,11 +10,12 @@ from fiducial.report.numbers import Estimate, count, number, percent, with_inter
 from fiducial.train.registry import EVAL
 
 ACCURACIES = ("rewards/accuracies", "accuracy")
-_KINDS = (("objective/kl", "policy"), ("clip_ratio", "policy"), ("rewards/margins", "preference"), ("accuracy", "reward"), ("loss", "loss"))
+_KINDS = (("objective/kl", "policy"), ("clip_ratio", "policy"), ("kl_teacher", "distillation"), ("rewards/margins", "preference"), ("accuracy", "reward"),
+          ("loss", "loss"))  # fmt: skip
 
 
 def kind(run: Run) -> str:
-    """Which of the four questions a run can answer, from the metrics it wrote."""
+    """Which of the questions a run can answer, from the metrics it wrote."""
     names = {name.removeprefix(EVAL) for name in run.series} | _named(run.summary.get("metrics"))
     for name, answer in _KINDS:
         if name in names:
@@ -28,7 +29,9 @@ def _named(metrics: Any) -> set[str]:
 
 def answer(run: Run) -> list[str]:
     """One to three sentences."""
-    tell: dict[str, Callable[[Run], list[str]]] = {"policy": _policy, "preference": _preference, "reward": _reward, "loss": _loss}
+    tell: dict[str, Callable[[Run], list[str]]] = {
+        "policy": _policy, "distillation": _distillation, "preference": _preference, "reward": _reward, "loss": _loss,
+    }  # fmt: skip
     sentences = tell[kind(run)](run) if kind(run) in tell else []
     if not sentences:
         sentences = ["This run wrote no numbers that answer a question yet."]
@@ -117,6 +120,17 @@ def _reward(run: Run) -> list[str]:
         sentences.append(f"Choosing by length alone is right on {percent(length)}" +
                          (": it knows more than length." if more else ": it is not shown to know more than length."))  # fmt: skip
     return sentences
+
+
+def _distillation(run: Run) -> list[str]:
+    told = _change_words(run, "kl_teacher", "KL to the teacher", "nats per token")
+    sentences = [f"{told}, on the student's own samples."] if told else []
+    mine, theirs, kl = (run.evaluation.get(EVAL + name) for name in ("nll/student", "nll/teacher", "kl_teacher"))
+    if mine is None or theirs is None or kl is None:
+        return [*sentences, "Samples on held-out prompts were not measured."] if sentences else []
+    share = f", {percent(kl.value / theirs.value)} of it" if theirs.value > 0 and kl.value >= 0 else ""
+    return [f"On fresh samples to held-out prompts{_n(mine)} the teacher's loss is {with_interval(theirs)} nats per token and the student's own "
+            f"{with_interval(mine)}; the KL between them is {with_interval(kl)}{share}.", *sentences]  # fmt: skip
 
 
 def _loss(run: Run) -> list[str]:

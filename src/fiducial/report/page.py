@@ -27,11 +27,12 @@ from fiducial.report.numbers import UNKNOWN, Estimate, count, duration, number, 
 from fiducial.report.render import write_page
 from fiducial.train.registry import EVAL, alarms, finite, known, lookup
 
-NAMES = {"ppo": "PPO", "dpo": "DPO", "reward": "Reward model", "sft": "SFT"}
+NAMES = {"ppo": "PPO", "dpo": "DPO", "reward": "Reward model", "sft": "SFT", "distill": "Distillation"}
 DECIDE = {
     "policy": ("reward", "objective/score", "objective/kl", "kl", "entropy", "completions/mean_length", "completions/finished"),
     "preference": ("rewards/accuracies", "rewards/margins", "loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"),
     "reward": ("accuracy", "margin", "loss", "reward_mean"),
+    "distillation": ("kl_teacher", "objective/kl_teacher", "nll/student", "nll/teacher", "entropy", "completions/mean_length", "completions/finished"),
     "loss": ("loss", "perplexity", "mean_token_accuracy", "entropy"),
 }
 CHANCE = (0.5, "coin flip")
@@ -74,7 +75,7 @@ def _quiet(run: Run, found: list[str]) -> str:
 def _deciding(run: Run, colour: str) -> tuple[dict[str, Figure], list[tuple[str, str, str]], set[str]]:
     """The pictures that decide: by key for the script, as (key, title, note) for the template, and the metrics they show."""
     single: dict[str, tuple[str, ...]] = {"policy": ("reward", "objective/kl"), "preference": ("rewards/accuracies", "rewards/margins"),
-                                          "reward": ("accuracy", "margin"), "loss": ("loss",)}  # fmt: skip
+                                          "reward": ("accuracy", "margin"), "loss": ("loss",), "distillation": ("kl_teacher",)}  # fmt: skip
     which = kind(run)
     pictures: list[Figure] = []
     shown: set[str] = set()
@@ -85,6 +86,10 @@ def _deciding(run: Run, colour: str) -> tuple[dict[str, Figure], list[tuple[str,
     pair = ("logps/chosen", "logps/rejected")
     if which == "preference" and all(name in run.series for name in pair):
         pictures.append(both_figure(run, pair, colour, _logps_title(run)))
+        shown.update(pair)
+    pair = ("nll/student", "nll/teacher")
+    if which == "distillation" and all(name in run.series for name in pair):
+        pictures.append(both_figure(run, pair, colour, "Loss of the student and of the teacher on the student's samples"))
         shown.update(pair)
     pictures += _measured(run, colour)
     keys = [f"decide{i}" for i in range(len(pictures))]

@@ -83,6 +83,16 @@ METRICS: dict[str, Metric] = {
     "score/rejected": _m("learning", "Score of rejected", "score",
         "Mean score of the rejected answers. It should part from the chosen ones; if it does not, the model tells nothing: check the data and the "
         "rate."),
+    # process reward model
+    "steps/accuracy": _m("learning", "Accuracy of steps", "share of steps",
+        "Share of labelled step ends where the side of one half on which the model's probability lies is the label's. Compare it with calling all steps what "
+        "most are (steps/right): no better than that on held-out steps means that nothing was learned: more solutions, a higher rate, or a larger model."),
+    "steps/right": _m("honesty", "Steps labelled right", "share of steps",
+        "Share of the labelled step ends that say right. A property of the rows, not of the model; near 0 or 1 there is little to learn from: mix in "
+        "solutions of the other kind.", (0.05, 0.95)),
+    "steps/probability": _m("honesty", "Mean probability that a step is right", "probability",
+        "Mean of the model's probabilities. It should settle at the share of steps labelled right; if it stays away, the head still drifts: train longer "
+        "or lower the rate."),
     # DPO
     "rewards/chosen": _m("learning", "Implicit reward of chosen", "nats times beta",
         "beta times how much likelier the policy makes the chosen answer than the reference does. Often goes below 0 in healthy runs, but less than "
@@ -169,6 +179,19 @@ METRICS: dict[str, Metric] = {
         "Share of tokens whose weight is 0. A few are its purpose; if it passes a tenth, sampler and trainer no longer belong together.", (None, 0.1)),
     "epochs_done": _m("stability", "Epochs per batch done", "epochs",
         "How many passes over the batch were made before the KL limit stopped them. Less than the setting for long: lower the learning rate."),
+    # distillation
+    "kl_teacher": _m("learning", "KL to the teacher", "nats per token",
+        "How far the student is from the teacher, per token of its own samples: exact over the vocabulary, or estimated at the sampled tokens (single "
+        "batches may then lie below 0). Falls towards 0; where it levels off, the student has no room for more, or the learning rate is too high to go "
+        "lower: let it decay."),
+    "objective/kl_teacher": _m("learning", "KL to the teacher, whole responses", "nats per response",
+        "The same summed over a response. Longer responses have more of it: compare the number per token too."),
+    "nll/student": _m("learning", "Student's loss on its samples", "nats per token",
+        "How unlikely the student's own samples are to itself: its entropy, estimated. If it goes to 0, the student says one thing only: look at the "
+        "teacher's loss beside it."),
+    "nll/teacher": _m("learning", "Teacher's loss on the student's samples", "nats per token",
+        "How unlikely the student's samples are to the teacher. It exceeds the student's own loss by the KL and falls to meet it; far above it, the student "
+        "says what the teacher would not."),
     "ptx_loss": _m("stability", "Pretraining loss", "nats per token",
         "Loss on the pretraining or SFT rows mixed in. It should stay near its start; if it rises, the policy forgets: raise the mixing "
         "coefficient."),
