@@ -8,6 +8,7 @@ import yaml
 from fiducial.cli import VERBS, main
 from fiducial.config import Settings, dump_yaml, parse
 from fiducial.errors import InputError
+from fiducial.methods.distill import Distill
 from fiducial.methods.dpo import DPO
 from fiducial.methods.ppo import PPO
 from fiducial.methods.reward_model import RewardModel
@@ -87,7 +88,7 @@ def test_help_explains_every_setting(capsys, verb):
         assert name.replace("_", "-") in out or "STR" in out
 
 
-@pytest.mark.parametrize("cls", [SFT, RewardModel, PPO, DPO])
+@pytest.mark.parametrize("cls", [SFT, RewardModel, PPO, DPO, Distill])
 def test_every_setting_has_a_line_of_documentation(cls):
     import ast
     import inspect

@@ -19,10 +19,10 @@ import torch
 torch.set_num_threads(1)
 import fiducial as fd
 from fiducial.config import build
-from fiducial.methods import dpo, ppo, reward_model, sft
+from fiducial.methods import distill, dpo, ppo, reward_model, sft
 from fiducial.train.step import Stepper
 
-CLASSES = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO}
+CLASSES = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "distill": fd.Distill}
 whole, gradients = Stepper.step, []
 
 def step(self, number):
@@ -55,6 +55,9 @@ JOBS = {  # lengths far apart; batches of 5, 3 and 1 rows cannot be shared evenl
     "ppo-lora": ("ppo", "llama", {"batch_size": 3, "lora": {"r": 2}}),
     "ppo-shared-ptx": ("ppo", "llama", {"batch_size": 4}),
     "ppo-one-row": ("ppo", "qwen3", {"batch_size": 1}),
+    "distill": ("distill", "gpt2", {"batch_size": 5, "discount": 0.5}),
+    "distill-sampled-lora": ("distill", "gpt2", {"batch_size": 3, "estimator": "sampled", "lora": {"r": 2}}),
+    "distill-one-row": ("distill", "gpt2", {"batch_size": 1}),
 }
 
 
@@ -73,11 +76,11 @@ def torchrun(jobs, folder, processes):
 
 
 @pytest.fixture(scope="module")
-def ran(models, data, tmp_path_factory):
+def ran(models, make, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     reward = folder / "reward.py"
     reward.write_text("def score(completions, **columns):\n    return [c.count('e') + len(c) / 10 for c in completions]\n")
-    classes = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO}
+    classes = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "distill": fd.Distill}
     ranked = write_jsonl(
         folder / "ranked.jsonl",
         ({"prompt": p, "chosen": g, "rejected": b + "z" * k} for p, g, b in zip(PROMPTS, GOOD, BAD, strict=True) for k in range(1 + len(p) % 3)),
@@ -87,6 +90,7 @@ def ran(models, data, tmp_path_factory):
         "reward": {"data": ranked},
         "dpo": {"data": data["pairs"], "max_new_tokens": 4},
         "ppo": {"data": data["prompts"], "reward": (f"{reward}:score",), "max_new_tokens": 6, "epochs": 2},
+        "distill": {"data": data["prompts"], "teacher": make("gpt2", n_layer=3), "max_new_tokens": 6, "eval_samples": 5},
     }
 
     def jobs(processes):
