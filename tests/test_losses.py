@@ -29,11 +29,30 @@ def slow_nll(logprob):
     return -logprob, {"loss": -logprob}
 
 
-def slow_ppo(new, old, advantage, clip=0.2):
-    ratio = math.exp(new - old)
-    loss = -min(ratio * advantage, min(max(ratio, 1 - clip), 1 + clip) * advantage)
-    cut = (advantage > 0 and ratio > 1 + clip) or (advantage < 0 and ratio < 1 - clip)
+def slow_ppo(new, old, advantage, clip=0.2, clip_high=None):
+    return clipped(math.exp(new - old), advantage, clip, clip if clip_high is None else clip_high)
+
+
+def clipped(ratio, advantage, low, high):
+    loss = -min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
+    cut = (advantage > 0 and ratio > 1 + high) or (advantage < 0 and ratio < 1 - low)
     return loss, {"policy_loss": loss, "clip_ratio": float(cut), "approx_kl": ratio - 1 - math.log(ratio), "ratio": ratio, "ratio/max": ratio}
+
+
+def slow_reinforce(new, advantage):
+    return -advantage * new, {"policy_loss": -advantage * new}
+
+
+def slow_gspo(new, old, advantages, clip=3e-4, clip_high=4e-4):
+    """Of the tokens of one response, in lists."""
+    s = math.exp(sum(a - b for a, b in zip(new, old, strict=True)) / len(new))
+    return [clipped(s, a, clip, clip if clip_high is None else clip_high) for a in advantages]
+
+
+def slow_cispo(new, old, advantage, cap=5.0):
+    ratio = math.exp(new - old)
+    loss = -min(ratio, cap) * advantage * new
+    return loss, {"policy_loss": loss, "clip_ratio": float(ratio > cap), "approx_kl": ratio - 1 - math.log(ratio), "ratio": ratio, "ratio/max": ratio}
 
 
 def slow_value(value, old, target, clip=0.2):
@@ -69,6 +88,8 @@ class Case:
     inputs: int
     masked: bool
     keywords: dict[str, Any]
+    by_row: bool = False  # slow is of the tokens of a row, in lists
+    frozen: bool = False  # a part of the value has no gradient, on purpose
 
     def draw(self, seed: int = 0) -> list[torch.Tensor]:
         rng = np.random.default_rng(seed)
@@ -84,7 +105,10 @@ class Case:
 
     def slow_mean(self, inputs: list[torch.Tensor]) -> tuple[float, dict[str, float]]:
         *values, mask = inputs if self.masked else [*inputs, torch.ones(len(inputs[0]), dtype=torch.bool)]
-        each = [self.slow(*(v[tuple(at)].item() for v in values), **self.keywords) for at in mask.nonzero().tolist()]
+        if self.by_row:
+            each = [x for i in range(len(mask)) if mask[i].any() for x in self.slow(*(v[i][mask[i]].tolist() for v in values), **self.keywords)]
+        else:
+            each = [self.slow(*(v[tuple(at)].item() for v in values), **self.keywords) for at in mask.nonzero().tolist()]
         metrics = {k: (np.max if k.endswith("/max") else np.mean)([m[k] for _, m in each]) for k in each[0][1]}
         return float(np.mean([loss for loss, _ in each])), metrics
 
@@ -93,6 +117,11 @@ CASES = [
     Case("nll", losses.nll, losses.nll_sum, slow_nll, 1, True, {}),
     Case("ppo", losses.ppo_clip, losses.ppo_clip_sum, slow_ppo, 3, True, {}),
     Case("ppo-0.5", losses.ppo_clip, losses.ppo_clip_sum, slow_ppo, 3, True, {"clip": 0.5}),
+    Case("ppo-higher", losses.ppo_clip, losses.ppo_clip_sum, slow_ppo, 3, True, {"clip": 0.2, "clip_high": 1.5}),
+    Case("reinforce", losses.reinforce, losses.reinforce_sum, slow_reinforce, 2, True, {}),
+    Case("gspo", losses.gspo, losses.gspo_sum, slow_gspo, 3, True, {"clip": 0.4, "clip_high": 0.9}, by_row=True, frozen=True),
+    Case("gspo-tight", losses.gspo, losses.gspo_sum, slow_gspo, 3, True, {}, by_row=True, frozen=True),
+    Case("cispo", losses.cispo, losses.cispo_sum, slow_cispo, 3, True, {"cap": 1.3}, frozen=True),
     Case("value", losses.clipped_value, losses.clipped_value_sum, slow_value, 3, True, {}),
     Case("value-free", losses.clipped_value, losses.clipped_value_sum, lambda v, o, r, clip: slow_value(v, o, r, INF), 3, True, {"clip": None}),
     Case("dpo", losses.dpo, losses.dpo_sum, slow_dpo, 4, False, {}),
@@ -126,13 +155,32 @@ def test_loss_and_metrics_are_those_of_a_slow_loop(case, seed):
     close(metrics, numbers)
 
 
-@every_loss
+@pytest.mark.parametrize("case", [c for c in CASES if not c.frozen], ids=lambda c: c.name)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_gradient_is_the_finite_difference(case, seed):
     inputs = case.draw(seed)
     parameters = leaves(case, [x if x.dtype == torch.bool else x.nan_to_num(0, 0, 0).clamp(-9, 9) for x in inputs])
     mask = inputs[-1:] if case.masked else []
     assert torch.autograd.gradcheck(lambda *x: case.mean(*x, *mask, **case.keywords)[0], parameters)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cispos_gradient_is_the_finite_difference_with_its_weights_held_and_gspos_each_tokens_own_share(seed):
+    for case in (c for c in CASES if c.frozen):
+        new, old, advantage, mask = (x if x.dtype == torch.bool else x.nan_to_num(0, 0, 0).clamp(-9, 9) for x in case.draw(seed))
+        leaf = new.clone().requires_grad_()
+        loss, _ = case.mean(leaf, old, advantage, mask, **case.keywords)
+        (found,) = torch.autograd.grad(loss, leaf)
+        expected = np.zeros(new.shape)
+        for i, t in mask.nonzero().tolist():
+            a, row = advantage[i, t].item(), mask[i]
+            if case.name == "cispo":
+                expected[i, t] = -min(math.exp(new[i, t] - old[i, t]), 1.3) * a
+            else:
+                s = math.exp((new[i] - old[i])[row].mean())
+                expected[i, t] = -a * s * (1 - slow_gspo([math.log(s)], [0.0], [a], **case.keywords)[0][1]["clip_ratio"])
+        np.testing.assert_allclose(found, expected / int(mask.sum()), atol=1e-12)
+        assert found.any() or case.name == "gspo-tight"
 
 
 @masked_losses
