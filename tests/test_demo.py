@@ -32,7 +32,7 @@ def made(tmp_path_factory):
 def test_the_page_and_every_runs_own_page_are_written(made):
     folder, page = made
     assert page == folder / "index.html" and (folder / "plotly.min.js").is_file()
-    for name in ("pretrain", "sft", "reward", "ppo", "ppo_no_kl", "dpo", "ppo_fast", "dpo_fast"):
+    for name in ("pretrain", "sft", "reward", "ppo", "rloo", "grpo", "ppo_no_kl", "dpo", "ppo_fast", "dpo_fast"):
         assert (folder / name / "report.html").is_file() and (folder / name / "model" / "model.safetensors").is_file()
         assert json.loads((folder / name / "summary.json").read_text())["status"] == "done"
 
@@ -40,14 +40,17 @@ def test_the_page_and_every_runs_own_page_are_written(made):
 def test_the_table_is_counted_from_the_answers(made):
     folder, _ = made
     data = read_demo(json.loads((folder / "comparison.json").read_text()))
-    assert [m.key for m in data.methods] == ["sft", "ppo", "dpo", "ppo_no_kl"]
+    assert [m.key for m in data.methods] == ["sft", "ppo", "rloo", "grpo", "dpo", "ppo_no_kl"]
     ppo = data.methods[1]
+    for critic_free in data.methods[2:4]:
+        assert critic_free.responses_sampled == 2 * 64 and not critic_free.critic and critic_free.online and critic_free.reward_model
+        assert len(data.paths[critic_free.key]) == 2 and data.paths[critic_free.key][0].kl == pytest.approx(0, abs=1e-4)
     assert ppo.responses_sampled == 2 * 64 and ppo.gold.n == 96 and ppo.win_rate is not None and 0 <= ppo.win_rate.value <= 1
-    sft, other = data.methods[0], data.methods[2]
+    sft, other = data.methods[0], data.methods[4]
     assert sft.win_rate is None and other.responses_sampled == 0 and other.models_held == ["policy"]
     assert sft.proxy.value == pytest.approx(sft.gold.value, abs=1e-9)  # the scale is set so
-    assert data.methods[1].sensitivity and other.sensitivity and not sft.sensitivity
-    assert len(data.samples) == 5 and len(data.samples[0].answers) == 4
+    assert ppo.critic and ppo.sensitivity and other.sensitivity and not sft.sensitivity
+    assert len(data.samples) == 5 and len(data.samples[0].answers) == 6
     assert data.paths["ppo"][0].kl == pytest.approx(0, abs=1e-4)
 
 

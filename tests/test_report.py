@@ -69,6 +69,17 @@ def ppo_history(steps: int = 40, **change: Any) -> list[dict[str, Any]]:
     return rows
 
 
+def group_history(loss: str = "ppo_clip", **change: Any) -> list[dict[str, Any]]:
+    """A healthy run without a critic: of grpo with one update a batch, gspo or cispo with several, or reinforce."""
+    rows = ppo_history(**{"groups/no_spread": lambda t: 0.2 + 0.2 * t, "groups/sampled": lambda t: 8, **change})
+    own: dict[str, dict[str, float]] = {
+        "ppo_clip": {"clip_ratio": 0.0, "approx_kl": 0.0, "ratio": 1.0, "ratio/max": 1.0}, "gspo": {"clip_ratio/responses": 0.24, "approx_kl": 1e-4},
+        "cispo": {"clip_ratio/capped": 0.0, "approx_kl": 1e-3}, "reinforce": {},
+    }  # fmt: skip
+    gone = {"explained_variance", "epochs_done", "loss", "clip_ratio", "approx_kl"} | ({"ratio/first"} if loss == "reinforce" else set())
+    return [{k: v for k, v in row.items() if k not in gone} | own[loss] for row in rows]
+
+
 def dpo_history(steps: int = 40, chosen: float = -1.0, accuracy: float = 0.7, margin: float = 1.0) -> list[dict[str, Any]]:
     return [{"step": i, "loss": 0.69 - 0.2 * i / steps, "rewards/accuracies": 0.5 + (accuracy - 0.5) * min(1, 10 * i / steps),
              "rewards/margins": margin * i / steps, "logps/chosen": -40 + chosen * i / steps, "logps/rejected": -42 - 9 * i / steps}
@@ -132,6 +143,7 @@ def test_lookup_knows_held_out_and_unknown_names() -> None:
 def test_healthy_runs_raise_no_alarm() -> None:
     assert alarms(ppo_history()) == []
     assert alarms(dpo_history()) == []
+    assert [alarms(group_history(loss)) for loss in ("ppo_clip", "gspo", "cispo", "reinforce")] == [[]] * 4
     assert alarms([{"step": i, "loss": 1 / i, "eval/loss": 1 / i + 0.1} for i in range(1, 30)]) == []
     assert alarms([{"step": i, "accuracy": 0.66, "margin": 0.5, "eval/accuracy": 0.65} for i in range(1, 30)]) == []
     assert alarms([]) == []
@@ -148,6 +160,7 @@ def test_healthy_runs_raise_no_alarm() -> None:
     (ppo_history(approx_kl=lambda t: 0.08), ["0.08 nats a token", "heuristic", "learning rate"]),
     (ppo_history(clip_ratio=lambda t: 0.3), ["30% of tokens", "heuristic"]),
     (ppo_history(clip_ratio=lambda t: -0.0001), ["timid", "heuristic"]),
+    (group_history(**{"groups/no_spread": lambda t: t}), ["88.8% of the groups", "heuristic", "middling difficulty"]),
     (ppo_history(**{"completions/finished": lambda t: 0.5}), ["50% of responses", "heuristic", "max_new_tokens"]),
     (ppo_history(**{"completions/mean_length": lambda t: 30 + 40 * t}), ["from 32.5 to 65.5 tokens", "heuristic", "length"]),
     (ppo_history(entropy=lambda t: 2 * math.exp(-9 * t)), ["Entropy", "heuristic", "beta"]),
@@ -166,6 +179,16 @@ def test_each_alarm_fires_alone_with_its_number_and_its_remedy(rows: list[dict[s
 
 
 # ---- the answer
+
+
+@pytest.mark.parametrize(("method", "title"), [("grpo", "GRPO run"), ("reinforce", "REINFORCE run")])
+def test_a_run_without_value_model_is_told_by_its_reward_and_speaks_of_none(tmp_path: Path, method: str, title: str) -> None:
+    rows = group_history("ppo_clip" if method == "grpo" else "reinforce")
+    path = folder(tmp_path / "run", rows, summary={"status": "done", "metrics": rows[-1]}, config={"method": method})
+    told = answer(read_run(path))
+    assert told[0].startswith("Reward rose from") and "nats per response from the reference" in told[0] and len(told) == 2
+    html = write_report(path).read_text(encoding="utf-8")
+    assert title in html and "No alarm fired" in html and "critic" not in html.lower() and "no description of it" not in html
 
 
 def test_the_answer_weakens_when_one_half_is_inside_the_interval(tmp_path: Path) -> None:
@@ -358,13 +381,17 @@ def with_free(win: float, proxy: float, ppo: float = 0.81) -> str:
 
 def test_the_demo_says_hacked_only_when_the_intervals_do() -> None:
     told = with_free(0.24, 2.3)
-    assert told.startswith("PPO beats SFT on 81% ± 5 of held-out prompts at 2.40 nats. DPO beats SFT on 70% ± 5")
+    assert told.startswith("PPO beats SFT on 81% ± 5 of held-out prompts at 2.40 nats, DPO 70% ± 5 at 2.40 nats. Without")  # 0.76 > 0.75: told apart
     assert "rose further (1.20 to 2.30) and the true value fell: it beats SFT on only 24% ± 5 of held-out prompts. The reward was hacked." in told
     assert "over-optimised" in with_free(0.6, 2.3) and "still beats SFT" in with_free(0.6, 2.3)
     assert "not shown to beat SFT (47% ± 5" in with_free(0.47, 2.3) and "was hacked" not in with_free(0.47, 2.3)
     assert "does not show that the reward was hacked" in with_free(0.8, 2.3)
     assert "no hacking was seen" in with_free(0.24, 1.25)
-    assert "PPO is not shown to beat SFT: 53% ± 5" in with_free(0.24, 2.3, ppo=0.53)
+    unsure = with_free(0.24, 2.3, ppo=0.53)
+    assert unsure.startswith("PPO is not shown to beat SFT (one half is not excluded): 53% ± 5 of held-out prompts at 2.40 nats. DPO beats SFT on 70% ± 5")
+    assert "overlap" not in unsure and "These intervals overlap: neither is shown" in with_free(0.24, 2.3, ppo=0.79)
+    assert "DPO loses to SFT, winning on only 70%" not in unsure and "PPO loses to SFT, winning on only 30% ± 5" in with_free(0.24, 2.3, ppo=0.3)
+
     assert "PPO loses to SFT" in with_free(0.24, 2.3, ppo=0.3)
     assert "overlap" in with_free(0.24, 2.3, ppo=0.75) and "overlap" not in with_free(0.24, 2.3)
 

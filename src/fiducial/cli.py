@@ -22,6 +22,7 @@ VERBS = {
     "demo": Verb("demo.pipeline:Demo:demo", "the whole pipeline on an embedded world, in minutes on a CPU; prints where the page is"),
     "sft": Verb("methods.sft:SFT:sft", "supervised fine-tuning on demonstrations"),
     "reward": Verb("methods.reward_model:RewardModel:reward", "a Bradley-Terry reward model from comparisons"),
+    "prm": Verb("methods.prm:PRM:prm", "a process reward model from solutions with labelled steps, or from their outcomes alone"),
     "ppo": Verb("methods.ppo:PPO:ppo", "sample, score and improve, with a critic and a KL penalty to a frozen reference"),
     "reinforce": Verb("methods.reinforce:Reinforce:reinforce", "the same without a critic: RLOO, ReMax, REINFORCE++, a running mean or no baseline"),
     "grpo": Verb("methods.grpo:GRPO:grpo", "the same against the other responses to a prompt: GRPO, Dr. GRPO, DAPO, GSPO, CISPO"),

@@ -46,19 +46,19 @@ def compare(folder: Path, world: World, samples: int, max_new_tokens: int) -> di
     reference = Model.open(str(folder / "sft" / "model"), str(folder / "held_out.jsonl"), RowSettings(), processes, reserve=max_new_tokens)
     found = {
         key: answers(folder / key / "model", folder, reference, judge, samples, max_new_tokens, seed=world.seed + number)
-        for number, key in enumerate(("sft", "ppo", "dpo", "ppo_no_kl"))
+        for number, key in enumerate(("sft", "ppo", "rloo", "grpo", "dpo", "ppo_no_kl"))
     }
     scale = Scale.between(found["sft"])
     methods = [method(key, folder, one, found["sft"], scale) for key, one in found.items()]
     setting = "learning rate x3, half the steps"
-    for row in methods[1:3]:
+    for row in (m for m in methods if m["key"] in ("ppo", "dpo")):
         other = answers(folder / f"{row['key']}_fast" / "model", folder, reference, judge, samples, max_new_tokens, seed=world.seed + 10)
         divergence = statistics.fmean(other.kl)
         row["sensitivity"] = [{"setting": setting, "win_rate": intervals.mean(wins(other, found["sft"]), other.numbers), "kl": divergence}]
     return {
         "methods": methods,
         "reward_model": reward_model(folder, world, judge),
-        "paths": {key: path(folder / key, scale) for key in ("ppo", "ppo_no_kl")} | {"dpo": ends(found["sft"], found["dpo"], folder, scale)},
+        "paths": {key: path(folder / key, scale) for key in ("ppo", "rloo", "grpo", "ppo_no_kl")} | {"dpo": ends(found["sft"], found["dpo"], folder, scale)},
         "samples": [
             {
                 "prompt": found["sft"].prompts[i * samples],
@@ -131,6 +131,8 @@ HELD = {
     "sft": ["policy"],
     "ppo": ["policy", "reference", "critic", "reward model"],
     "ppo_no_kl": ["policy", "reference", "critic", "reward model"],
+    "rloo": ["policy", "reference", "reward model"],
+    "grpo": ["policy", "reference", "reward model"],
     "dpo": ["policy"],  # the reference is the policy before its first step: its log-probabilities are computed once and kept, not its weights
 }
 
@@ -138,7 +140,7 @@ HELD = {
 def method(key: str, folder: Path, mine: Answers, sft: Answers, scale: Scale) -> dict[str, Any]:
     """One row of the tables."""
     summary = json.loads((folder / key / "summary.json").read_text(encoding="utf-8"))
-    online = key.startswith("ppo")
+    online = "reward model" in HELD[key]
     divergence = intervals.mean(mine.kl, mine.numbers)
     return {
         "key": key,
@@ -149,7 +151,7 @@ def method(key: str, folder: Path, mine: Answers, sft: Answers, scale: Scale) ->
         "train_seconds": summary["train_seconds"],
         "responses_sampled": summary["rows"] if online else 0,
         "reward_model": online,
-        "critic": online,
+        "critic": "critic" in HELD[key],
         "online": online,
         "win_rate": None if key == "sft" else intervals.mean(wins(mine, sft), mine.numbers),
         "kl": None if key == "sft" else divergence,

@@ -21,7 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..collect.pairs import Collect, collect
 from ..config import OptimizerSettings, RowSettings, RunSettings, Settings, command_line
 from ..methods.dpo import DPO, dpo
+from ..methods.grpo import GRPO, grpo
 from ..methods.ppo import PPO, ppo
+from ..methods.reinforce import Reinforce, reinforce
 from ..methods.reward_model import RewardModel, reward
 from ..methods.sft import SFT, sft
 from ..report.demo_page import write_demo_page
@@ -32,7 +34,7 @@ from .world import World, build_tokenizer
 
 
 class Demo(Settings):
-    """Demo: pretrain, fine-tune, collect preferences, train a reward model, PPO, DPO and PPO without KL on an embedded world, and compare them."""
+    """Demo: pretrain, fine-tune, collect preferences, train a reward model, PPO, RLOO, GRPO, DPO and PPO without KL on an embedded world; compare them."""
 
     out: str | None = None
     """The folder for everything. Default: demo-run, demo-run-2, ..."""
@@ -55,7 +57,8 @@ class Demo(Settings):
 
 
 STAGES = {
-    "world": 2, "pretrain": 50, "sft": 32, "collect": 8, "reward": 18, "ppo": 60, "ppo_no_kl": 64, "dpo": 30, "ppo_fast": 30, "dpo_fast": 25, "compare": 18,
+    "world": 2, "pretrain": 50, "sft": 32, "collect": 8, "reward": 18, "ppo": 60,
+    "rloo": 36, "grpo": 42, "ppo_no_kl": 64, "dpo": 30, "ppo_fast": 30, "dpo_fast": 25, "compare": 22,
 }  # fmt: skip
 """Usual seconds of each stage on two cores, for the time left."""
 
@@ -122,12 +125,19 @@ def demo(settings: Demo) -> Path:
             optimizer=OptimizerSettings(schedule="cosine", warmup_steps=5, weight_decay=0.1), run=quiet,
         )), folder / "reward" / "summary.json",
     )  # fmt: skip
+    online: dict[str, Any] = common | {
+        "model": str(policy), "data": str(folder / "prompts.jsonl"), "max_new_tokens": MAX_NEW, "optimizer": OptimizerSettings(schedule="constant"),
+        "run": quiet, "reward": (str(folder / "reward" / "model"), "fiducial.demo.world:gold"), "reward_weights": (1.0, 0.0),  # gold is watched, not followed
+    }  # fmt: skip
+
     def run_ppo(name: str, beta: float, rate: float = 5e-4, steps: int = settings.ppo_steps) -> None:
-        ppo(PPO(
-            model=str(policy), data=str(folder / "prompts.jsonl"), out=str(folder / name), beta=beta, steps=steps, epochs=2, learning_rate=rate,
-            reward=(str(folder / "reward" / "model"), "fiducial.demo.world:gold"), reward_weights=(1.0, 0.0),  # gold is watched, not followed
-            max_new_tokens=MAX_NEW, **common, optimizer=OptimizerSettings(schedule="constant"), run=quiet,
-        ))  # fmt: skip
+        ppo(PPO(out=str(folder / name), beta=beta, steps=steps, epochs=2, learning_rate=rate, **online))
+
+    def run_rloo() -> None:
+        reinforce(Reinforce(out=str(folder / "rloo"), baseline="rloo", group_size=4, beta=0.1, steps=settings.ppo_steps, learning_rate=1e-3, **online))
+
+    def run_grpo() -> None:
+        grpo(GRPO(out=str(folder / "grpo"), variant="grpo", beta=0.1, steps=settings.ppo_steps, epochs=2, learning_rate=5e-4, **online))
 
     def run_dpo(name: str, rate: float = 1e-4, epochs: float = 1.0) -> None:
         dpo(DPO(
@@ -136,7 +146,9 @@ def demo(settings: Demo) -> Path:
         ))  # fmt: skip
 
     stage("ppo", "PPO with the KL penalty", lambda: run_ppo("ppo", 0.1), folder / "ppo" / "summary.json")
-    stage("ppo_no_kl", "PPO without it", lambda: run_ppo("ppo_no_kl", 0.0), folder / "ppo_no_kl" / "summary.json")
+    stage("rloo", "RLOO: the same without a critic", run_rloo, folder / "rloo" / "summary.json")
+    stage("grpo", "GRPO, as its paper has it", run_grpo, folder / "grpo" / "summary.json")
+    stage("ppo_no_kl", "PPO without the KL penalty", lambda: run_ppo("ppo_no_kl", 0.0), folder / "ppo_no_kl" / "summary.json")
     stage("dpo", "DPO on the same comparisons", lambda: run_dpo("dpo"), folder / "dpo" / "summary.json")
     half = max(1, settings.ppo_steps // 2)
     stage("ppo_fast", "PPO at three times the learning rate", lambda: run_ppo("ppo_fast", 0.1, 1.5e-3, half), folder / "ppo_fast" / "summary.json")
@@ -157,7 +169,8 @@ def demo(settings: Demo) -> Path:
 MAX_NEW = 80
 WORDS = {
     "world": "making the world", "pretrain": "pretraining", "sft": "SFT", "collect": "collecting", "reward": "reward model", "ppo": "PPO",
-    "ppo_no_kl": "PPO without KL", "dpo": "DPO", "ppo_fast": "PPO, learning rate x3", "dpo_fast": "DPO, learning rate x3", "compare": "comparing",
+    "rloo": "RLOO", "grpo": "GRPO", "ppo_no_kl": "PPO without KL", "dpo": "DPO",
+    "ppo_fast": "PPO, learning rate x3", "dpo_fast": "DPO, learning rate x3", "compare": "comparing",
 }  # fmt: skip
 
 ANNOTATORS = '''"""The demo's simulated annotators, as a judge for `fiducial collect --judge annotators.py:compare`: noisy, and a little too fond of length."""

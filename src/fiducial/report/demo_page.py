@@ -1,4 +1,4 @@
-"""The demo's page: SFT, PPO, DPO and PPO without the KL term on the same prompts, `index.html` with plotly's script beside it.
+"""The demo's page: SFT, PPO, RLOO, GRPO, DPO and PPO without the KL term on the same prompts, `index.html` with plotly's script beside it.
 
 `write_demo_page(folder, data)` takes a plain dictionary (as read from JSON) with the fields of `Demo` below; the classes are the schema, and an
 unknown or missing key is an error that names it. Shares lie in 0..1, KL in nats, times in seconds, memory in bytes. Intervals are 95%.
@@ -17,8 +17,8 @@ from fiducial.report.figures import COLOURS, GREEN, Figure, figure, points_figur
 from fiducial.report.numbers import Estimate, count, duration, number, percent, size, with_interval
 from fiducial.report.render import write_page
 
-Key = Literal["sft", "ppo", "dpo", "ppo_no_kl"]
-NAMES: dict[str, str] = {"sft": "SFT", "ppo": "PPO", "dpo": "DPO", "ppo_no_kl": "PPO without KL"}
+Key = Literal["sft", "ppo", "rloo", "grpo", "dpo", "ppo_no_kl"]
+NAMES: dict[str, str] = {"sft": "SFT", "ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO", "ppo_no_kl": "PPO without KL"}
 Link = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.][A-Za-z0-9_./-]*$")]  # relative: no scheme, no leading slash
 STRICT = ConfigDict(extra="forbid")
 
@@ -179,18 +179,20 @@ def demo_answer(demo: Demo) -> list[str]:
 
 
 def _against_sft(demo: Demo) -> list[str]:
-    stands, won = [], []
-    for m in demo.methods:
-        if m.key not in ("ppo", "dpo") or m.win_rate is None:
-            continue
+    """The methods by how they stand to SFT, and whether the intervals tell them apart."""
+    compared = [(m, m.win_rate) for m in demo.methods if m.key not in ("sft", "ppo_no_kl") and m.win_rate is not None]
+    verdicts: dict[str, list[str]] = {}
+    for m, won in compared:
+        verdict = against_half(won.e, "beats SFT on", "is not shown to beat SFT (one half is not excluded):", "loses to SFT, winning on only")
         at = f" at {number(m.kl.value)} nats" if m.kl else ""
-        share, name = f"{percent(m.win_rate.e)} of held-out prompts{at}", NAMES[m.key]
-        won.append(m.win_rate)
-        stands.append(against_half(
-            m.win_rate.e, f"{name} beats SFT on {share}.", f"{name} is not shown to beat SFT: {share}, and one half is not excluded.",
-            f"{name} loses to SFT: it wins on only {share}."))  # fmt: skip
-    if len(won) == 2 and won[0].low <= won[1].high and won[1].low <= won[0].high:
-        stands.append("These intervals overlap: neither is shown to be the better one.")
+        said = verdicts.setdefault(verdict, [])
+        said.append(f"{NAMES[m.key]} {f'{verdict} ' if not said else ''}{percent(won.e)}{' of held-out prompts' if not said else ''}{at}")
+    stands = [f"{', '.join(said)}." for said in verdicts.values()]
+    best = max(compared, key=lambda one: one[1].value, default=None)
+    others = [won.high for m, won in compared if best and m is not best[0]]
+    if best and others and best[1].low <= max(others):
+        which = "These intervals overlap: neither" if len(compared) == 2 else "The intervals of the best ones overlap: none"
+        stands.append(f"{which} is shown to be the better one.")
     return [" ".join(stands)] if stands else []
 
 
@@ -274,7 +276,7 @@ def _comparison(demo: Demo) -> list[list[str]]:
 
 def _paths_figure(demo: Demo) -> Figure:
     series: list[dict[str, Any]] = []
-    for key in ("dpo", "ppo", "ppo_no_kl"):
+    for key in ("dpo", "rloo", "grpo", "ppo", "ppo_no_kl"):
         points = sorted(demo.paths.get(key, []), key=lambda p: p.step)
         for which, dash, symbol in (("proxy", "dash", "circle-open"), ("gold", "solid", "circle")):
             kept = thin([(i, getattr(p, which)) for i, p in enumerate(points)])
@@ -317,7 +319,7 @@ def write_demo_page(folder: Path, data: dict[str, Any]) -> Path:
     pages = [("Reward model", demo.reward_model.report), *((NAMES[m.key], m.report) for m in demo.methods)]
     return write_page(
         Path(folder), "index.html", "demo.html.j2", {"figures": figures},
-        title="SFT, PPO and DPO on one task, with and without the KL term", task=demo.task, sentences=demo_answer(demo), alarms=demo_alarms(demo),
+        title="SFT, PPO, RLOO, GRPO and DPO on one task, with and without the KL term", task=demo.task, sentences=demo_answer(demo), alarms=demo_alarms(demo),
         results=_results(demo), unit=demo.score_unit, comparison=_comparison(demo), names=[NAMES[m.key] for m in demo.methods],
         figures=figures, reward_words=_reward_words(demo.reward_model), samples=[_sample(s) for s in demo.samples],
         links=[page for page in pages if page[1]], notes=demo.notes, command=demo.command,

@@ -9,8 +9,8 @@ from fiducial.report.numbers import Estimate, mean_of, number
 from fiducial.train.registry import EVAL, GROUPS, Metric, Range, base, lookup
 
 # Okabe and Ito's palette. A method keeps its colour on every page.
-BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"
-COLOURS = {"ppo": BLUE, "dpo": ORANGE, "reward": GREEN, "sft": PURPLE, "ppo_no_kl": VERMILLION}
+BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#8A8A8A"
+COLOURS = {"ppo": BLUE, "dpo": ORANGE, "reward": GREEN, "sft": PURPLE, "ppo_no_kl": VERMILLION, "reinforce": SKY, "rloo": SKY, "grpo": GREY}
 INK = "ink"  # the page's own text colour: held-out curves and second curves, readable beside every method's colour, light or dark
 LIMIT = 1000
 

@@ -27,7 +27,10 @@ from fiducial.report.numbers import UNKNOWN, Estimate, count, duration, number, 
 from fiducial.report.render import write_page
 from fiducial.train.registry import EVAL, alarms, finite, known, lookup
 
-NAMES = {"ppo": "PPO", "dpo": "DPO", "reward": "Reward model", "sft": "SFT", "distill": "Distillation"}
+NAMES = {
+    "sft": "SFT", "reward": "Reward model", "prm": "Process reward model", "ppo": "PPO", "reinforce": "REINFORCE", "grpo": "GRPO", "dpo": "DPO",
+    "distill": "Distillation",
+}  # fmt: skip
 DECIDE = {
     "policy": ("reward", "objective/score", "objective/kl", "kl", "entropy", "completions/mean_length", "completions/finished"),
     "preference": ("rewards/accuracies", "rewards/margins", "loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"),
