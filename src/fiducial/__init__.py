@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .methods.grpo import grpo as grpo
     from .methods.ppo import PPO as PPO
     from .methods.ppo import ppo as ppo
+    from .methods.prm import PRM as PRM
+    from .methods.prm import prm as prm
     from .methods.reinforce import Reinforce as Reinforce
     from .methods.reinforce import reinforce as reinforce
     from .methods.reward_model import RewardModel as RewardModel
@@ -44,6 +46,8 @@ _WHERE = {
     "SFT": "methods.sft:SFT",
     "reward": "methods.reward_model:reward",
     "RewardModel": "methods.reward_model:RewardModel",
+    "prm": "methods.prm:prm",
+    "PRM": "methods.prm:PRM",
     "ppo": "methods.ppo:ppo",
     "PPO": "methods.ppo:PPO",
     "reinforce": "methods.reinforce:reinforce",

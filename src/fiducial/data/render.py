@@ -6,6 +6,7 @@ tokenizer has one, and EOS is a label wherever a response ends, also when it is 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,6 +173,23 @@ class Renderer:
                 "or leave such rows out with --rows.on-error skip"
             )
         return Rendered(ids[: self.max_length], mask[: self.max_length], where, truncated=True)
+
+
+def same_tokens(one: Renderer, other: Renderer) -> bool:
+    """Whether both make the same ids of the same text or messages. A pad token of `one`'s own is no difference."""
+    without = one.tokenizer.pad_token
+    same = _tokens(one.tokenizer, without) == _tokens(other.tokenizer, without)
+    return same and one.tokenizer.chat_template == other.tokenizer.chat_template
+
+
+def _tokens(tokenizer: Any, without: str | None) -> Any:
+    """All that turns text into ids, but for one added token."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return repr(tokenizer)
+    found = json.loads(backend.to_str())
+    found["added_tokens"] = [t for t in found["added_tokens"] if t["content"] != without]
+    return found
 
 
 def _messages(content: Content, role: str) -> tuple[Message, ...]:

@@ -330,8 +330,8 @@ class _Format(NamedTuple):
 
 
 _FORMATS = (  # the most specific first
-    _Format(StepsRow, ("prompt", "completions", "labels"), _steps_row, ""),
-    _Format(LabelledRow, ("prompt", "completion", "label"), _labelled_row, ""),
+    _Format(StepsRow, ("prompt", "completions", "labels"), _steps_row, "fiducial prm"),
+    _Format(LabelledRow, ("prompt", "completion", "label"), _labelled_row, "fiducial prm"),
     _Format(PreferenceRow, ("prompt", "chosen", "rejected"), _preference_row, "fiducial reward or fiducial dpo"),
     _Format(PreferenceRow, ("chosen", "rejected"), _preference_row, "fiducial reward or fiducial dpo"),
     _Format(CompletionRow, ("prompt", "completion"), _completion_row, "fiducial sft"),

@@ -104,6 +104,7 @@ def reward(settings: RewardModel) -> Run:
             run.checkpoint_if_due()
 
         config = plain(scorer.model).config
+        vars(config).pop("process_reward", None)  # of the model it may have started from
         config.reward_mean, config.reward_std = reference_scores(scorer, train, settings, renderer, run)
         run.model = scorer
         return run.finish(save=lambda path: save(scorer, renderer.tokenizer, path, torch.tensor([train[0].responses[0].ids])))
