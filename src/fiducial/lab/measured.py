@@ -18,13 +18,26 @@ from safetensors.torch import load_file
 
 from ..config import OptimizerSettings, RowSettings, RunSettings
 from ..methods.dpo import DPO, dpo
-from ..methods.ppo import PPO, CriticSettings, ppo
+from ..methods.grpo import GRPO, grpo
+from ..methods.ppo import PPO, ppo
+from ..methods.reinforce import Reinforce, reinforce
 from ..train.checkpoint import numbered
 from . import exact, policies
 from .world import Array, World, bradley_terry
 
-Method = Literal["dpo", "ppo"]
 Kind = Literal["table", "transformer"]
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpo": ("dpo", {}),
+    "ppo": ("ppo", {"critic": {"start": "policy"}}),
+    "reinforce": ("reinforce", {"baseline": "none"}),
+    "reinforce_mean": ("reinforce", {"baseline": "mean"}),
+    "remax": ("reinforce", {"baseline": "remax"}),
+    "rloo": ("reinforce", {"baseline": "rloo"}),
+    "reinforce_pp": ("reinforce", {"baseline": "reinforce++"}),
+    **{variant: ("grpo", {"variant": variant}) for variant in ("grpo", "dr_grpo", "dapo", "gspo", "cispo")},
+}
+"""What is run under each name: the verb, and the settings that make it this method."""
+ONLINE = {"ppo": (ppo, PPO), "reinforce": (reinforce, Reinforce), "grpo": (grpo, GRPO)}
 
 REWARD = '''"""The rewards of this world, for `fiducial ppo --reward reward.py:gold` (or :proxy, where a learned reward would err)."""
 
@@ -50,13 +63,14 @@ def proxy(prompts, completions):
 class Plan:
     """One run of a shipped method.
 
+    method: a key of METHODS.
     beta: of the run and of the optimum it is held against; None: the world's.
     points: how many times on the way it is measured.
-    reward: what PPO is given; the gap is measured in it too.
+    reward: what is earned, and what the gap is measured in; steps: the true reward, and on the way what the world's process reward model makes of it.
     settings: any others of the method, as its own settings class takes them.
     """
 
-    method: Method
+    method: str
     policy: Kind
     learning_rate: float
     steps: int
@@ -64,7 +78,7 @@ class Plan:
     batch_size: int = 256
     beta: float | None = None
     points: int = 25
-    reward: Literal["reward", "proxy"] = "reward"
+    reward: Literal["reward", "proxy", "steps"] = "reward"
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -120,32 +134,49 @@ def run(plan: Plan, folder: Path, out: Path) -> dict[str, Any]:
     world = World.load(folder / "world.npz")
     world = world if plan.beta is None else world.with_(beta=plan.beta)
     every = max(1, plan.steps // plan.points) if plan.points else 0
+    verb, own = METHODS[plan.method]
     common: dict[str, Any] = {
         "model": str(folder / plan.policy), "out": str(out), "beta": world.beta, "steps": plan.steps, "batch_size": plan.batch_size,
-        "learning_rate": plan.learning_rate, "seed": plan.seed, "optimizer": OptimizerSettings(schedule="linear"),
-        "run": RunSettings(checkpoint_every=every, keep_checkpoints=plan.steps, eval_every=0, samples=2, tokens=65_536), **plan.settings,
+        "learning_rate": plan.learning_rate, "seed": plan.seed, "max_new_tokens": world.horizon, "optimizer": OptimizerSettings(schedule="linear"),
+        "run": RunSettings(checkpoint_every=every, keep_checkpoints=plan.steps, eval_every=0, samples=2, tokens=65_536), **own, **plan.settings,
     }  # fmt: skip
-    if plan.method == "dpo":
+    if verb == "dpo":
         width = len(world.prompts[0]) + world.horizon
-        done = dpo(DPO(data=str(folder / "pairs.jsonl"), rows=RowSettings(max_length=width, held_out=0.0), max_new_tokens=world.horizon, **common))
+        done = dpo(DPO(data=str(folder / "pairs.jsonl"), rows=RowSettings(max_length=width, held_out=0.0), **common))
     else:
-        critic = {"critic": CriticSettings(start="policy")} | plan.settings
-        name = "gold" if plan.reward == "reward" else "proxy"
-        done = ppo(PPO(
-            data=str(folder / "prompts.jsonl"), reward=(f"{folder / 'reward.py'}:{name}",), max_new_tokens=world.horizon, **{**common, **critic},
-        ))  # fmt: skip
-    samples = plan.batch_size if plan.method == "ppo" else 0
+        train, settings = ONLINE[verb]
+        name = "proxy" if plan.reward == "proxy" else "gold"
+        steps = (str(folder / "prm" / "model"),) if plan.reward == "steps" else ()
+        done = train(settings(data=str(folder / "prompts.jsonl"), reward=(f"{folder / 'reward.py'}:{name}", *steps), **common))  # type: ignore[operator]
     start = exact.reference(world)
     end = exact.logprobs(world.tree, policies.logits(done.model.lm, world.prompts, world.tree))
     trail = {0: start, **dict(checkpoints(out, folder / plan.policy, world)), plan.steps: end}
-    path = [point(world, step, logp, step * samples, plan.reward) for step, logp in trail.items()]
+    sampled = [0] * (plan.steps + 1) if verb == "dpo" else responses(plan, out)
+    kind = "proxy" if plan.reward == "proxy" else "reward"
+    path = [point(world, step, logp, sampled[step], kind) for step, logp in trail.items()]
     last = {k: v for k, v in path[-1].items() if k != "step"}
-    best, _ = exact.optimum(world, reward=getattr(world, plan.reward))
-    pairs = plan.steps * plan.batch_size if plan.method == "dpo" else 0
+    best, _ = exact.optimum(world, reward=getattr(world, kind))
+    pairs = plan.steps * plan.batch_size if verb == "dpo" else 0
     return {
         "seed": plan.seed, **last, "kl_optimum": exact.kl(best, start), "pairs": pairs, "seconds": done.train_seconds, "path": path,
         "trail": [x.tolist() for x in trail.values()], "final": end.tolist(),
     }  # fmt: skip
+
+
+def responses(plan: Plan, out: Path) -> list[int]:
+    """How many responses a run had sampled after each step, the greedy ones of ReMax and the groups that DAPO passed over included."""
+    verb, own = METHODS[plan.method]
+    settings = ONLINE[verb][1].model_fields
+    chosen = {k: plan.settings.get(k, own.get(k, settings[k].default)) for k in ("group_size", "baseline") if k in settings}
+    total = [0]
+    with open(out / "metrics.jsonl", encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            if "reward" not in row:
+                continue
+            groups = row.get("groups/sampled")
+            each = plan.batch_size if groups is None else round(groups) * chosen["group_size"]
+            total.append(total[-1] + each + (plan.batch_size // chosen["group_size"] if chosen.get("baseline") == "remax" else 0))
+    return total
 
 
 def point(world: World, step: int, logp: Array, samples: int, reward: str) -> dict[str, Any]:

@@ -15,11 +15,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from ..models.tabular import TabularConfig, TabularLM
 from . import exact
-from .world import EOS, LETTERS, Array, Tokens, Tree, World, exploited, prompts_for, random_reward, sparse_reward, tree
+from .world import EOS, LETTERS, Array, Tokens, Tree, World, exploited, letters_in_place, prompts_for, random_reward, sparse_reward, tree
 
 
-def transformer(prompts: tuple[Tokens, ...], vocabulary: int, horizon: int, seed: int, *, spread: float = 0.1, width: int = 64, layers: int = 2) -> Any:
-    """An untrained GPT-2 with the world's vocabulary. `spread` is the deviation of its initial weights: the larger, the more peaked it is.
+def transformer(
+    prompts: tuple[Tokens, ...], vocabulary: int, horizon: int, seed: int, *, spread: float = 0.1, width: int = 64, layers: int = 2, rare_end: float = 0.0
+) -> Any:
+    """An untrained GPT-2 with the world's vocabulary. `spread` is the deviation of its initial weights: the larger, the more peaked it is. `rare_end`: nats
+    by which EOS is less likely than that, so that responses are long.
 
     GPT-2 and not a newer make because its positions are absolute: with rotary ones and no BOS, attention over equal tokens gives the same mean however
     many they are, so `a`, `aa` and `aaa` would share one distribution and the optimum would be out of reach of any method.
@@ -29,7 +32,13 @@ def transformer(prompts: tuple[Tokens, ...], vocabulary: int, horizon: int, seed
         vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=4, n_positions=max(16, max(map(len, prompts)) + horizon), initializer_range=spread,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False, bos_token_id=None, eos_token_id=EOS, pad_token_id=None,
     )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
+    model = GPT2LMHeadModel(config)
+    if rare_end:  # what comes out of a normalisation has mean 0, so a bias of ones meets only the mean of a row of the head
+        with torch.no_grad():
+            model.lm_head.weight -= model.lm_head.weight.mean(1, keepdim=True)
+            model.lm_head.weight[EOS] -= rare_end / width
+            model.transformer.ln_f.bias.fill_(1.0)
+    return model.eval()
 
 
 def table(world: World) -> TabularLM:
@@ -82,7 +91,7 @@ def logits(model: Any, prompts: tuple[Tokens, ...], tree: Tree) -> Array:
 
 def make(
     name: str, *, seed: int = 0, prompts: int = 2, vocabulary: int = 3, horizon: int = 3, spread: float = 0.05, beta: float = 0.5, kl: float | None = 1.25,
-    reward: Array | None = None, uneven: bool = False,
+    reward: Array | None = None, uneven: bool = False, rare_end: float = 0.0,
 ) -> tuple[World, Any]:  # fmt: skip
     """A world around an untrained transformer, and that transformer.
 
@@ -90,12 +99,13 @@ def make(
         reward: [P, Y]; default: independent normal ones.
         kl: nats that the optimum is to lie from the reference; the rewards are scaled until it does. None: they stay as they are.
         uneven: prompts of two lengths.
+        rare_end: nats by which EOS is less likely than the other tokens.
 
     Raises:
         ValueError: no scale of the rewards puts the optimum so far away.
     """
     texts, shape = prompts_for(prompts, vocabulary, uneven=uneven), tree(vocabulary, horizon)
-    model = transformer(texts, vocabulary, horizon, seed, spread=spread)
+    model = transformer(texts, vocabulary, horizon, seed, spread=spread, rare_end=rare_end)
     start = logits(model, texts, shape)
     for attempt in range(DRAWS):
         drawn = random_reward(prompts, len(shape.responses), seed + 10_000 * attempt) if reward is None else reward
@@ -162,3 +172,10 @@ def exploit(seed: int = 0) -> tuple[World, Any]:
     world, model = make("exploit", seed=seed, vocabulary=4, horizon=4, beta=0.15, kl=None)
     gold, proxy = exploited(world.reward, np.exp(exact.reference(world)), seed, proxy=1.0)
     return world.with_(reward=gold, proxy=proxy), model
+
+
+def long(seed: int = 0) -> tuple[World, Any]:
+    """511 responses of up to 8 tokens to each of 2 prompts, most of them long, and a verifier at their end: right is a response that has the right letters
+    at five of its first seven places, whatever the others are. So it is known which tokens deserve the credit."""
+    reward, _ = letters_in_place(2, tree(3, 8), seed, keys=5, within=7)
+    return make("long", seed=seed, horizon=8, beta=0.15, kl=None, reward=reward, rare_end=2.3)

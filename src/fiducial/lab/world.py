@@ -199,6 +199,22 @@ def sparse_reward(prompts: int, tree: Tree, seed: int, share: float = 0.1) -> Ar
     return out
 
 
+def letters_in_place(prompts: int, tree: Tree, seed: int, *, keys: int, within: int) -> tuple[Array, list[dict[int, int]]]:
+    """[P, Y] one for the responses that have certain letters at certain places, whatever stands at the others; and those, {place: token} of each prompt.
+
+    Args:
+        keys: places that count, drawn for each prompt among the first `within`, the last of which is always one: before it nothing is decided.
+    """
+    rng = np.random.default_rng([seed, 6])
+    out, wanted = np.zeros((prompts, len(tree.responses))), []
+    for p in range(prompts):
+        places = sorted([*rng.choice(within - 1, keys - 1, replace=False).tolist(), within - 1])
+        key = dict(zip(places, rng.integers(1, tree.vocabulary, keys).tolist(), strict=True))
+        out[p] = [all(len(y) > t and y[t] == v for t, v in key.items()) for y in tree.responses]
+        wanted.append(key)
+    return out, wanted
+
+
 def exploited(
     reward: Array, reference: Array, seed: int, *, noise: float = 0.3, mass: float = 0.02, gold: float = -2.0, proxy: float = 3.0
 ) -> tuple[Array, Array]:
