@@ -5,7 +5,9 @@ Order of precedence: flags, then the file, then the defaults in the classes. Thi
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,7 +61,7 @@ class RowSettings(Settings):
     eos_token: str | None = None
     """The token that ends a response, if it is not the tokenizer's EOS."""
     held_out: float = Field(0.1, ge=0, lt=1)
-    """Share of the prompts that is kept for evaluation and never trained on. Ours."""
+    """Share of the prompts that is kept for evaluation and never trained on. Ours. ppo, reinforce and grpo train on all of them: judge them by eval."""
     eval_data: str | None = None
     """Rows for evaluation, instead of held_out."""
 
@@ -102,7 +104,7 @@ class RunSettings(Settings):
     keep_checkpoints: int = Field(2, gt=0)
     """How many of the newest stay."""
     eval_every: int = Field(50, ge=0)
-    """Steps from one evaluation to the next; 0: at the end only."""
+    """Steps from one evaluation on held-out rows to the next, where a method keeps some; 0: at the end only."""
     samples: int = Field(8, ge=0)
     """Prompts that are answered before and after, for the page."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -177,14 +179,28 @@ def parse(cls: type[S], args: Sequence[str], *, command: str) -> S:
     if not {"-h", "--help"} & set(args):
         _check_flags(cls, args, default, command)
     _parsing.append((command, cls))
+    said = io.StringIO()
     try:
-        return tyro.cli(
-            cls, prog=f"fiducial {command}", default=default, args=args, config=(tyro.conf.AvoidSubcommands,), description=_description(cls)
-        )
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                cls, prog=f"fiducial {command}", default=default, args=args, config=(tyro.conf.AvoidSubcommands,), description=_description(cls)
+            )
     except _Refused as refused:
         raise InputError(str(refused)) from None
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise InputError(f"{command}: {_sentence(said.getvalue())} (fiducial {command} --help explains it)") from None
     finally:
         _parsing.pop()
+
+
+def _sentence(box: str) -> str:
+    """What the flag parser says in a box, as one sentence: what stands between its title and its next rule, drawn in lines or, in a plain terminal, dashes."""
+    lines = [line.strip(" │|") for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line.startswith(("╭", "╰", "─", "--", "+-"))]
+    told = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines).strip().removesuffix(".")
+    return told[:1].lower() + told[1:]
 
 
 def _check_flags(cls: type[Settings], args: Sequence[str], default: Settings, command: str) -> None:
@@ -246,7 +262,7 @@ def _partial(cls: type[Settings], values: Mapping[str, Any], source: str) -> Any
     try:
         cls(**given)
     except ValidationError as error:
-        if values and any(e["type"] != "missing" for e in error.errors()):
+        if values and any(e["type"] != "missing" and e["loc"] for e in error.errors()):  # two settings that do not fit: a flag may still mend it
             raise InputError(explain(error, source)) from None
     return cls.model_construct(**fields)
 

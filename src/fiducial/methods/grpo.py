@@ -80,6 +80,8 @@ LOSSES: dict[str, Callable[[Parts], Callable[..., tuple[Tensor, dict[str, Tensor
     "gspo": lambda parts: partial(losses.gspo_sum, clip=parts.clip, clip_high=parts.clip_high),
     "cispo": lambda parts: partial(losses.cispo_sum, cap=parts.cap),
 }
+CLIPPED = {"ppo_clip": "clip_ratio", "gspo": "clip_ratio/responses", "cispo": "clip_ratio/capped"}
+"""What the share that is cut is called: each has its own healthy range."""
 MEANS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "response": lambda mask, longest: by_response(mask), "token": lambda mask, longest: by_token(mask), "constant": by_constant,
 }  # fmt: skip
@@ -100,21 +102,21 @@ class GRPO(Settings):
     out: str | None = None
     """The run folder. Default: runs/grpo-1, -2, ..."""
     variant: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
-    """Sets the parts below that are not given, as its paper has them."""
+    """Sets those of the settings from advantage to beta that are not given, as its paper has them."""
     advantage: Literal["grpo", "dr_grpo", "rloo"] | None = None
-    """The group's mean and deviation, its mean alone, or the mean of the others. dapo, gspo and cispo: grpo."""
+    """The group's mean and deviation, its mean alone, or the mean of the others. None: as the variant; dr_grpo: dr_grpo; all others: grpo."""
     loss: Literal["ppo_clip", "gspo", "cispo"] | None = None
-    """What the probability ratio does. grpo, dr_grpo and dapo: ppo_clip."""
+    """What the probability ratio does; with one optimizer step an iteration it is 1, and all three are the same. None: ppo_clip; gspo: gspo; cispo: cispo."""
     mean: Literal["response", "token", "constant"] | None = None
-    """Equal weight to responses (grpo, gspo), to tokens (dapo, cispo), or a constant in place of the length (dr_grpo)."""
+    """Equal weight to responses (None for grpo, gspo), to tokens (dapo, cispo), or max_new_tokens in place of the length (dr_grpo)."""
     clip: float | None = Field(None, gt=0)
-    """How far a ratio may usefully fall. 0.2; gspo: 0.0003."""
+    """How far a ratio may usefully fall. None: 0.2; gspo: 0.0003. cispo has no use for it."""
     clip_high: float | None = Field(None, gt=0)
-    """How far it may rise. Default: as clip; dapo: 0.28; gspo: 0.0004."""
+    """How far it may rise. None: as clip; dapo: 0.28; gspo: 0.0004."""
     cap: float | None = Field(None, gt=0)
-    """Largest weight of cispo. 5: ScaleRL (arXiv 2510.13786), TRL."""
+    """Largest weight of a token, for cispo alone. None: 5, as ScaleRL (arXiv 2510.13786) and TRL."""
     resample: int | None = Field(None, ge=0)
-    """Rounds of fresh prompts, at most, in place of those whose responses all score the same. dapo: 8; others: 0."""
+    """Rounds of fresh prompts, at most, in place of those whose responses all score the same. None: 0; dapo: 8 (ours; the paper has no limit)."""
     stale: float | None = Field(None, gt=0)
     """Leave out a response of negative advantage once the policy makes it this many nats a token less likely. DeepSeek-V3.2. None: not."""
     steps: int = Field(100, gt=0)
@@ -122,15 +124,15 @@ class GRPO(Settings):
     batch_size: int = Field(64, gt=0)
     """Responses an iteration, over all processes. DeepSeekMath: 1,024."""
     group_size: int = Field(8, gt=1)
-    """Responses to each prompt. DeepSeekMath: 64; R1 and DAPO: 16."""
+    """Responses to each prompt; batch_size is a multiple of it. DeepSeekMath: 64; R1 and DAPO: 16."""
     minibatches: int = Field(1, gt=0)
-    """Optimizer steps an epoch makes of them. DeepSeekMath: 1; GSPO: 4."""
+    """Optimizer steps an epoch makes of them; beyond the first of an iteration the ratio is no longer 1. DeepSeekMath: 1; DAPO: 16; GSPO: 4."""
     epochs: int = Field(1, gt=0)
     """Passes over an iteration's responses. 1: DeepSeekMath."""
     learning_rate: float = Field(1e-6, gt=0)
     """Peak. 1e-6: DeepSeekMath, DAPO. Ten to a thousand times that for LoRA and small models."""
     beta: float | None = Field(None, ge=0)
-    """KL coefficient. grpo: 0.04; the others: 0, no KL penalty."""
+    """KL coefficient. None: 0, no KL penalty; grpo: 0.04."""
     max_new_tokens: int = Field(64, gt=0)
     """Tokens of a response, at most. DeepSeekMath: 1,024."""
     temperature: float = Field(1.0, gt=0)
@@ -162,6 +164,7 @@ class GRPO(Settings):
     def _fit(self) -> GRPO:
         if self.batch_size % self.group_size:
             raise ValueError(f"--batch-size {self.batch_size} is no multiple of --group-size {self.group_size}: every prompt gets a whole group")
+        self.kl.steers(self.parts.beta)
         return self
 
     @property
@@ -189,13 +192,14 @@ def grpo(settings: GRPO) -> Run:
         run.state.setdefault("beta", parts.beta)
         run.state.setdefault("drawn", 0)
         if run.main:
-            say(f"grpo ({settings.variant}): {len(rows):,} prompts, {settings.steps} iterations of {settings.batch_size} responses"
+            own = "".join(f", {k} {v}" for k, v in parts._asdict().items() if v != getattr(VARIANTS[settings.variant], k))
+            say(f"grpo ({settings.variant}{own}): {len(rows):,} prompts, {settings.steps} iterations of {settings.batch_size} responses"
                 + (f"; {note}" if note else ""))  # fmt: skip
 
         def answers(seen: Sequence[PromptRow]) -> list[dict[str, Any]]:
             return show(
                 policy, renderer, [(r.prompt, r.where) for r in seen], processes, seed=settings.seed, max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature, score=lambda t: rewards(Responses.of(seen, t, renderer)).scores,
+                temperature=settings.temperature, stop=settings.stop, score=lambda t: rewards(Responses.of(seen, t, renderer)).scores,
             )  # fmt: skip
 
         if run.step == 0:
@@ -219,6 +223,7 @@ def grpo(settings: GRPO) -> Run:
 
             moved = improve(trajectory, looks, advantage * trust, mask, parts, stepper, settings, run)
 
+            run.state["drawn"] += int(counts["groups/sampled"])  # not before: a step that fails half-way is begun again as it was
             settings.kl.adapt(run.state, metrics["objective/kl"], len(trajectory))
             run.end_step(
                 metrics | counts | known | scored.metrics() | moved, rows=len(trajectory),
@@ -234,7 +239,7 @@ def grpo(settings: GRPO) -> Run:
 def gather(
     sampler: LocalSampler, prompt_ids: list[list[int]], rows: list[PromptRow], rewards: Reward, renderer: Renderer, settings: GRPO, run: Run
 ) -> tuple[Trajectory, Tensor, Scored, dict[str, float]]:
-    """Groups of scored responses: trajectory, group ids [N], what they are worth, and counts.
+    """Groups of scored responses, from the prompts behind those drawn so far: trajectory, group ids [N], what they are worth, and counts.
 
     With `resample`, groups whose responses all score the same give way to fresh prompts (DAPO's dynamic sampling), round after round while any is wanted;
     those that are left at the last round stay, and teach nothing.
@@ -244,8 +249,7 @@ def gather(
     good: list[int] = []
     flat: list[int] = []
     for _ in range(1 + settings.parts.resample):
-        drawn = stream(len(rows), run.state["drawn"], wanted - len(good), settings.seed)
-        run.state["drawn"] += len(drawn)
+        drawn = stream(len(rows), run.state["drawn"] + len(good) + len(flat), wanted - len(good), settings.seed)
         chosen = [(i, epoch * size + k) for i, epoch in drawn for k in range(size)]
         trajectory = sample_all(
             sampler, [prompt_ids[i] for i, _ in chosen], run.processes, seed=settings.seed, step=run.step,
@@ -294,6 +298,7 @@ def improve(
                 if parts.penalty != "k1":  # k1 is in the reward
                     loss = loss + run.state["beta"] * (weight * kl.penalty(now.logprobs, ref, old, learned, estimator=parts.penalty)).sum()
                 stepper.backward(loss * micro.weight)
+                metrics[CLIPPED[parts.loss]] = metrics.pop("clip_ratio")
                 if micro.weight:
                     run.meter.add({"policy_loss": metrics.pop("policy_loss")}, len(numbers) / len(rows))
                     run.meter.add(metrics, float(learned.sum()))

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from .. import losses
@@ -116,6 +116,11 @@ class PPO(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     run: RunSettings = RunSettings(eval_every=10)
 
+    @model_validator(mode="after")
+    def _fit(self) -> PPO:
+        self.kl.steers(self.beta)
+        return self
+
 
 def ppo(settings: PPO) -> Run:
     """Train; returns the run: its path, metrics and model."""
@@ -144,7 +149,7 @@ def ppo(settings: PPO) -> Run:
         def answers(seen: Sequence[PromptRow]) -> list[dict[str, Any]]:
             return show(
                 policy, renderer, [(r.prompt, r.where) for r in seen], processes, seed=settings.seed, max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature, score=lambda t: rewards(Responses.of(seen, t, renderer)).scores,
+                temperature=settings.temperature, stop=settings.stop, score=lambda t: rewards(Responses.of(seen, t, renderer)).scores,
             )  # fmt: skip
 
         if run.step == 0:

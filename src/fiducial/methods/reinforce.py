@@ -28,12 +28,14 @@ from ..core import advantages, kl
 from ..core.reductions import by_constant
 from ..data.batches import stream
 from ..data.prepare import load
+from ..data.render import Renderer
 from ..data.rows import PromptRow
 from ..errors import InputError, RunError
 from ..models.load import load_policy, load_reference, load_renderer, save
-from ..rewards import Responses, load_rewards
+from ..rewards import Responses, Reward, Scored, load_rewards
 from ..rollout.answers import fitting_prompt, local_sampler, show
-from ..rollout.shaping import KLSettings, LongSettings, Looks, ScoreSettings, look, shape, trusted
+from ..rollout.sampler import LocalSampler
+from ..rollout.shaping import KLSettings, LongSettings, Looks, ScoreSettings, look, shape, trusted, worth
 from ..rollout.shared import sample_all
 from ..rollout.trajectory import Trajectory
 from ..train.processes import accumulate
@@ -56,15 +58,15 @@ class Reinforce(Settings):
     out: str | None = None
     """The run folder. Default: runs/reinforce-1, -2, ..."""
     baseline: Literal["none", "mean", "remax", "rloo", "reinforce++"] = "rloo"
-    """What a return is compared with. rloo: Ahmadian et al. 2024 find it the best of them."""
+    """What a return is compared with: nothing, a running mean, the greedy response, the group's others, the batch. rloo: Ahmadian et al. 2024."""
     credit: Literal["response", "to_go"] | None = None
-    """What a token is credited with: the whole return, or what comes after it, which process rewards need. Default: response; reinforce++: to_go."""
+    """What a token is credited with: the whole return, or what comes from it on, as process rewards are for. None: response; reinforce++: to_go."""
     steps: int = Field(100, gt=0)
     """Iterations of sampling and one optimizer step. Ahmadian et al. 2024: 600 on Anthropic HH."""
     batch_size: int = Field(64, gt=0)
     """Responses an iteration, over all processes. Ahmadian et al. 2024: 512 and 256."""
     group_size: int = Field(4, gt=0)
-    """Responses to each prompt. 2 and 4: Ahmadian et al. 2024. Only rloo needs more than one."""
+    """Responses to each prompt; batch_size is a multiple of it. 2 and 4: Ahmadian et al. 2024. Only rloo needs more than one."""
     learning_rate: float = Field(1e-6, gt=0)
     """Peak. 1e-6: Ahmadian et al. 2024. Ten to a thousand times that for LoRA and small models."""
     beta: float = Field(0.03, ge=0)
@@ -93,6 +95,7 @@ class Reinforce(Settings):
             raise ValueError("--group-size 1 with --baseline rloo: one response alone has no others to be compared with; give at least 2")
         if self.batch_size % self.group_size:
             raise ValueError(f"--batch-size {self.batch_size} is no multiple of --group-size {self.group_size}: every prompt gets a whole group")
+        self.kl.steers(self.beta)
         return self
 
 
@@ -141,7 +144,7 @@ def reinforce(settings: Reinforce) -> Run:
         def answers(seen: Sequence[PromptRow]) -> list[dict[str, Any]]:
             return show(
                 policy, renderer, [(r.prompt, r.where) for r in seen], processes, seed=settings.seed, max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature, score=lambda t: rewards(Responses.of(seen, t, renderer)).scores,
+                temperature=settings.temperature, stop=settings.stop, score=lambda t: rewards(Responses.of(seen, t, renderer)).scores,
             )  # fmt: skip
 
         if run.step == 0:
@@ -165,12 +168,7 @@ def reinforce(settings: Reinforce) -> Run:
                 scored = rewards(Responses.of(batch, trajectory, renderer))
                 greedy = torch.zeros(len(batch))
                 if settings.baseline == "remax":
-                    asked = [rows[i] for i, _ in drawn]
-                    best = sample_all(
-                        replace(sampler, temperature=0.0), [prompt_ids[i] for i, _ in drawn], processes, seed=settings.seed, step=run.step,
-                        prompt=[i for i, _ in drawn], sample=[0] * len(drawn),
-                    )  # fmt: skip
-                    greedy = torch.tensor(rewards(Responses.of(asked, best, renderer)).scores).repeat_interleave(size)
+                    greedy = most_likely([i for i, _ in drawn], scored, sampler, prompt_ids, rows, rewards, renderer, settings, run)
             except RunError as error:
                 raise RunError(f"step {run.step + 1}: {error}; {run.how_to_go_on()}") from error
             looks = look(trajectory, policy, reference, processes, tokens)
@@ -186,7 +184,7 @@ def reinforce(settings: Reinforce) -> Run:
             average = float(advantages.whole(shaped, trajectory.mask).mean())
             run.state["mean"] = MEMORY * run.state["mean"] + (1 - MEMORY) * average if "mean" in run.state else average
             settings.kl.adapt(run.state, metrics["objective/kl"], len(batch))
-            if size > 1:
+            if settings.baseline == "rloo":
                 known["groups/no_spread"] = 1 - float(advantages.spread(torch.tensor(scored.scores), groups).float().mean())
             run.end_step(
                 metrics | known | scored.metrics() | moved, rows=len(batch), tokens=int(trajectory.lengths.sum()), show=("reward", "objective/kl")
@@ -196,6 +194,20 @@ def reinforce(settings: Reinforce) -> Run:
         run.record_samples(answers(rows[: settings.run.samples]))
         run.model = policy
         return run.finish(save=lambda path: save(policy, renderer.tokenizer, path, torch.tensor([prompt_ids[0]])))
+
+
+def most_likely(
+    asked: list[int], scored: Scored, sampler: LocalSampler, prompt_ids: list[list[int]], rows: list[PromptRow], rewards: Reward, renderer: Renderer,
+    settings: Reinforce, run: Run,
+) -> Tensor:  # fmt: skip
+    """[N] what the greedy response to each row's prompt is worth, on the scale of the sampled ones and with the same penalties."""
+    best = sample_all(
+        replace(sampler, temperature=0.0), [prompt_ids[i] for i in asked], run.processes, seed=settings.seed, step=run.step, prompt=asked,
+        sample=[0] * len(asked),
+    )  # fmt: skip
+    scores = rewards(Responses.of([rows[i] for i in asked], best, renderer)).scores
+    values, _ = worth(scores, best, settings.score, run.state, limit=settings.max_new_tokens, batch=scored.scores)
+    return values.float().repeat_interleave(settings.group_size)
 
 
 def returns(rewards: Tensor, mask: Tensor, settings: Reinforce) -> Tensor:

@@ -63,6 +63,7 @@ def show(
     seed: int,
     max_new_tokens: int,
     temperature: float = 1.0,
+    stop: Sequence[str] = (),
     score: Callable[[Trajectory], Sequence[float]] | None = None,
 ) -> list[dict[str, Any]]:
     """Lines for samples.jsonl; a prompt that leaves no room in the context is left out. Before and after draw from the same random streams."""
@@ -71,7 +72,7 @@ def show(
     room = limit - max((len(ids) for _, ids in kept), default=0)
     if not kept:
         return []
-    sampler = local_sampler(policy, renderer, max_new_tokens=min(max_new_tokens, room), temperature=temperature)
+    sampler = local_sampler(policy, renderer, max_new_tokens=min(max_new_tokens, room), temperature=temperature, stop=stop)
     numbers = list(range(len(kept)))
     sampled = sample_all(sampler, [ids for _, ids in kept], processes, seed=seed, step=0, prompt=numbers, sample=[0] * len(kept))
     scores = score(sampled) if score else [None] * len(kept)

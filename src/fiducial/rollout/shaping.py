@@ -5,6 +5,7 @@ Shapes: N responses, T columns; column t speaks of token t. Log-probabilities in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,9 +27,10 @@ class KLSettings(Settings):
     """The KL penalty to the reference: where it acts, how it is estimated, and its coefficient over time; --beta is where that starts."""
 
     placement: kl.Placement | None = None
-    """In the reward of each token, or as a term of the loss. Default: where the estimator is right."""
+    """In the reward of each token, or as a term of the loss, beside advantages as they are scaled there. None: where the estimator is right."""
     estimator: kl.Penalty | None = None
-    """k1 (in the reward) and k2 (of the response, in the loss) are exact; k2_tokens, weighted_k3, forward_k3 are losses of known bias. Default: k1."""
+    """k1 (in the reward) and k2 (of the response, in the loss) are exact; k2_tokens, weighted_k3, forward_k3 are losses of known bias; k3 is refused, with
+    the reason. None: k1; grpo: forward_k3."""
     target: float | None = Field(None, gt=0)
     """Nats a response to hold by adapting beta. None: beta stays. Ziegler et al. 2019: 6 for style, none for summaries."""
     horizon: int = Field(10_000, gt=0)
@@ -38,6 +40,15 @@ class KLSettings(Settings):
     def _right(self) -> KLSettings:
         kl.check(self.placement, self.estimator)
         return self
+
+    def steers(self, beta: float) -> None:
+        """Refuse a target that nothing can steer to: a coefficient of 0 stays 0 by whatever it is multiplied.
+
+        Raises:
+            ValueError: with what to do.
+        """
+        if self.target is not None and beta == 0:
+            raise ValueError(f"--kl.target {self.target:g} with a beta of 0: the target is held by multiplying beta, so give a --beta above 0 to start from")
 
     def resolve(self, default: kl.Penalty = "k1") -> tuple[kl.Placement, kl.Penalty]:
         """Placement and estimator; `default` is the method's own."""
@@ -124,10 +135,7 @@ def shape(
         the rewards, and the metrics of the batch.
     """
     mask, raw = trajectory.mask, torch.tensor(scored.scores, dtype=torch.float64)
-    scores, scale = normalised(raw, settings, state)
-    scores = scores - settings.missing_eos_penalty * (~trajectory.finished).float()
-    if settings.length_buffer and limit is not None:
-        scores = scores - settings.length_penalty * overlong(trajectory.response_lengths, limit, settings.length_buffer)
+    scores, scale = worth(scored.scores, trajectory, settings, state, limit=limit)
     steps = torch.zeros(mask.shape, dtype=torch.float64) if scored.steps is None else scale * select(scored.steps, mask)
     rewards = steps + trajectory.last * (scores - steps.sum(1))[:, None]
     kl_tokens = select(kl.estimate(looks.logprobs, looks.ref_logprobs, estimator="k1"), mask)
@@ -161,17 +169,36 @@ def trusted(trajectory: Trajectory, looks: Looks, settings: LongSettings) -> tup
     return weights, mask, {"correction/mean": float(each.mean()), "correction/effective": size, "correction/dropped": float((each == 0).float().mean())}
 
 
-def normalised(scores: Tensor, settings: ScoreSettings, state: dict[str, Any]) -> tuple[Tensor, float]:
-    """Scores [N] on the scale that the settings ask for, and the factor by which they were multiplied."""
-    scale = 1.0
+def worth(
+    scores: Sequence[float], trajectory: Trajectory, settings: ScoreSettings, state: dict[str, Any], *, limit: int | None = None,
+    batch: Sequence[float] | None = None,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """Scores [N] on the scale that the settings ask for, less what a response pays for being cut or long; and the factor of the scale.
+
+    Args:
+        limit: tokens that a response may have, for the length penalty.
+        batch: the scores that set the scale, where they are not these: a greedy response is measured as the sampled ones are.
+    """
+    raw, others = (torch.tensor(x, dtype=torch.float64) for x in (scores, scores if batch is None else batch))
+    values, scale = normalised(raw, settings, state, batch=others)
+    values = values - settings.missing_eos_penalty * (~trajectory.finished).float()
+    if settings.length_buffer and limit is not None:
+        values = values - settings.length_penalty * overlong(trajectory.response_lengths, limit, settings.length_buffer)
+    return values, scale
+
+
+def normalised(scores: Tensor, settings: ScoreSettings, state: dict[str, Any], *, batch: Tensor | None = None) -> tuple[Tensor, float]:
+    """Scores [N] on the scale that the settings ask for (by the mean and deviation of `batch`, else their own), and the factor by which they were
+    multiplied."""
+    batch, scale = scores if batch is None else batch, 1.0
     if settings.normalise == "first":
-        state.setdefault("score_mean", float(scores.mean()))
-        state.setdefault("score_std", float(scores.std(correction=0)))
+        state.setdefault("score_mean", float(batch.mean()))
+        state.setdefault("score_std", float(batch.std(correction=0)))
         scale = 1 / (state["score_std"] + 1e-8)
         scores = (scores - state["score_mean"]) * scale
     elif settings.normalise == "batch":
-        scale = float(1 / (scores.std(correction=0) + 1e-8))
-        scores = (scores - scores.mean()) * scale
+        scale = float(1 / (batch.std(correction=0) + 1e-8))
+        scores = (scores - batch.mean()) * scale
     return scores if settings.clip is None else scores.clamp(-settings.clip, settings.clip), scale
 
 

@@ -130,6 +130,12 @@ METRICS: dict[str, Metric] = {
     "clip_ratio": _m("stability", "Clipped share", "share of tokens",
         "Share of tokens whose probability ratio was clipped. 0.01 to 0.1 is healthy; above, lower the learning rate or the epochs per batch; at 0 "
         "with several epochs, the steps are timid.", (0.01, 0.1)),
+    "clip_ratio/responses": _m("stability", "Clipped share, by responses", "share of tokens",
+        "Share of tokens in responses whose ratio as a whole was clipped (GSPO). A tenth to a third is usual, for a mean over tokens is clipped very near "
+        "1; near 1 for long most of the batch teaches nothing: lower the learning rate or take fewer steps a batch."),
+    "clip_ratio/capped": _m("stability", "Share of capped weights", "share of tokens",
+        "Share of tokens whose weight was cut at the cap (CISPO); they keep their gradient. Near 0 is normal; above a hundredth the updates are large: "
+        "lower the learning rate or take fewer steps a batch."),
     "approx_kl": _m("stability", "KL of one update", "nats per token",
         "Distance between the policy before and after the updates on one batch. Healthy below 0.02; above, lower the learning rate, or use fewer "
         "epochs or larger minibatches.", (None, 0.02)),
@@ -146,7 +152,8 @@ METRICS: dict[str, Metric] = {
         "Squared error of the critic. Falls, then follows the spread of the reward; if it rises steadily, lower the critic's learning rate or whiten "
         "the rewards."),
     "policy_loss": _m("stability", "Policy loss", "surrogate",
-        "PPO's clipped surrogate. About 0 and flat is normal; it says little: watch reward and KL. Large spikes go with high ratios."),
+        "The surrogate whose gradient moves the policy. About 0 and flat is normal where advantages are centred; its value says little: watch reward "
+        "and KL. Large spikes go with high ratios or a baseline far off."),
     "value_clip_ratio": _m("stability", "Clipped share of values", "share of tokens",
         "Share of value predictions held back by clipping. High for long means that the critic wants to move faster than the clip lets it: widen the "
         "value clip or lower the reward's scale."),
@@ -166,7 +173,7 @@ METRICS: dict[str, Metric] = {
         "weights, another temperature or another precision.", (None, 0.02)),
     "groups/no_spread": _m("learning", "Groups without spread", "share of groups",
         "Share of the prompts sampled whose responses all got the same score: they teach nothing. Below one half is healthy; above, take prompts of middling "
-        "difficulty, larger groups, a finer reward, or let them be sampled again (--resample).", (None, 0.5)),
+        "difficulty, larger groups or a finer reward; grpo can sample others in their place (--resample).", (None, 0.5)),
     "groups/sampled": _m("speed", "Groups sampled a step", "groups",
         "Groups sampled until the batch was full. If it keeps rising, most prompts have become too easy or stayed too hard: change the prompts."),
     "correction/mean": _m("stability", "Mean correction weight", "",
@@ -314,6 +321,14 @@ def _clipping(history: _History) -> str | None:
     return None
 
 
+def _no_spread(history: _History) -> str | None:
+    late = history.late("groups/no_spread")
+    if late and fmean(late) > 0.5:
+        return (f"In {100 * fmean(late):.3g}% of the groups all responses score the same late in the run (heuristic: below one half), and teach nothing: take "
+                "prompts of middling difficulty, larger groups, a finer reward, or have others sampled in their place.")  # fmt: skip
+    return None
+
+
 def _unfinished(history: _History) -> str | None:
     late = history.late("completions/finished")
     if late and fmean(late) < 0.95:
@@ -386,8 +401,8 @@ def _overfit(history: _History) -> str | None:
 
 
 _ALARMS: tuple[Callable[[_History], str | None], ...] = (
-    _not_finite, _negative_kl, _first_ratio, _sampler_gap, _critic, _update_kl, _clipping, _unfinished, _longer, _collapse, _displacement, _too_easy,
-    _memorised, _overfit,
+    _not_finite, _negative_kl, _first_ratio, _sampler_gap, _critic, _update_kl, _clipping, _no_spread, _unfinished, _longer, _collapse, _displacement,
+    _too_easy, _memorised, _overfit,
 )  # fmt: skip
 
 
