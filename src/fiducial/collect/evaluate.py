@@ -14,8 +14,11 @@ from ..core.reductions import select
 from ..errors import InputError
 from ..models.load import load_policy
 from ..rewards import Responses
+from ..rewards.process import Aggregate
 from ..train.checkpoint import write_json
 from ..train.processes import Processes
+from ..train.progress import say
+from .best_of import BestOf
 from .sampling import Judge, Model
 
 
@@ -27,7 +30,8 @@ class Evaluate(Settings):
     prompts: str
     """Rows with a prompt, best held out from training: a file or a Hub name."""
     judge: str | None = None
-    """A reward model's folder, file.py:function with TRL's reward signature, or one that compares (see `fiducial collect --help`)."""
+    """A reward model's folder, file.py:function with TRL's reward signature, one that compares (see `fiducial collect --help`), or exact_match,
+    numeric_answer, format, length: of these the score is the share of right answers."""
     baseline: str | None = None
     """The model to beat, by the judge."""
     reference: str | None = None
@@ -36,6 +40,12 @@ class Evaluate(Settings):
     """A .json file for the numbers."""
     samples: int = Field(1, gt=0)
     """Responses a prompt."""
+    best_of: int | None = Field(None, gt=0)
+    """The model (not the baseline) draws so many for each of them and is measured by the best by --score: best-of-n against a trained model."""
+    score: str | None = None
+    """What chooses the best of n, as --reward; what measures is --judge. Where both are the same, the measure flatters."""
+    aggregate: Aggregate | None = None
+    """Of a process reward model as --score: how the scores of the steps become one. Default: as its folder says."""
     max_new_tokens: int = Field(64, gt=0)
     """Tokens of a response, at most."""
     temperature: float = Field(1.0, gt=0)
@@ -51,10 +61,16 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
     """The numbers by name: {"value", "low", "high", "n"} each; KL in nats, lengths in tokens."""
     if settings.baseline and not settings.judge:
         raise InputError("--baseline needs --judge: somebody must say which response is better")
+    if settings.best_of and settings.reference:
+        raise InputError("--reference with --best-of: responses that were chosen no longer follow the model's probabilities, so no KL can be read from them")
     processes = Processes()
+    best = BestOf.open(settings.best_of, settings.score, settings.aggregate, settings.temperature, processes)
     judge = Judge(settings.judge, RunSettings(), processes) if settings.judge else None
     model = Model.open(settings.model, settings.prompts, settings.rows, processes, reserve=settings.max_new_tokens)
-    numbers, responses = everything(model, settings, settings.seed)
+    for reads in (best, judge):
+        if reads is not None:
+            reads.check_rows(model.rows)
+    numbers, responses = everything(model, settings, settings.seed, best)
     out: dict[str, Any] = {
         "length": intervals.mean([float(n) for r in responses for n in r.trajectory.response_lengths], numbers),
         "finished": intervals.mean([float(f) for r in responses for f in r.trajectory.finished], numbers),
@@ -62,6 +78,10 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
     scores = [judge.scores(r) for r in responses] if judge else []
     if judge and judge.scorer:
         out["score"] = intervals.mean([s for block in scores for s in block or []], numbers)
+    if best is not None:
+        out |= best.means()
+        if processes.main:
+            say(f"eval: {best.bound()}")
     if settings.reference:
         out |= divergence(model, settings.reference, responses, numbers, settings)
     if settings.baseline and judge:
@@ -78,14 +98,15 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
     return out
 
 
-def everything(model: Model, settings: Evaluate, seed: int) -> tuple[list[int], list[Responses]]:
-    """All responses of a model, and the prompt's number of each."""
-    blocks = list(
-        model.answer(
-            settings.samples, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, stop=settings.stop, seed=seed,
+def everything(model: Model, settings: Evaluate, seed: int, best: BestOf | None = None) -> tuple[list[int], list[Responses]]:
+    """All responses of a model, or the best of each n, and the prompt's number of each."""
+    blocks = [
+        best.keep(*block) if best else block
+        for block in model.answer(
+            settings.samples * (best.n if best else 1), max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, stop=settings.stop, seed=seed,
             title=Path(model.name).name or model.name,
         )
-    )
+    ]
     return [i for numbers, _ in blocks for i in numbers], [r for _, r in blocks]
 
 
@@ -125,8 +146,9 @@ def divergence(model: Model, reference: str, responses: list[Responses], numbers
 def as_lines(numbers: dict[str, Any]) -> list[str]:
     """For the terminal: a line a number, with its interval."""
     names = {
-        "win_rate": "win rate over the baseline", "score": "score", "baseline_score": "score of the baseline", "kl": "KL to the reference, nats a response",
-        "kl_per_token": "KL to the reference, nats a token", "length": "tokens a response", "finished": "share that ended by itself",
+        "win_rate": "win rate over the baseline", "score": "score", "baseline_score": "score of the baseline", "drawn_score": "score of all drawn, by --score",
+        "kept_score": "score of the best of n, by --score", "kl": "KL to the reference, nats a response", "kl_per_token": "KL to the reference, nats a token",
+        "length": "tokens a response", "finished": "share that ended by itself",
     }  # fmt: skip
     rows = [(names[k], v) for k, v in numbers.items()]
     return [f"{n:<38} {v['value']:>9.4g}   [{v['low']:.4g}, {v['high']:.4g}]   n {v['n']:,}" for n, v in rows]

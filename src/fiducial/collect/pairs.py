@@ -1,4 +1,4 @@
-"""Preferences from a model's own responses: sample K a prompt, let a judge compare them, write preference rows."""
+"""Preferences from a model's own responses: sample K a prompt, let a judge compare them, write preference rows; with --steps, rows of labelled steps."""
 
 from __future__ import annotations
 
@@ -16,23 +16,36 @@ from ..rewards import Responses
 from ..train.processes import Processes
 from ..train.progress import say
 from .sampling import Judge, Model
+from .steps import collect_steps
 
 
 class Collect(Settings):
-    """Collect preferences: sample responses, have a judge compare them, write rows with prompt, chosen, rejected."""
+    """Collect preferences: sample responses, have a judge compare them, write rows with prompt, chosen, rejected.
+
+    With --steps N, collect steps instead: cut each response into steps, complete it N times from the end of each, have the judge score every
+    completion, and write rows with prompt, completions, labels and rates for `fiducial prm`. A step is labelled right if any of the N ends right: the
+    model can recover from there, which does not say that the step is valid.
+    """
 
     model: str
     """The model that answers: a folder or a Hub name."""
     prompts: str
     """Rows with a prompt: a file or a Hub name."""
     judge: str
-    """A reward model's folder, file.py:function with TRL's reward signature, or one that compares: (prompts, first, second) -> list of true or false."""
+    """A reward model's folder, file.py:function with TRL's reward signature, one that compares: (prompts, first, second) -> list of true or false; or
+    exact_match, numeric_answer, format, length, which read the row's columns."""
     out: str
     """The file to write, .jsonl."""
     samples: int = Field(4, gt=1)
     """Responses a prompt. InstructGPT: 4 to 9."""
     pairs: Literal["all", "extremes"] = "all"
     """Of K responses all K(K-1)/2 pairs, or the best against the worst."""
+    steps: int = Field(0, ge=0)
+    """Completions from the end of each step, to label the steps. 0: collect preferences. Math-Shepherd (Wang et al. 2024): 8."""
+    separator: str = "\n"
+    """What ends a step. Lightman et al. 2023: a new line."""
+    threshold: float = 0.5
+    """The judge's score from which a completion counts as right. 0.5 fits scores of 0 and 1, and probabilities; for a reward model 0 is its usual response."""
     max_new_tokens: int = Field(64, gt=0)
     """Tokens of a response, at most."""
     temperature: float = Field(1.0, gt=0)
@@ -45,7 +58,7 @@ class Collect(Settings):
 
 
 def collect(settings: Collect) -> dict[str, Any]:
-    """Write the rows; returns counts: prompts, responses, pairs, ties and duplicates that were left out."""
+    """Write the rows; returns counts: prompts, responses, pairs, ties and duplicates that were left out; with --steps those of `collect_steps`."""
     processes = Processes()
     out = Path(settings.out)
     if out.suffix != ".jsonl":
@@ -56,8 +69,11 @@ def collect(settings: Collect) -> dict[str, Any]:
     if judge.compare is not None and settings.pairs == "extremes":
         raise InputError("--pairs extremes needs scores, and this judge only compares two responses: use --pairs all")
     model = Model.open(settings.model, settings.prompts, settings.rows, processes, reserve=settings.max_new_tokens)
-    counts = {"prompts": len(model.rows), "responses": 0, "pairs": 0, "ties": 0, "duplicates": 0}
+    judge.check_rows(model.rows)
     out.parent.mkdir(parents=True, exist_ok=True)
+    if settings.steps:
+        return collect_steps(settings, model, judge, out)
+    counts = {"prompts": len(model.rows), "responses": 0, "pairs": 0, "ties": 0, "duplicates": 0}
     for numbers, responses in model.answer(
         settings.samples, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, stop=settings.stop, seed=settings.seed, title="collect"
     ):

@@ -14,6 +14,7 @@ from ..errors import InputError, RunError
 from ..models.load import load_policy, load_renderer
 from ..models.roles import Policy
 from ..rewards.load import FunctionReward, ModelReward, Responses, load_function, load_reward
+from ..rewards.process import ProcessReward
 from ..rollout.answers import local_sampler
 from ..rollout.shared import sample_all
 from ..train.processes import Processes
@@ -79,14 +80,19 @@ class Judge:
         import inspect
 
         self.name, self.processes = name, processes
-        self.scorer: FunctionReward | ModelReward | None = None
+        self.scorer: FunctionReward | ModelReward | ProcessReward | None = None
         self.compare: Callable[..., Any] | None = None
         if ":" in name:
             function = load_function(name, "--judge")
             if {"first", "second"} <= set(inspect.signature(function).parameters):
                 self.compare = function
                 return
-        self.scorer = load_reward(name, run, processes)
+        self.scorer = load_reward(name, run, processes, "--judge")
+
+    def check_rows(self, rows: Sequence[PromptRow]) -> None:
+        """An InputError if a row lacks what a reward of the package reads."""
+        if isinstance(self.scorer, FunctionReward):
+            self.scorer.check_rows(rows)
 
     def scores(self, responses: Responses) -> list[float] | None:
         """A score a response, or None for a judge that only compares."""

@@ -1,13 +1,28 @@
-"""What the best of n samples is worth, from a sample larger than n."""
+"""What the best of n samples is worth, from a sample larger than n, and how far it may lie from the model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .reductions import same_shape
+
+
+def kl_bound(n: int) -> float:
+    r""":math:`\log n - \frac{n-1}{n}`, in nats: the most that KL(best of n, model) can be. Beirami et al. 2024 (arXiv 2401.01879).
+
+    It is reached where no score has any mass of its own; equal scores, few distinct responses, or noise in the score only lower it. A mean over prompts obeys
+    it as each of them does, and it holds for any score, whatever that is worth.
+
+    Raises:
+        ValueError: n is below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    return math.log(n) - (n - 1) / n
 
 
 def expected_best_of(scores: Tensor | Sequence[float], values: Tensor | Sequence[float], n: int) -> float:

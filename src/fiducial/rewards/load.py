@@ -1,15 +1,15 @@
-"""Rewards by their names on the command line: `file.py:function`, `module:function`, or the folder of a reward model."""
+"""Rewards by their names on the command line: `file.py:function`, `module:function`, the folder of a reward model, or one that comes with the package."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import inspect
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ import torch
 
 from ..config import LoraSettings, RowSettings, RunSettings
 from ..data.prepare import messages_of
-from ..data.render import Renderer
+from ..data.render import Renderer, same_tokens
 from ..data.rows import Content
 from ..errors import InputError, RunError
 from ..models.load import load_renderer, load_scorer
 from ..models.roles import Scorer
 from ..rollout.trajectory import Trajectory
 from ..train.processes import Processes
+from .process import ProcessReward
+from .verifiable import VERIFIABLE, ColumnFault
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,19 @@ class Responses:
     columns: list[dict[str, Any]]
     trajectory: Trajectory
     renderer: Renderer
+    where: list[str] = field(default_factory=list)
+    """file:line of each prompt's row, if it came from one."""
 
     @staticmethod
     def of(rows: Sequence[Any], trajectory: Trajectory, renderer: Renderer) -> Responses:
         """`rows` are the prompt rows, one a response."""
         texts = [renderer.decode(ids) for ids in trajectory.responses()]
-        return Responses([r.prompt for r in rows], texts, [getattr(r, "columns", {}) for r in rows], trajectory, renderer)
+        return Responses([r.prompt for r in rows], texts, [getattr(r, "columns", {}) for r in rows], trajectory, renderer, [r.where for r in rows])
+
+    def take(self, rows: Sequence[int]) -> Responses:
+        """Only these responses, in this order."""
+        prompts, completions, columns, where = ([x[i] for i in rows] if x else [] for x in (self.prompts, self.completions, self.columns, self.where))
+        return Responses(prompts, completions, columns, self.trajectory.take(rows), self.renderer, where)  # type: ignore[arg-type]
 
 
 class FunctionReward:
@@ -61,15 +70,33 @@ class FunctionReward:
         completions = [
             [{"role": "assistant", "content": c}] if chat else c for c, chat in zip(batch.completions, chats, strict=True)
         ]
-        names = {n for row in batch.columns for n in row if self.takes_all or n in self.takes}
-        columns: dict[str, Any] = {n: [row.get(n) for row in batch.columns] for n in sorted(names)}
+        columns = self._columns(batch.columns)
         if "completion_ids" in self.takes:
             columns["completion_ids"] = batch.trajectory.responses(ending=True)
         try:
             out = self.function(prompts=[messages_of(p) for p in batch.prompts], completions=completions, **columns)
+        except ColumnFault as fault:
+            raise RunError(f"{batch.where[fault.row] if batch.where else f'response {fault.row}'}: {fault.sentence}") from fault
         except Exception as error:
             raise RunError(f"the reward function {self.name} raised {type(error).__name__}: {error}{_line_of(error, self.function)}") from error
         return self.check(out, len(completions))
+
+    def _columns(self, rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+        names = {n for row in rows for n in row if self.takes_all or n in self.takes} - {"prompts", "completions"}
+        return {n: [row.get(n) for row in rows] for n in sorted(names)}
+
+    def check_rows(self, rows: Sequence[Any]) -> None:
+        """That a function of the package finds in each prompt row the columns that it needs; users' functions are not called for this.
+
+        Raises:
+            InputError: names the row's file:line, the function and the column.
+        """
+        if self.name not in VERIFIABLE:
+            return
+        try:
+            self.function(prompts=[""] * len(rows), completions=[""] * len(rows), **self._columns([r.columns for r in rows]))
+        except ColumnFault as fault:
+            raise InputError(f"{rows[fault.row].where}: {fault.sentence}") from fault
 
     def check(self, out: Any, expected: int) -> list[float]:
         """Exactly one finite number a response."""
@@ -97,9 +124,7 @@ class ModelReward:
     def same_tokens(self, renderer: Renderer) -> bool:
         """The policy's tokens are this model's: nothing needs to be decoded and encoded again. A pad token of this model's own is no difference."""
         if self._compared is None or self._compared[0] is not renderer:
-            mine, theirs = self.renderer.tokenizer, renderer.tokenizer
-            same = _tokens(mine, mine.pad_token) == _tokens(theirs, mine.pad_token) and mine.chat_template == theirs.chat_template
-            self._compared = renderer, same
+            self._compared = renderer, same_tokens(self.renderer, renderer)
         return self._compared[1]
 
     def __call__(self, batch: Responses) -> list[float]:
@@ -161,18 +186,31 @@ class Scored:
 class Reward:
     """A weighted sum of rewards."""
 
-    parts: list[FunctionReward | ModelReward]
+    parts: list[FunctionReward | ModelReward | ProcessReward]
     weights: list[float]
 
     def __call__(self, batch: Responses) -> Scored:
-        """The worth of each response.
+        """The worth of each response; what a process reward gives is earned step by step.
 
         Raises:
             RunError: a part failed; it names the part and the response.
         """
-        scores = {part.name: part(batch) for part in self.parts}
+        scores: dict[str, list[float]] = {}
+        steps: torch.Tensor | None = None
+        for weight, part in zip(self.weights, self.parts, strict=True):
+            if isinstance(part, ProcessReward):
+                scores[part.name], earned = part.earned(batch)
+                steps = weight * earned if steps is None else steps + weight * earned
+            else:
+                scores[part.name] = part(batch)
         total = [sum(w * scores[p.name][i] for w, p in zip(self.weights, self.parts, strict=True)) for i in range(len(batch.completions))]
-        return Scored(total, scores)
+        return Scored(total, scores, steps)
+
+    def check_rows(self, rows: Sequence[Any]) -> None:
+        """Before any work: an InputError if a prompt row lacks what a reward of the package reads."""
+        for part in self.parts:
+            if isinstance(part, FunctionReward):
+                part.check_rows(rows)
 
     @property
     def models(self) -> list[ModelReward]:
@@ -185,28 +223,25 @@ def load_rewards(names: Sequence[str], weights: Sequence[float] | None, run: Run
         InputError: a name leads nowhere, a folder is no reward model, or there are not as many weights as rewards.
     """
     if not names:
-        raise InputError("--reward is required: the folder of a reward model, or file.py:function")
+        raise InputError(f"--reward is required: the folder of a reward model, file.py:function, or one of {', '.join(VERIFIABLE)}")
     if weights is not None and len(weights) != len(names):
         raise InputError(f"--reward-weights: {len(weights)} weights for {len(names)} rewards")
     return Reward([load_reward(n, run, processes) for n in names], list(weights) if weights is not None else [1.0] * len(names))
 
 
-def load_reward(name: str, run: RunSettings, processes: Processes) -> FunctionReward | ModelReward:
-    """One reward by its name."""
+def load_reward(name: str, run: RunSettings, processes: Processes, flag: str = "--reward") -> FunctionReward | ModelReward | ProcessReward:
+    """One reward by its name. A folder that `fiducial prm` has written says so in its config, and is a process reward."""
     if ":" in name and not Path(name).is_dir():
-        return FunctionReward(name, load_function(name, "--reward"), processes)
+        return FunctionReward(name, load_function(name, flag), processes)
+    if not Path(name).is_dir():
+        if name in VERIFIABLE:
+            return FunctionReward(name, VERIFIABLE[name], processes)
+        if near := difflib.get_close_matches(name.lower().replace("-", "_"), VERIFIABLE, n=1):
+            known = ", ".join(VERIFIABLE)
+            raise InputError(f"{flag}: there is no {name!r}: did you mean {near[0]} (of {known}), or else the folder of a reward model, or file.py:function")
     scorer = load_scorer(name, LoraSettings(), run, head="saved").requires_grad_(False).to(processes.device)
-    return ModelReward(name, scorer, load_renderer(name, RowSettings()), run.tokens, processes)
-
-
-def _tokens(tokenizer: Any, without: str | None) -> Any:
-    """All that turns text into ids, but for one added token."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return repr(tokenizer)
-    found = json.loads(backend.to_str())
-    found["added_tokens"] = [t for t in found["added_tokens"] if t["content"] != without]
-    return found
+    kind = ProcessReward if getattr(scorer.model.config, "process_reward", None) else ModelReward
+    return kind(name, scorer, load_renderer(name, RowSettings()), run.tokens, processes)
 
 
 def load_function(name: str, flag: str) -> Callable[..., Any]:
