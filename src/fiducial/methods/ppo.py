@@ -70,7 +70,8 @@ class PPO(Settings):
     data: str
     """Rows with a prompt; their other columns reach the reward function. A file or a Hub name."""
     reward: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A reward model's folder, or file.py:function with TRL's signature; may be given several times."""
+    """A reward model's folder, file.py:function with TRL's signature, or exact_match, numeric_answer, format, length (they read the row's columns); may be
+    given several times."""
     reward_weights: tuple[float, ...] | None = None
     """One weight a reward. Default: 1 each."""
     out: str | None = None
@@ -130,6 +131,7 @@ def ppo(settings: PPO) -> Run:
         prompt_ids, rows, note = load(settings.data, settings.rows, (PromptRow,), lambda r: fitting_prompt(r, renderer, settings.max_new_tokens))
         ptx = read_ptx(settings, renderer)
         rewards = load_rewards(settings.reward, settings.reward_weights, settings.run, processes)
+        rewards.check_rows(rows)
         policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer).to(processes.device)
         critic = make_critic(settings, policy, rewards, renderer)  # None: a head on the policy's own trunk
         reference = load_reference(settings.model, policy, settings.lora, settings.run)
