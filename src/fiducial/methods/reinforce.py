@@ -128,6 +128,7 @@ def reinforce(settings: Reinforce) -> Run:
         renderer = load_renderer(settings.model, settings.rows)
         prompt_ids, rows, note = load(settings.data, settings.rows, (PromptRow,), lambda r: fitting_prompt(r, renderer, settings.max_new_tokens))
         rewards = load_rewards(settings.reward, settings.reward_weights, settings.run, processes)
+        rewards.check_rows(rows)
         policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer).to(processes.device)
         reference = load_reference(settings.model, policy, settings.lora, settings.run)
         sampler = local_sampler(
