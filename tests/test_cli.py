@@ -10,7 +10,9 @@ from fiducial.config import Settings, dump_yaml, parse
 from fiducial.errors import InputError
 from fiducial.methods.distill import Distill
 from fiducial.methods.dpo import DPO
+from fiducial.methods.grpo import GRPO
 from fiducial.methods.ppo import PPO
+from fiducial.methods.reinforce import Reinforce
 from fiducial.methods.reward_model import RewardModel
 from fiducial.methods.sft import SFT
 
@@ -66,7 +68,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert settings.reward[-2:] == ("y", "z")
 
 
-@pytest.mark.parametrize(("cls", "method"), [(SFT, "sft"), (RewardModel, "reward"), (PPO, "ppo"), (DPO, "dpo")])
+@pytest.mark.parametrize(("cls", "method"), [(SFT, "sft"), (RewardModel, "reward"), (PPO, "ppo"), (Reinforce, "reinforce"), (GRPO, "grpo"), (DPO, "dpo")])
 def test_the_resolved_settings_are_read_back_equal(tmp_path, cls, method):
     settings = cls(model="m", data="d", seed=3)
     file = tmp_path / "config.yaml"
@@ -88,7 +90,7 @@ def test_help_explains_every_setting(capsys, verb):
         assert name.replace("_", "-") in out or "STR" in out
 
 
-@pytest.mark.parametrize("cls", [SFT, RewardModel, PPO, DPO, Distill])
+@pytest.mark.parametrize("cls", [SFT, RewardModel, PPO, Reinforce, GRPO, DPO, Distill])
 def test_every_setting_has_a_line_of_documentation(cls):
     import ast
     import inspect
@@ -116,7 +118,9 @@ def test_settings_refuse_to_be_changed():
 
 
 def test_the_yaml_of_a_run_is_plain(tmp_path):
-    assert json.loads(json.dumps(yaml.safe_load(dump_yaml(PPO(model="m", data="d"), "ppo"))))["kl"] == {"target": None, "horizon": 10_000}
+    assert json.loads(json.dumps(yaml.safe_load(dump_yaml(PPO(model="m", data="d"), "ppo"))))["kl"] == {
+        "placement": None, "estimator": None, "target": None, "horizon": 10_000
+    }  # fmt: skip
 
 
 def test_bad_python_settings_raise_a_value_error():

@@ -1,4 +1,4 @@
-"""The four methods end to end on tiny models: what they save, what must not change their result, and that each of them learns."""
+"""The methods end to end on tiny models: what they save, what must not change their result, and that each of them learns."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from fiducial.train.processes import Processes
 from fiducial.train.step import Stepper
 
 each = pytest.mark.parametrize("kind", ARCHITECTURES)
-METHODS = ("sft", "reward", "dpo", "ppo")
+METHODS = ("sft", "reward", "dpo", "ppo", "reinforce", "grpo")
 GENTLE = OptimizerSettings(eps=1e-3, schedule="constant", max_grad_norm=1e9)
 """Close to plain gradient descent and never clipped: a wrong scale of the gradient shows, and rounding does not flip Adam's sign."""
 
@@ -70,6 +70,8 @@ def go(models, data, rewards, tmp_path_factory):
             "reward": (fd.RewardModel, {"data": data["pairs"]}),
             "dpo": (fd.DPO, {"data": data["pairs"], "max_new_tokens": 4, "optimizer": OptimizerSettings(schedule="constant")}),
             "ppo": (fd.PPO, {"data": data["prompts"], "reward": rewards("count_e"), "max_new_tokens": 6, "epochs": 2}),
+            "reinforce": (fd.Reinforce, {"data": data["prompts"], "reward": rewards("count_e", "length"), "max_new_tokens": 6, "group_size": 2}),
+            "grpo": (fd.GRPO, {"data": data["prompts"], "reward": rewards("count_e", "length"), "max_new_tokens": 6, "group_size": 2, "epochs": 2}),
         }[method]
         return getattr(fd, method)(cls(**(common | extra | changes)))
 
@@ -128,6 +130,9 @@ def test_the_pipeline_with_adapters_from_sft_to_ppo(go, data):
     judge = go("reward", str(first.path / "model"), lora=lora)
     aligned = go("ppo", str(first.path / "model"), lora=lora, reward=(str(judge.path / "model"),), learning_rate=1e-2)
     assert abs(lines(aligned, 0)["objective/kl"]) < 1e-5
+    for method in ("reinforce", "grpo"):
+        also = go(method, str(first.path / "model"), lora=lora, reward=(str(judge.path / "model"),), learning_rate=1e-2)
+        assert abs(lines(also, 0)["objective/kl"]) < 1e-5 and abs(lines(also, 1)["objective/kl"]) > 1e-5
     preferred = go("dpo", str(first.path / "model"), lora=lora)
     assert lines(preferred, 0)["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
@@ -142,7 +147,9 @@ def test_how_a_batch_is_cut_changes_nothing(go, models, method, kind):
 
     def train(tokens):
         more = {"critic": ppo_page.CriticSettings(start="shared"), "minibatches": 2} if method == "ppo" else {}
-        return go(method, kind, steps=3, batch_size=5, learning_rate=1e-2, optimizer=GENTLE, run=RunSettings(tokens=tokens, samples=1), **more)
+        more |= {"reinforce": {"baseline": "reinforce++", "batch_size": 6}, "grpo": {"batch_size": 6, "group_size": 3, "minibatches": 2}}.get(method, {})
+        common = {"steps": 3, "batch_size": 5, "learning_rate": 1e-2, "optimizer": GENTLE, "run": RunSettings(tokens=tokens, samples=1)}
+        return go(method, kind, **(common | more))
 
     whole, cut = train(10**6), train(1)
     for a, b in zip(lines(whole), lines(cut), strict=True):
@@ -222,6 +229,14 @@ def test_ppo_raises_the_reward(go, kind):
     assert lines(run, 0)["reward"] < 1 and lines(run, -1)["reward"] > 4 and lines(run, -1)["objective/kl"] > 1
 
 
+@each
+@pytest.mark.parametrize(("method", "more"), [("reinforce", {"group_size": 8}), ("grpo", {"group_size": 8, "variant": "dr_grpo", "epochs": 3})])
+def test_without_a_critic_the_reward_is_raised_too(go, rewards, kind, method, more):
+    more = more | {"reward": rewards("count_e")}
+    run = go(method, kind, steps=25, batch_size=32, learning_rate=5e-3, max_new_tokens=8, beta=0.01, run=RunSettings(samples=1), **more)
+    assert lines(run, 0)["reward"] < 1 and lines(run, -1)["reward"] > 4 and lines(run, -1)["objective/kl"] > 1
+
+
 @pytest.mark.parametrize("start", ["policy", "shared"])
 def test_the_critic_learns_what_a_response_will_earn(go, tmp_path, start):
     """A response earns 1 whatever it says: that is what each of its states is worth."""
@@ -236,10 +251,11 @@ def test_the_critic_learns_what_a_response_will_earn(go, tmp_path, start):
 
 @each
 @pytest.mark.parametrize("rank", [0, 4])
-def test_the_first_ratio_is_one_and_the_first_kl_zero_at_any_temperature(go, kind, rank):
-    run = go("ppo", kind, temperature=0.6, learning_rate=1e-2, batch_size=8, lora=LoraSettings(r=rank), steps=3)
+@pytest.mark.parametrize("method", ["ppo", "reinforce", "grpo"])
+def test_the_first_ratio_is_one_and_the_first_kl_zero_at_any_temperature(go, method, kind, rank):
+    run = go(method, kind, temperature=0.6, learning_rate=1e-2, batch_size=8, lora=LoraSettings(r=rank), steps=3)
     for line in lines(run):
-        assert line["ratio/first"] == pytest.approx(1, abs=1e-5)
+        assert method == "reinforce" or line["ratio/first"] == pytest.approx(1, abs=1e-5)
         assert line["sampler_gap"] < 1e-4
     assert lines(run, 0)["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert abs(lines(run, -1)["objective/kl"]) > 1e-3
@@ -403,7 +419,8 @@ def test_a_broken_reward_function_is_refused_before_training(go, rewards, tmp_pa
 @pytest.mark.parametrize(
     ("fault", "said"), [("raise ValueError('no')", "raised ValueError: no"), ("return [float('inf')] * len(completions)", "returned inf")]
 )
-def test_a_reward_function_that_breaks_later_costs_nothing_that_was_trained(go, tmp_path, fault, said):
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_a_reward_function_that_breaks_later_costs_nothing_that_was_trained(go, tmp_path, method, fault, said):
     broken = tmp_path / "broken"
     file = tmp_path / "later.py"
     file.write_text(
@@ -411,14 +428,14 @@ def test_a_reward_function_that_breaks_later_costs_nothing_that_was_trained(go, 
         f"    if calls == 5 and pathlib.Path({str(broken)!r}).exists():\n        {fault}\n    return [float(c.count('e')) for c in completions]\n"
     )
     changes = {"reward": (f"{file}:score",), "steps": 6, "learning_rate": 1e-2}
-    whole = go("ppo", "llama", **changes)
+    whole = go(method, "llama", **changes)
     broken.touch()
     with pytest.raises(RunError, match=rf"later.py:score .*{said}"):
-        go("ppo", "llama", out=str(tmp_path / "run"), **changes)
+        go(method, "llama", out=str(tmp_path / "run"), **changes)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-3"]  # the first call was the sample before training
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
     broken.unlink()
-    resumed = go("ppo", "llama", out=str(tmp_path / "run"), resume=True, **changes)
+    resumed = go(method, "llama", out=str(tmp_path / "run"), resume=True, **changes)
     assert torch.equal(flat(weights(whole.path / "model")), flat(weights(resumed.path / "model")))
 
 

@@ -19,10 +19,10 @@ import torch
 torch.set_num_threads(1)
 import fiducial as fd
 from fiducial.config import build
-from fiducial.methods import distill, dpo, ppo, reward_model, sft
+from fiducial.methods import distill, dpo, grpo, ppo, reinforce, reward_model, sft
 from fiducial.train.step import Stepper
 
-CLASSES = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "distill": fd.Distill}
+CLASSES = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "reinforce": fd.Reinforce, "grpo": fd.GRPO, "distill": fd.Distill}
 whole, gradients = Stepper.step, []
 
 def step(self, number):
@@ -37,6 +37,7 @@ for name, method, settings in jobs:
     run = getattr(fd, method)(build(CLASSES[method], settings))
     torch.save(list(gradients), f"{run.path}/gradients-{run.processes.index}.pt")
     torch.save({n: p.detach() for n, p in run.model.named_parameters()}, f"{run.path}/weights-{run.processes.index}.pt")
+    torch.save(run.state, f"{run.path}/state-{run.processes.index}.pt")
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """
@@ -55,6 +56,14 @@ JOBS = {  # lengths far apart; batches of 5, 3 and 1 rows cannot be shared evenl
     "ppo-lora": ("ppo", "llama", {"batch_size": 3, "lora": {"r": 2}}),
     "ppo-shared-ptx": ("ppo", "llama", {"batch_size": 4}),
     "ppo-one-row": ("ppo", "qwen3", {"batch_size": 1}),
+    "rloo": ("reinforce", "gpt2", {"batch_size": 6, "group_size": 3}),  # groups of three are split over the processes
+    "whitened": ("reinforce", "llama", {"batch_size": 5, "group_size": 1, "baseline": "reinforce++", "beta": 0.2}),
+    "remax": ("reinforce", "qwen3", {"batch_size": 3, "group_size": 1, "baseline": "remax", "run": {"tokens": 30, "samples": 3}}),
+    "mean-lora": ("reinforce", "llama", {"batch_size": 3, "group_size": 1, "baseline": "mean", "lora": {"r": 2}, "kl": {"estimator": "k2"}}),
+    "grpo": ("grpo", "gpt2", {"batch_size": 6, "group_size": 3, "minibatches": 2}),
+    "dapo": ("grpo", "llama", {"batch_size": 9, "group_size": 3, "variant": "dapo", "beta": 0.1}),
+    "gspo-one-group": ("grpo", "qwen3", {"batch_size": 2, "group_size": 2, "variant": "gspo", "minibatches": 2}),
+    "cispo-uncut": ("grpo", "llama", {"batch_size": 6, "group_size": 3, "variant": "cispo", "long": {"mask_truncated": True}, "stop": ["e", "a", "o"]}),
     "distill": ("distill", "gpt2", {"batch_size": 5, "discount": 0.5}),
     "distill-sampled-lora": ("distill", "gpt2", {"batch_size": 3, "estimator": "sampled", "lora": {"r": 2}}),
     "distill-one-row": ("distill", "gpt2", {"batch_size": 1}),
@@ -79,8 +88,11 @@ def torchrun(jobs, folder, processes):
 def ran(models, make, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     reward = folder / "reward.py"
-    reward.write_text("def score(completions, **columns):\n    return [c.count('e') + len(c) / 10 for c in completions]\n")
-    classes = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "distill": fd.Distill}
+    reward.write_text(
+        "def score(completions, **columns):\n    return [c.count('e') + len(c) / 10 for c in completions]\n\n"
+        "def some(completions, number, **columns):\n    return [0.0 if n % 3 == 2 else s for n, s in zip(number, score(completions))]\n"
+    )
+    classes = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "reinforce": fd.Reinforce, "grpo": fd.GRPO, "distill": fd.Distill}
     ranked = write_jsonl(
         folder / "ranked.jsonl",
         ({"prompt": p, "chosen": g, "rejected": b + "z" * k} for p, g, b in zip(PROMPTS, GOOD, BAD, strict=True) for k in range(1 + len(p) % 3)),
@@ -90,6 +102,8 @@ def ran(models, make, data, tmp_path_factory):
         "reward": {"data": ranked},
         "dpo": {"data": data["pairs"], "max_new_tokens": 4},
         "ppo": {"data": data["prompts"], "reward": (f"{reward}:score",), "max_new_tokens": 6, "epochs": 2},
+        "reinforce": {"data": data["prompts"], "reward": (f"{reward}:score",), "max_new_tokens": 6},
+        "grpo": {"data": data["prompts"], "reward": (f"{reward}:some",), "max_new_tokens": 6, "epochs": 2},
         "distill": {"data": data["prompts"], "teacher": make("gpt2", n_layer=3), "max_new_tokens": 6, "eval_samples": 5},
     }
 
@@ -132,6 +146,8 @@ def test_two_processes_give_the_metrics_and_weights_of_one(ran, name):
     counted = {"rewards/accuracies", "eval/rewards/accuracies", "value_clip_ratio", "clip_ratio"}  # of ties: rounding decides them
     one, two = metrics(ran / f"{name}-1"), metrics(ran / f"{name}-2")
     assert len(one) == len(two)
+    states = [torch.load(ran / f"{name}-{p}" / f"state-{i}.pt") for p, i in ((1, 0), (2, 0), (2, 1))]
+    assert states[1] == states[2] and states[0] == pytest.approx(states[1], rel=1e-4, abs=2e-5)
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() - {"seconds", "tokens_per_second"} - counted:
@@ -153,4 +169,4 @@ def test_the_folder_of_two_processes_is_that_of_one(ran):
     for name in JOBS:
         summary = json.loads((ran / f"{name}-2" / "summary.json").read_text())
         assert summary["processes"] == 2 and summary["status"] == "done"
-        assert {p.name for p in (ran / f"{name}-1").iterdir()} == {p.name for p in (ran / f"{name}-2").iterdir()} - {"gradients-1.pt", "weights-1.pt"}
+        assert {p.name for p in (ran / f"{name}-1").iterdir()} == {p.name for p in (ran / f"{name}-2").iterdir()} - {"gradients-1.pt", "weights-1.pt", "state-1.pt"}

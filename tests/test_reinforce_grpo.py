@@ -191,7 +191,7 @@ def test_the_gradient_of_each_step_is_that_of_the_formula(probe, models, baselin
 
 def test_the_greedy_score_is_on_the_scale_of_the_sampled_ones_and_pays_their_penalties(probe, models):
     score = ScoreSettings(normalise="first", missing_eos_penalty=0.4, length_buffer=3, length_penalty=0.5)
-    run, updates = probe("reinforce", baseline="remax", beta=0.0, score=score)
+    _, updates = probe("reinforce", baseline="remax", beta=0.0, score=score)
     first = [by_letters(Slow(models["llama"]).text(response(updates[0].trajectory, i))) for i in range(8)]
     mean, deviation = statistics.fmean(first), statistics.pstdev(first)
 
@@ -444,7 +444,11 @@ def test_the_means_of_grpo_are_over_what_is_learned_from(probe, models, mean):
 
 @pytest.mark.parametrize(
     ("method", "changes"),
-    [("reinforce", {"baseline": "reinforce++"}), ("reinforce", {"kl": KLSettings(estimator="k2")}), *(("grpo", {"variant": v, "stale": 0.1}) for v in VARIANTS)],
+    [
+        ("reinforce", {"baseline": "reinforce++"}),
+        ("reinforce", {"kl": KLSettings(estimator="k2")}),
+        *(("grpo", {"variant": v, "stale": 0.1}) for v in VARIANTS),
+    ],
 )
 def test_a_batch_in_which_all_were_cut_is_survived(probe, models, method, changes):
     def cut(t):
@@ -540,7 +544,7 @@ def test_in_ppo_steps_and_end_add_up_to_the_score_less_beta_times_the_kl(probe, 
             kl = (looks.logprobs - looks.ref_logprobs)[i, where].tolist()
             total = (scored.scores[i] - run.state.get("score_mean", 0.0)) / scale - 0.5 * (not t.finished[i])
             assert float(rewards[i].sum()) == pytest.approx(total - 0.3 * sum(kl), abs=1e-4)
-            steps = [e / scale - 0.3 * l for e, l in zip(earned_by(response(t, i)), kl, strict=True)]
+            steps = [e / scale - 0.3 * nats for e, nats in zip(earned_by(response(t, i)), kl, strict=True)]
             assert rewards[i, where].tolist()[:-1] == pytest.approx(steps[:-1], abs=1e-4)
             assert (rewards[i, : where.start] == 0).all() and (rewards[i, where.stop :] == 0).all()
 

@@ -19,7 +19,7 @@ from fiducial.train import checkpoint
 from fiducial.train.run import Run
 
 STEPS = 7
-METHODS = ("sft", "reward", "dpo", "ppo", "distill")
+METHODS = ("sft", "reward", "dpo", "ppo", "reinforce", "grpo", "distill")
 DRIVER = """
 import json, os, signal, sys
 import torch
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 import fiducial as fd
 from fiducial.config import build
 from fiducial.train import checkpoint, run, step
-from fiducial.methods import distill, dpo, ppo, reward_model, sft
+from fiducial.methods import distill, dpo, grpo, ppo, reinforce, reward_model, sft
 import accelerate, peft, peft.tuners.lora, fiducial.report.page, torch._dynamo  # noqa: what a run imports late, once for all children
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -43,7 +43,7 @@ def kill_at(place, call):
         return whole(*args, **keywords)
     setattr(owner, name, deadly)
 
-CLASSES = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "distill": fd.Distill}
+CLASSES = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "reinforce": fd.Reinforce, "grpo": fd.GRPO, "distill": fd.Distill}
 for method, settings, place, call in json.load(open(sys.argv[1])):
     child = os.fork()
     if child == 0:  # each in a process of its own that has trained nothing before
@@ -59,7 +59,10 @@ for method, settings, place, call in json.load(open(sys.argv[1])):
 def settings_of(models, make, data, tmp_path_factory):
     deeper = make("gpt2", n_layer=3)
     reward = tmp_path_factory.mktemp("rewards") / "reward.py"
-    reward.write_text("def score(completions, **columns):\n    return [c.count('e') + len(c) / 10 for c in completions]\n")
+    reward.write_text(
+        "def score(completions, **columns):\n    return [c.count('e') + len(c) / 10 for c in completions]\n\n"
+        "def some(completions, number, **columns):\n    return [0.0 if n % 2 else s for n, s in zip(number, score(completions))]\n"
+    )
 
     def settings(method, out, **changes):
         common = {"model": models["gpt2"], "out": str(out), "steps": STEPS, "learning_rate": 1e-2, "batch_size": 4}
@@ -70,8 +73,11 @@ def settings_of(models, make, data, tmp_path_factory):
             "dpo": (fd.DPO, {"data": data["pairs"], "max_new_tokens": 4, "lora": LoraSettings(r=2), "model": models["llama"]}),
             "ppo": (fd.PPO, {"data": data["prompts"], "reward": (f"{reward}:score",), "max_new_tokens": 6, "epochs": 2, "minibatches": 2}),
             "distill": (fd.Distill, {"data": data["prompts"], "teacher": deeper, "max_new_tokens": 6, "discount": 0.5, "eval_samples": 4}),
-        }[method]
-        if method == "ppo":  # a controller and statistics that live in the run's state
+            "reinforce": (fd.Reinforce, {"data": data["prompts"], "reward": (f"{reward}:score",), "max_new_tokens": 6, "baseline": "mean", "group_size": 2}),
+            "grpo": (fd.GRPO, {"data": data["prompts"], "reward": (f"{reward}:some",), "max_new_tokens": 6, "group_size": 2, "variant": "dapo",
+                               "beta": 0.05, "epochs": 2, "minibatches": 2}),
+        }[method]  # fmt: skip
+        if method in ("ppo", "reinforce", "grpo"):  # a controller and statistics that live in the run's state, beside a running mean and a place in the data
             extra |= {"kl": KLSettings(target=0.1, horizon=20), "score": ScoreSettings(normalise="first")}
         return cls(**(common | extra | changes))
 
@@ -129,6 +135,10 @@ KILLS = [  # where, at which call of it, and the newest checkpoint that is left
     ("ppo", "update", 2 * (2 * 2 * 4) + 3, 4),  # two optimizers, four updates an iteration: in the middle of the fifth
     ("ppo", "seal", 3, 4),
     ("ppo", "update", 1, None),
+    ("reinforce", "update", 6, 4),
+    ("reinforce", "seal", 1, None),
+    ("grpo", "update", 4 * 4 + 3, 4),  # in the middle of the fifth iteration, after other prompts were drawn in place of some
+    ("grpo", "record", 4, 2),
     ("distill", "update", 6, 4),
 ]
 
@@ -164,6 +174,9 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(killed, whole, num
 def test_the_runs_that_are_compared_did_learn_and_differ(whole, models):
     assert len({json.dumps(metrics(whole[m])[-1]) for m in METHODS}) == len(METHODS)
     assert any(line.get("beta") != 0.05 for line in metrics(whole["ppo"]))
+    for method, beta in (("reinforce", 0.03), ("grpo", 0.05)):
+        assert len({line["beta"] for line in metrics(whole[method])} - {beta}) > 3
+    assert max(line["groups/sampled"] for line in metrics(whole["grpo"])) > 2  # some prompts had to give way
 
 
 # Stopped --------------------------------------------------------------------------------------------------------------------------------------------
