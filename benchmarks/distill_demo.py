@@ -15,11 +15,14 @@ Losses are computed here from the logits of plain transformers models, not by th
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the command does, before torch is loaded: threads that spin on a busy machine cost ten times the work
 
 import torch
 from torch import nn
@@ -153,8 +156,8 @@ def table(teacher: Path, students: dict[str, Path], renderer: Any, seed: int) ->
     def words(found: dict[str, float]) -> str:
         return f"{found['value']:.4f} ± {(found['high'] - found['low']) / 2:.4f}"
 
-    print(f"\nnats a token, {len(told)} responses to held-out prompts\n"
-          f"{'student':<10}{'own samples: student':>24}{'teacher':>20}{'KL':>20}{'off':>8}   {'demonstrations: student':>24}{'teacher':>20}{'off':>8}")  # fmt: skip
+    print(f"\nnats a token, {len(told)} responses to held-out prompts\n{'student':<10}"
+          f"{'own samples: student':>24}{'teacher':>20}{'KL':>20}{'off':>8}   {'demonstrations: student':>24}{'teacher':>20}{'off':>8}")  # fmt: skip
     for name, student in students.items():
         own = samples(student, renderer, seed)
         mine, theirs = losses(student, own), losses(teacher, own)

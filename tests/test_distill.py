@@ -306,12 +306,19 @@ def test_how_a_batch_is_cut_changes_nothing(go, models, changes):
 def test_the_seed_is_the_run_and_prompts_held_out_are_not_trained_on(go, data, monkeypatch):
     from fiducial.methods import distill as page
 
-    seen, sample = [], page.sample_all
-    monkeypatch.setattr(page, "sample_all", lambda sampler, prompts, *a, **k: seen.append(prompts) or sample(sampler, prompts, *a, **k))
+    seen, keys, sample = [], [], page.sample_all
+
+    def watched(sampler, prompts, *rest, **stream):
+        seen.append(prompts)
+        keys.append((stream["seed"], stream["step"]))
+        return sample(sampler, prompts, *rest, **stream)
+
+    monkeypatch.setattr(page, "sample_all", watched)
     one, other, third = go("llama"), go("llama"), go("llama", seed=1)
     assert torch.equal(weights(one), weights(other)) and not torch.equal(weights(one), weights(third))
     trained, asked = ({tuple(p) for call in seen[k:4:2] for p in call} for k in (0, 1))
     assert not trained & asked and len(asked) == 1
+    assert keys[:4] == [(0, 0), (1, 0), (0, 1), (1, 0)]  # fresh samples every step; those of an evaluation are no step's, and the same every time
     one = go("llama", rows=RowSettings(held_out=0))
     assert one.evaluation == {} and "eval/kl_teacher" not in one.metrics
 
