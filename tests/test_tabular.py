@@ -19,7 +19,7 @@ from fiducial.lab.world import EOS, World, bradley_terry, random_reward, tree
 from fiducial.methods.dpo import Pair, pair_logprobs
 from fiducial.models.load import load_policy, load_reference, load_scorer
 from fiducial.models.roles import Policy
-from fiducial.models.tabular import TabularConfig, TabularLM, TabularScorer, states_behind
+from fiducial.models.tabular import TabularConfig, TabularLM, TabularForSequenceClassification, states_behind
 from fiducial.rollout.sampler import LocalSampler
 from fiducial.rollout.trajectory import Trajectory
 
@@ -204,7 +204,7 @@ def test_a_process_that_has_imported_nothing_of_the_lab_loads_it(folder):
         f"print(type(load_scorer({folder!r}, *both, head='zero').model).__name__, 'fiducial.lab' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.split() == ["TabularLM", "TabularScorer", "False"]
+    assert out.split() == ["TabularLM", "TabularForSequenceClassification", "False"]
 
 
 def test_only_the_table_is_trained(folder):
@@ -218,7 +218,7 @@ def test_only_the_table_is_trained(folder):
 
 def test_a_critic_starts_at_zero_and_has_a_value_of_its_own_for_every_state(folder):
     critic = load_scorer(folder, *PLAIN, head="zero", tokenizer=policies.tokenizer(3))
-    assert isinstance(critic.model, TabularScorer) and not critic.model.score.weight.any()
+    assert isinstance(critic.model, TabularForSequenceClassification) and not critic.model.score.weight.any()
     drawn = every(WORLD)
     assert critic(drawn.ids).abs().max() == 0
     table = single(np.random.default_rng(0).normal(size=(3, 7)))
@@ -257,7 +257,7 @@ def test_a_saved_critic_is_read_back_with_its_values(folder, tmp_path):
     critic = load_scorer(folder, *PLAIN, head="normal", seed=4)
     critic.model.save_pretrained(tmp_path)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert isinstance(again, TabularScorer) and again.config.num_labels == 1
+    assert isinstance(again, TabularForSequenceClassification) and again.config.num_labels == 1
     assert torch.equal(again.score.weight, critic.model.score.weight) and critic.model.score.weight.all()
 
 

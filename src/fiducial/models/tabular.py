@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 
 class TabularConfig(PretrainedConfig):  # type: ignore[misc]
@@ -120,8 +120,8 @@ class TabularLM(PreTrainedModel):  # type: ignore[misc]
         return CausalLMOutputWithPast(logits=self.lm_head(out.last_hidden_state), past_key_values=out.past_key_values)
 
 
-class TabularScorer(PreTrainedModel):  # type: ignore[misc]
-    """The critic: `score.weight` [1, rows] is the table of values."""
+class TabularForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
+    """The critic, or a process reward model: `score.weight` [1, rows] is the table of values."""
 
     config_class = TabularConfig
     base_model_prefix = "model"
@@ -131,6 +131,17 @@ class TabularScorer(PreTrainedModel):  # type: ignore[misc]
         self.model = _Tree(config)
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
         self.post_init()
+
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> _Vocabulary:
+        """Nothing to do: a token that is new to the vocabulary, a pad token for one, leads out of the tree, and no row of the table changes."""
+        return self.model.embed_tokens
+
+    def forward(self, input_ids: Tensor, **keywords: Any) -> SequenceClassifierOutputWithPast:
+        """Logits [B, 1] at the last token that is not padding on the right, as transformers' classifiers read them."""
+        scores = self.score(self.model(input_ids, **keywords).last_hidden_state)
+        real = input_ids != (self.config.pad_token_id if self.config.pad_token_id is not None else -1)
+        last = (real * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).argmax(1)
+        return SequenceClassifierOutputWithPast(logits=scores[torch.arange(len(scores), device=scores.device), last])
 
 
 def _tree(config: TabularConfig) -> tuple[Tensor, Tensor]:
@@ -161,4 +172,4 @@ def _tree(config: TabularConfig) -> tuple[Tensor, Tensor]:
 AutoConfig.register(TabularConfig.model_type, TabularConfig, exist_ok=True)
 AutoModel.register(TabularConfig, _Tree, exist_ok=True)
 AutoModelForCausalLM.register(TabularConfig, TabularLM, exist_ok=True)
-AutoModelForSequenceClassification.register(TabularConfig, TabularScorer, exist_ok=True)
+AutoModelForSequenceClassification.register(TabularConfig, TabularForSequenceClassification, exist_ok=True)
