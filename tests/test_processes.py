@@ -19,10 +19,11 @@ import torch
 torch.set_num_threads(1)
 import fiducial as fd
 from fiducial.config import build
-from fiducial.methods import distill, dpo, grpo, ppo, reinforce, reward_model, sft
+from fiducial.methods import distill, dpo, grpo, ppo, prm, reinforce, reward_model, sft
 from fiducial.train.step import Stepper
 
-CLASSES = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "reinforce": fd.Reinforce, "grpo": fd.GRPO, "distill": fd.Distill}
+CLASSES = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "reinforce": fd.Reinforce, "grpo": fd.GRPO,
+           "distill": fd.Distill, "prm": fd.PRM}
 whole, gradients = Stepper.step, []
 
 def step(self, number):
@@ -48,6 +49,8 @@ JOBS = {  # lengths far apart; batches of 5, 3 and 1 rows cannot be shared evenl
     "sft": ("sft", "gpt2", {"batch_size": 5}),
     "sft-one-row": ("sft", "llama", {"batch_size": 1}),
     "reward": ("reward", "gpt2", {"batch_size": 3}),
+    "prm": ("prm", "gpt2", {"batch_size": 5}),
+    "prm-lora-one-row": ("prm", "llama", {"batch_size": 1, "lora": {"r": 2}}),
     "dpo": ("dpo", "llama", {"batch_size": 5}),
     "dpo-small-micro": ("dpo", "gpt2", {"batch_size": 5, "run": {"tokens": 40, "samples": 3, "eval_every": 1}}),
     "dpo-one-row": ("dpo", "qwen3", {"batch_size": 1}),
@@ -92,14 +95,24 @@ def ran(models, make, data, tmp_path_factory):
         "def score(completions, **columns):\n    return [c.count('e') + len(c) / 10 for c in completions]\n\n"
         "def some(completions, number, **columns):\n    return [0.0 if n % 3 == 2 else s for n, s in zip(number, score(completions))]\n"
     )
-    classes = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "reinforce": fd.Reinforce, "grpo": fd.GRPO, "distill": fd.Distill}
+    classes = {
+        "sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "reinforce": fd.Reinforce, "grpo": fd.GRPO, "distill": fd.Distill, "prm": fd.PRM,
+    }
     ranked = write_jsonl(
         folder / "ranked.jsonl",
         ({"prompt": p, "chosen": g, "rejected": b + "z" * k} for p, g, b in zip(PROMPTS, GOOD, BAD, strict=True) for k in range(1 + len(p) % 3)),
     )
+    steps = write_jsonl(
+        folder / "steps.jsonl",
+        (
+            {"prompt": p, "completions": [g, b][: 1 + k % 2] * 2, "labels": [1, k % 3 > 0, 1, 0][: 2 + k % 2 * 2]}
+            for k, (p, g, b) in enumerate(zip(PROMPTS, GOOD, BAD, strict=True))
+        ),
+    )
     extra = {
         "sft": {"data": data["completions"], "max_new_tokens": 4},
         "reward": {"data": ranked},
+        "prm": {"data": steps},
         "dpo": {"data": data["pairs"], "max_new_tokens": 4},
         "ppo": {"data": data["prompts"], "reward": (f"{reward}:score",), "max_new_tokens": 6, "epochs": 2},
         "reinforce": {"data": data["prompts"], "reward": (f"{reward}:score",), "max_new_tokens": 6},
@@ -158,7 +171,7 @@ def test_two_processes_give_the_metrics_and_weights_of_one(ran, name):
         assert torch.allclose(alone[key], first[key], rtol=1e-5, atol=1e-5), key
 
 
-@pytest.mark.parametrize("name", [name for name, job in JOBS.items() if job[0] != "reward"])
+@pytest.mark.parametrize("name", [name for name, job in JOBS.items() if job[0] not in ("reward", "prm")])
 def test_two_processes_say_the_same(ran, name):
     """Every response has its own random stream, whoever samples it."""
     one, two = [[json.loads(line) for line in (ran / f"{name}-{p}" / "samples.jsonl").read_text().splitlines()] for p in (1, 2)]
@@ -169,4 +182,5 @@ def test_the_folder_of_two_processes_is_that_of_one(ran):
     for name in JOBS:
         summary = json.loads((ran / f"{name}-2" / "summary.json").read_text())
         assert summary["processes"] == 2 and summary["status"] == "done"
-        assert {p.name for p in (ran / f"{name}-1").iterdir()} == {p.name for p in (ran / f"{name}-2").iterdir()} - {"gradients-1.pt", "weights-1.pt", "state-1.pt"}
+        alone, both = ({p.name for p in (ran / f"{name}-{count}").iterdir()} for count in (1, 2))
+        assert alone == both - {"gradients-1.pt", "weights-1.pt", "state-1.pt"}

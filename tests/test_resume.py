@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import fiducial as fd
+from conftest import BAD, GOOD, PROMPTS, write_jsonl
 from fiducial.config import LoraSettings, RunSettings
 from fiducial.errors import InputError, RunError
 from fiducial.rollout.shaping import KLSettings, ScoreSettings
@@ -19,7 +20,7 @@ from fiducial.train import checkpoint
 from fiducial.train.run import Run
 
 STEPS = 7
-METHODS = ("sft", "reward", "dpo", "ppo", "reinforce", "grpo", "distill")
+METHODS = ("sft", "reward", "dpo", "ppo", "reinforce", "grpo", "distill", "prm")
 DRIVER = """
 import json, os, signal, sys
 import torch
@@ -27,7 +28,7 @@ torch.set_num_threads(1)
 import fiducial as fd
 from fiducial.config import build
 from fiducial.train import checkpoint, run, step
-from fiducial.methods import distill, dpo, grpo, ppo, reinforce, reward_model, sft
+from fiducial.methods import distill, dpo, grpo, ppo, prm, reinforce, reward_model, sft
 import accelerate, peft, peft.tuners.lora, fiducial.report.page, torch._dynamo  # noqa: what a run imports late, once for all children
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -43,7 +44,8 @@ def kill_at(place, call):
         return whole(*args, **keywords)
     setattr(owner, name, deadly)
 
-CLASSES = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "reinforce": fd.Reinforce, "grpo": fd.GRPO, "distill": fd.Distill}
+CLASSES = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "reinforce": fd.Reinforce, "grpo": fd.GRPO,
+           "distill": fd.Distill, "prm": fd.PRM}
 for method, settings, place, call in json.load(open(sys.argv[1])):
     child = os.fork()
     if child == 0:  # each in a process of its own that has trained nothing before
@@ -64,12 +66,18 @@ def settings_of(models, make, data, tmp_path_factory):
         "def some(completions, number, **columns):\n    return [0.0 if n % 2 else s for n, s in zip(number, score(completions))]\n"
     )
 
+    steps = write_jsonl(
+        reward.parent / "steps.jsonl",
+        ({"prompt": p, "completions": [g, b, g], "labels": [1, len(g) % 2, 1]} for p, g, b in zip(PROMPTS, GOOD, BAD, strict=True)),
+    )
+
     def settings(method, out, **changes):
         common = {"model": models["gpt2"], "out": str(out), "steps": STEPS, "learning_rate": 1e-2, "batch_size": 4}
         common |= {"run": RunSettings(eval_every=1, samples=2, checkpoint_every=2)}
         cls, extra = {
             "sft": (fd.SFT, {"data": data["completions"], "max_new_tokens": 4}),
             "reward": (fd.RewardModel, {"data": data["pairs"]}),
+            "prm": (fd.PRM, {"data": steps}),
             "dpo": (fd.DPO, {"data": data["pairs"], "max_new_tokens": 4, "lora": LoraSettings(r=2), "model": models["llama"]}),
             "ppo": (fd.PPO, {"data": data["prompts"], "reward": (f"{reward}:score",), "max_new_tokens": 6, "epochs": 2, "minibatches": 2}),
             "distill": (fd.Distill, {"data": data["prompts"], "teacher": deeper, "max_new_tokens": 6, "discount": 0.5, "eval_samples": 4}),
@@ -130,6 +138,8 @@ KILLS = [  # where, at which call of it, and the newest checkpoint that is left
     ("sft", "seal", 2, 2),
     ("reward", "record", 4, 2),
     ("reward", "rename", 3, 4),
+    ("prm", "update", 6, 4),
+    ("prm", "rename", 3, 4),
     ("dpo", "record", 6, 4),
     ("dpo", "rename", 2, 2),
     ("ppo", "update", 2 * (2 * 2 * 4) + 3, 4),  # two optimizers, four updates an iteration: in the middle of the fifth
