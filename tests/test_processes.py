@@ -50,7 +50,7 @@ JOBS = {  # lengths far apart; batches of 5, 3 and 1 rows cannot be shared evenl
     "sft-one-row": ("sft", "llama", {"batch_size": 1}),
     "reward": ("reward", "gpt2", {"batch_size": 3}),
     "prm": ("prm", "gpt2", {"batch_size": 5}),
-    "prm-lora-one-row": ("prm", "llama", {"batch_size": 1, "lora": {"r": 2}}),
+    "prm-one-row": ("prm", "llama", {"batch_size": 1}),
     "dpo": ("dpo", "llama", {"batch_size": 5}),
     "dpo-small-micro": ("dpo", "gpt2", {"batch_size": 5, "run": {"tokens": 40, "samples": 3, "eval_every": 1}}),
     "dpo-one-row": ("dpo", "qwen3", {"batch_size": 1}),
