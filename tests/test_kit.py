@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from fiducial import lab, losses
-from fiducial.core.reductions import select
+from fiducial.core import advantages, corrections, kl
+from fiducial.core.reductions import by_constant, by_response, select
 from fiducial.lab import (
     CATALOGUE,
     check_likelihood,
@@ -28,6 +29,7 @@ from fiducial.lab import (
     exact,
     faults,
     kit,
+    sequence,
     unbiased,
 )
 from fiducial.lab import estimators as shipped
@@ -67,6 +69,11 @@ def dpo(b):
     return losses.dpo(b.policy_chosen, b.policy_rejected, b.ref_chosen, b.ref_rejected, beta=b.beta)
 
 
+def shipped_gspo(b, **clips):
+    each = b.rewards[:, None] * by_response(b.mask)
+    return losses.gspo_sum(b.logprobs, b.old_logprobs, each, b.mask, **clips)[0]
+
+
 def last_score(b):
     return b.scores[torch.arange(len(b)), b.trajectory.lengths - 1]
 
@@ -82,9 +89,26 @@ SHIPPED = {
     "ppo_clip on advantages": (policy(), lambda b: losses.ppo_clip(b.logprobs, b.old_logprobs, b.advantages, b.mask)),
     "ppo_clip off policy": (policy("clip"), lambda b: losses.ppo_clip(b.logprobs, b.old_logprobs, b.advantages, b.mask)),
     "ppo_clip off policy, another clip": (policy("clip", clip=1.5), lambda b: losses.ppo_clip(b.logprobs, b.old_logprobs, b.advantages, b.mask, clip=1.5)),
-    "k2 of the response": (policy("kl"), lambda b: shipped.kl_loss(b, "k2", tokens=False)),
+    "k2 of the response": (policy("kl"), lambda b: shipped.kl_loss(b, "k2")),
+    "k2 in the loss": (policy("kl"), lambda b: kl.penalty(b.logprobs, b.ref_logprobs, b.old_logprobs, b.mask, estimator="k2").sum()),
     "k1 in the reward": (policy("kl"), lambda b: shipped.kl_in_the_reward(b, "k1")),
-    "k3 of the response": (policy("forward_kl"), lambda b: shipped.kl_loss(b, "k3", tokens=False)),
+    "k3 of the response": (policy("forward_kl"), lambda b: shipped.kl_loss(b, "k3")),
+    "reinforce": (policy(), lambda b: sequence.reinforce(b, sequence.whole(b))),
+    "reinforce, to go": (policy(), lambda b: sequence.reinforce(b, advantages.to_go(sequence.paid(b), b.mask))),
+    "reinforce, whitened": (policy(), sequence.reinforce_plus_plus),
+    "reinforce and k2 in the loss": (
+        policy(), lambda b: sequence.reinforce(b, b.rewards) + b.beta * shipped.kl_penalty(b, "k2"),
+    ),
+    "rloo": (groups, lambda b: sequence.reinforce(b, advantages.leave_one_out(sequence.whole(b), b.group))),
+    "rloo, all 64 responses one group": (policy(), lambda b: sequence.reinforce(b, advantages.leave_one_out(sequence.whole(b), b.group))),
+    "dr. grpo": (groups, lambda b: sequence.grouped(b, advantages.group_mean, lambda m: by_constant(m, 2))),
+    "clip-higher": (policy("clip", clip_high=0.28), lambda b: losses.ppo_clip(b.logprobs, b.old_logprobs, b.advantages, b.mask, clip_high=0.28)),
+    "gspo": (policy("gspo"), lambda b: shipped_gspo(b, clip=0.2, clip_high=0.2)),
+    "gspo, two bounds": (policy("gspo", clip_high=0.28), lambda b: shipped_gspo(b, clip=0.2, clip_high=0.28)),
+    "gspo, the papers clip": (policy("gspo", clip=3e-4, clip_high=4e-4), lambda b: shipped_gspo(b)),
+    "cispo": (policy("cispo"), lambda b: losses.cispo(b.logprobs, b.old_logprobs, b.advantages, b.mask, cap=1.5)),
+    "cispo, no cap": (policy("cispo", cap=math.inf), lambda b: losses.cispo(b.logprobs, b.old_logprobs, b.advantages, b.mask, cap=math.inf)),
+    "the whole response's ratio": (policy("moved"), lambda b: sequence.corrected(b, corrections.sequence_tis, cap=math.inf)),
     "nll": (likelihood, lambda b: losses.nll(b.logprobs, b.mask)),
     "dpo": (preference, dpo),
     "bradley_terry": (reward, lambda b: losses.bradley_terry(b.score_chosen, b.score_rejected)),
@@ -180,6 +204,10 @@ def rloo(b, *, advantage=lambda x: x - x.flip(1), penalty="reward", over="tokens
     if over == "groups":
         return -(each.view(len(b) // 2, -1).sum(1) / b.mask.view(len(b) // 2, -1).sum(1)).mean()
     return -(each.sum(1) / b.mask.sum(1)).mean()
+
+
+def rloo_of(b, paid, groups=None):
+    return sequence.reinforce(b, advantages.leave_one_out(paid, b.group if groups is None else groups))
 
 
 def rloo_by_ids(b):
@@ -333,9 +361,49 @@ def deviation(x, eps=1e-4, correction=1):
     return centred(x) / (x.std(1, keepdim=True, correction=correction) + eps)
 
 
-def clipped(b, ratio=lambda now, old: (now - old).exp(), join=torch.minimum):
+def clipped(b, ratio=lambda now, old: (now - old).exp(), join=torch.minimum, low=0.2, high=0.2):
     r = ratio(b.logprobs, b.old_logprobs)
-    return -(join(r * b.advantages, r.clamp(0.8, 1.2) * b.advantages) * b.mask).sum() / b.mask.sum()
+    return -(join(r * b.advantages, r.clamp(1 - low, 1 + high) * b.advantages) * b.mask).sum() / b.mask.sum()
+
+
+def own_ratios(b):
+    """Log-ratios of tokens, and lengths."""
+    return (b.logprobs - b.old_logprobs) * b.mask, b.mask.sum(1)
+
+
+def own_gspo(b, *, of=lambda d, n: (d.sum(1) / n).exp(), low=0.1, high=0.28, join=torch.minimum, over="responses"):
+    """One ratio a response."""
+    d, n = own_ratios(b)
+    s = of(d, n)
+    each = join(s * b.rewards, s.clamp(1 - low, 1 + high) * b.rewards)
+    return -(each * (n if over == "tokens" else 1)).mean()
+
+
+def gspo_by_tokens(b, *, low=0.1, high=0.28):
+    d, n = own_ratios(b)
+    each = torch.minimum(d.exp() * b.rewards[:, None], d.exp().clamp(1 - low, 1 + high) * b.rewards[:, None])
+    return -((each * b.mask).sum(1) / n).mean()
+
+
+def own_cispo(b, *, weight=lambda rho: rho.detach().clamp(max=1.5), mask=None):
+    d, _ = own_ratios(b)
+    mask = b.mask if mask is None else mask
+    return -(weight(d.exp()) * b.advantages * b.logprobs * mask).sum() / mask.sum()
+
+
+def importance(b, weight, baseline=0.3, mask=None):
+    """The policy gradient with a weight of log-ratios [N, W], of responses that another policy wrote."""
+    d, _ = own_ratios(b)
+    mask = b.mask if mask is None else mask
+    return -(weight(d) * (b.rewards - baseline)[:, None] * b.logprobs * mask).sum(1).mean()
+
+
+def product(d):
+    return d.detach().sum(1, keepdim=True).exp()
+
+
+def mean_ratio(d, mask):
+    return (d.detach().sum(1, keepdim=True) / mask.sum(1, keepdim=True)).exp()
 
 
 def weighted_k3(b):
@@ -430,6 +498,11 @@ GROUPS = [
     ("deviation without epsilon (23)", lambda b: rloo(b, advantage=lambda x: deviation(x, 0.0)), "not finite"),
     ("each response by its length", lambda b: rloo(b, over="means"), "mean of means"),
     ("each group by its tokens", lambda b: rloo(b, over="groups"), "mean of groups' means"),
+    ("baseline of the best", lambda b: rloo(b, advantage=lambda x: x - x.amax(1, keepdim=True)), "baseline is the group's best"),
+    ("only what is better", lambda b: rloo(b, advantage=lambda x: centred(x).clamp(min=0)), "negative advantages left out"),
+    ("penalty a mean over tokens", lambda b: rloo_of(b, b.rewards - b.beta * log_ratio(b).detach().sum(1) / b.mask.sum(1)), "KL divided by the length"),
+    ("advantage with gradient", lambda b: rloo_of(b, b.rewards - b.beta * log_ratio(b).sum(1)), "advantage carries a gradient"),
+    ("groups by position", lambda b: rloo_of(b, b.rewards - b.beta * log_ratio(b).detach().sum(1), torch.arange(len(b)) % (len(b) // 2)), "groups mixed"),
     (
         "GRPO", lambda b: rloo(b, advantage=deviation, penalty="k3", over="means"),
         "divided by the group's deviation + mean of means + k3 of each token as a loss",
@@ -441,6 +514,53 @@ CLIP = [
     ("maximum", lambda b: clipped(b, join=torch.maximum), "maximum instead of minimum"),
     ("old is new", lambda b: clipped(b, ratio=lambda now, old: (now - now.detach()).exp()), "ratio always one"),
     ("inverted", lambda b: clipped(b, ratio=lambda now, old: (old - now).exp()), "ratio inverted"),
+]
+HIGHER = [
+    ("bounds exchanged", lambda b: clipped(b, low=0.28, high=0.2), "clip range turned round"),
+    ("one bound", lambda b: clipped(b, high=0.2), "one bound for both sides"),
+    ("not clipped", lambda b: clipped(b, high=0.28, join=lambda x, _: x), "not clipped"),
+    ("maximum", lambda b: clipped(b, high=0.28, join=torch.maximum), "maximum instead of minimum"),
+]
+GSPO = [
+    ("arithmetic mean", lambda b: own_gspo(b, of=lambda d, n: ((d.exp() * b.mask).sum(1) / n)), "arithmetic instead of geometric mean"),
+    ("product", lambda b: own_gspo(b, of=lambda d, n: d.sum(1).exp()), "product instead of the geometric mean"),
+    ("token ratios", gspo_by_tokens, "ratio of each token alone"),
+    ("mean over tokens", lambda b: own_gspo(b, over="tokens"), "mean over tokens"),
+    ("bounds exchanged", lambda b: own_gspo(b, low=0.28, high=0.1), "clip range turned round"),
+    ("one bound", lambda b: own_gspo(b, high=0.1), "one bound for both sides"),
+    ("maximum", lambda b: own_gspo(b, join=torch.maximum), "maximum instead of minimum"),
+    ("old is new", lambda b: own_gspo(b, of=lambda d, n: ((d - d.detach()).sum(1) / n).exp()), "ratio always one"),
+    ("inverted", lambda b: own_gspo(b, of=lambda d, n: (-d.sum(1) / n).exp()), "ratio inverted"),
+    ("not clipped", lambda b: own_gspo(b, join=lambda x, _: x), "not clipped"),
+    ("no minimum", lambda b: own_gspo(b, join=lambda _, x: x), "clipped without the minimum"),
+    ("lengths with padding", lambda b: own_gspo(b, of=lambda d, n: d.mean(1).exp()), "padding counts"),
+]
+CISPO = [
+    ("not detached", lambda b: own_cispo(b, weight=lambda rho: rho.clamp(max=1.5)), "weight carries a gradient"),
+    ("dropped", lambda b: own_cispo(b, weight=lambda rho: torch.where(rho > 1.5, 0.0, rho).detach()), "gradient cut where the weight should be capped"),
+    (
+        "PPO's clip", lambda b: -(torch.minimum(own_ratios(b)[0].exp() * b.advantages, own_ratios(b)[0].exp().clamp(max=1.5) * b.advantages) * b.mask).sum(),
+        "gradient cut where the weight should be capped",
+    ),
+    ("no cap", lambda b: own_cispo(b, weight=lambda rho: rho.detach()), "not capped"),
+    ("old is new", lambda b: own_cispo(b, weight=lambda rho: 1.0), "ratio always one"),
+    ("inverted", lambda b: own_cispo(b, weight=lambda rho: (1 / rho.detach()).clamp(max=1.5)), "ratio inverted"),
+    ("pad is EOS (1)", lambda b: own_cispo(b, mask=not_eos(b)), "EOS not a label"),
+]  # fmt: skip
+MOVED = [
+    ("no weight", lambda b: importance(b, lambda d: 1.0), "ratio always one"),
+    ("token", lambda b: importance(b, lambda d: d.detach().exp()), "ratio of each token alone"),
+    ("prefix", lambda b: importance(b, lambda d: d.detach().cumsum(1).exp()), "ratio up to the token"),
+    ("geometric", lambda b: importance(b, lambda d: mean_ratio(d, b.mask)), "geometric mean instead of the product"),
+    ("inverted", lambda b: importance(b, lambda d: 1 / product(d)), "ratio inverted"),
+    ("not detached", lambda b: importance(b, lambda d: d.sum(1, keepdim=True).exp()), "weight carries a gradient"),
+    ("token, not detached", lambda b: importance(b, lambda d: d.exp()), "ratio of each token alone + weight carries a gradient"),
+    ("TIS", lambda b: importance(b, lambda d: d.detach().exp().clamp(max=1.5)), "ratio of each token alone + weights cut"),
+    ("IcePop", lambda b: sequence.corrected(b, corrections.icepop), "ratio of each token alone + weights dropped"),
+    ("sequence TIS", lambda b: importance(b, lambda d: product(d).clamp(max=2.0)), "weights cut"),
+    ("sequence MIS", lambda b: importance(b, lambda d: torch.where(product(d) <= 2, product(d), 0.0)), "weights dropped"),
+    ("pad is EOS (1)", lambda b: importance(b, product, mask=not_eos(b)), "EOS not a label"),
+    ("each response by its length (2)", lambda b: importance(b, lambda d: product(d) / b.mask.sum(1, keepdim=True)), "mean of means"),
 ]
 KL = [
     ("k1 (19)", lambda b: log_ratio(b).sum(1).mean(), "k1 as a loss"),
@@ -499,6 +619,8 @@ BROKEN = [
     pytest.param(check, loss, name, id=f"{kind}: {what}")
     for kind, check, cases in [
         ("nll", likelihood, NLL), ("ppo", policy(), PPO), ("groups", groups, GROUPS), ("clip", policy("clip"), CLIP), ("kl", policy("kl"), KL),
+        ("higher", policy("clip", clip_high=0.28), HIGHER), ("gspo", policy("gspo", clip=0.1, clip_high=0.28), GSPO), ("cispo", policy("cispo"), CISPO),
+        ("moved", policy("moved"), MOVED),
         ("dpo", preference, DPO), ("reward", reward, REWARD), ("critic", value, CRITIC),
     ]
     for what, loss, name in cases
@@ -522,9 +644,9 @@ def test_lambda_below_one_is_named_where_the_critic_is_wrong_and_where_there_is_
 
 
 def test_the_two_directions_of_the_kl_are_told_apart():
-    verdict = policy("forward_kl")(lambda b: shipped.kl_loss(b, "k2", tokens=False))
+    verdict = policy("forward_kl")(lambda b: shipped.kl_loss(b, "k2"))
     assert verdict.name == "reverse instead of forward KL"
-    assert policy("kl")(lambda b: shipped.kl_loss(b, "k3", tokens=False)).name == "k3 as a loss"
+    assert policy("kl")(lambda b: shipped.kl_loss(b, "k3")).name == "k3 as a loss"
 
 
 def test_a_wrong_strength_of_the_penalty_is_measured():
@@ -662,8 +784,10 @@ def test_targets_of_policies_are_the_finite_differences_of_what_they_are_gradien
         np.testing.assert_allclose(case.exact(p), slow, atol=1e-8)
 
 
-def test_the_target_of_the_clipped_surrogate_is_its_finite_difference():
-    case = kit.policy_case("clip")
+@pytest.mark.parametrize(("case", "low", "high"), [
+    (kit.policy_case("clip"), 0.2, 0.2), (kit.policy_case("clip", clip_high=0.28), 0.2, 0.28), (kit.policy_case("cispo", cap=math.inf), math.inf, math.inf),
+])  # fmt: skip
+def test_the_target_of_the_clipped_surrogate_is_its_finite_difference_and_so_is_that_of_cispo_without_a_cap(case, low, high):
     p = case.population
 
     def surrogate(raw):
@@ -672,10 +796,44 @@ def test_the_target_of_the_clipped_surrogate_is_its_finite_difference():
             for s, a in zip(p.tree.path[y], p.tree.token[y], strict=True):
                 if s >= 0:
                     ratio, advantage = math.exp(new[x, s, a] - p.data[x, s, a]), p.advantages[x, s, a]
-                    total += likelihoods(p)[x, y] / 2 * min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+                    total += likelihoods(p)[x, y] / 2 * min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
         return total
 
     np.testing.assert_allclose(case.exact(p), difference(surrogate, p.policy * p.temperature), atol=1e-8)
+
+
+def test_the_target_of_gspo_is_its_finite_difference_and_that_of_cispo_its_own_with_weights_held():
+    case = kit.policy_case("gspo", clip_high=0.28)
+    p = case.population
+    often, rewards = likelihoods(p) / 2, p.world.reward
+
+    def gspo(raw):
+        log_ratio = exact.logprobs(p.tree, raw / p.temperature) - exact.logprobs(p.tree, p.data)
+        s = np.exp(log_ratio / p.tree.lengths)
+        return float((often * np.minimum(s * rewards, np.clip(s, 0.8, 1.28) * rewards)).sum())
+
+    np.testing.assert_allclose(case.exact(p), difference(gspo, p.policy * p.temperature), atol=1e-8)
+
+    case = kit.policy_case("cispo", cap=1.5)
+    p = case.population
+    weight = np.minimum(np.exp(p.policy - p.data), 1.5) * p.advantages
+
+    def held(raw):
+        logp, out = exact.log_softmax(raw / p.temperature), 0.0
+        for x, y in np.ndindex(*often.shape):
+            out += often[x, y] * sum(weight[x, s, a] * logp[x, s, a] for s, a in zip(p.tree.path[y], p.tree.token[y], strict=True) if s >= 0)
+        return out
+
+    np.testing.assert_allclose(case.exact(p), difference(held, p.policy * p.temperature), atol=1e-8)
+    assert (np.exp(p.policy - p.data) > 1.5).any()
+
+
+def test_the_target_where_the_policy_has_moved_is_the_gradient_of_its_own_reward():
+    case = kit.policy_case("moved")
+    p = case.population
+    slow = difference(lambda raw: exact.expected(exact.logprobs(p.tree, raw / p.temperature), p.world.reward), p.policy * p.temperature)
+    np.testing.assert_allclose(case.exact(p), slow, atol=1e-8)
+    assert np.abs(p.policy - p.data).max() > 0.5 and p.world.beta == 0
 
 
 def test_targets_of_demonstrations_pairs_and_scores_are_finite_differences():
@@ -699,7 +857,9 @@ def test_targets_of_demonstrations_pairs_and_scores_are_finite_differences():
 
 CASES = {
     "J": kit.policy_case(), "J, a wrong critic": kit.policy_case(critic="arbitrary"), "reward": kit.policy_case("reward"), "kl": kit.policy_case("kl"),
-    "forward kl": kit.policy_case("forward_kl"), "clip": kit.policy_case("clip"), "groups": kit.policy_case(group=2), "nll": kit.likelihood_case(),
+    "forward kl": kit.policy_case("forward_kl"), "clip": kit.policy_case("clip"), "higher": kit.policy_case("clip", clip_high=0.28),
+    "gspo": kit.policy_case("gspo", clip=0.1, clip_high=0.28), "cispo": kit.policy_case("cispo"), "moved": kit.policy_case("moved"),
+    "groups": kit.policy_case(group=2), "nll": kit.likelihood_case(),
     "dpo": kit.preference_case(), "reward model": kit.reward_case(), "critic": kit.value_case(),
 }  # fmt: skip
 SAME = [  # one gradient, two names
@@ -740,6 +900,16 @@ def test_11_the_shipped_surrogate_is_unbiased_in_small_batches():
     assert all(0.1 < c < 2.5 for c in draws.chi2)
 
 
+def test_11_leave_one_out_is_unbiased_in_small_batches_and_the_groups_mean_short_by_half():
+    def one(advantage):
+        return lambda b: sequence.reinforce(b, advantage(sequence.whole(b), b.group))
+
+    assert unbiased(one(advantages.leave_one_out), group=2, batch=64, scale=1.0).ok
+    assert unbiased(one(advantages.group_mean), group=2, batch=64, scale=0.5, seeds=(0,)).ok
+    assert not unbiased(one(advantages.group_mean), group=2, batch=64, scale=1.0, seeds=(0,)).ok
+    assert not unbiased(one(advantages.group_normalised), group=2, batch=64, seeds=(0,)).ok
+
+
 def test_11_small_batches_show_what_the_population_cannot():
     assert not unbiased(lambda b: shipped.ppo_loss(b, whitened=True), batch=8, n=8_000, seeds=(0,)).ok  # divided by its own deviation
     assert not unbiased(lambda b: 1.3 * whole_sum(b), batch=64, scale=1.0, seeds=(0,)).ok
@@ -761,19 +931,40 @@ def test_12_a_baseline_may_know_the_state_and_nothing_of_the_response():
 
 
 def test_the_table_of_estimators_measures_what_the_design_says():
-    table = {r["name"]: r for r in lab.estimator_table(batches=40)}
-    assert set(next(iter(table.values()))) == {"name", "estimates", "cosine", "relative_bias", "scale", "variance", "exact", "words"}
+    found = lab.estimator_table(batches=40)
+    table = {r["name"]: r for r in found}
+    assert len(table) == len(found)
+    assert set(found[0]) == {"name", "estimates", "cosine", "relative_bias", "scale", "variance", "exact", "words"}
     unbiased_ones = [n for n in table if n.startswith("PPO") and "lambda 1," in n and "within" not in n]
-    for name in [
-        *unbiased_ones, "PPO's surrogate, lambda 0.95, exact critic", "k2 of the response as a loss", "k1 in the reward", "DPO's loss",
-        "Bradley-Terry loss", "negative log-likelihood", "critic's clipped loss, lambda 0.95", "k3 of the response as a loss, for the forward KL",
-    ]:  # fmt: skip
-        assert table[name]["relative_bias"] < 1e-9 and table[name]["exact"], name
     assert len(unbiased_ones) == 3
-    for name in ("PPO's surrogate, lambda 0.95, a wrong critic", "PPO's surrogate, lambda 0.95, no critic", "k2 of each token as a loss", "k3 in the reward"):
-        assert table[name]["relative_bias"] > 0.01, name
+    right = [
+        *unbiased_ones, "PPO's surrogate, lambda 0.95, exact critic", "PPO's surrogate, lambda 0.95, exact critic, whitened",
+        "PPO's surrogate at a policy that has moved", "REINFORCE, no baseline", "REINFORCE, running mean", "REINFORCE, greedy response's score (ReMax)",
+        "REINFORCE, leave-one-out of 2 (RLOO)", "group mean, groups of 2", "Dr. GRPO, groups of 2", "Off policy: sequence ratio, no cap",
+        "k2 of the response in the loss", "k1 in the reward", "DPO's loss", "Bradley-Terry loss", "negative log-likelihood",
+        "critic's clipped loss, lambda 0.95", "k3 of the response as a loss, for the forward KL",
+    ]  # fmt: skip
+    sampled = {"PPO's surrogate, lambda 0.95, exact critic, whitened over 8 responses", "REINFORCE, whitened over 8 responses (REINFORCE++)"}
+    for name, row in table.items():
+        assert row["exact"] == (name not in sampled), name
+        assert (row["relative_bias"] < 1e-9) == (name in right), name
+        assert name in right or row["relative_bias"] > 0.01, name
     assert table["k1 as a loss"]["scale"] == 0
-    assert [r["name"] for r in table.values() if not r["exact"]] == ["PPO's surrogate, lambda 0.95, exact critic, whitened over 8 responses"]
+
+
+def test_the_rows_of_the_sequence_level_methods_are_in_the_order_that_their_papers_and_the_design_give():
+    table = {r["name"]: r for r in lab.estimator_table(batches=2)}
+    bias = {n: r["relative_bias"] for n, r in table.items()}
+    for name, scale in (("REINFORCE, no baseline", 1), ("REINFORCE, leave-one-out of 2 (RLOO)", 1), ("group mean, groups of 2", 1 / 2),
+                        ("Dr. GRPO, groups of 2", 1 / 4)):  # fmt: skip
+        assert table[name]["scale"] == pytest.approx(scale, abs=1e-12)
+    assert bias["weighted_k3 in the loss"] == pytest.approx(bias["k2_tokens in the loss"], abs=1e-12)
+    off = {n.removeprefix("Off policy: "): b for n, b in bias.items() if n.startswith("Off policy")}
+    assert off["sequence ratio, no cap"] < 1e-12 < off["sequence TIS, cap 2"] < off["token ratios, no cap"] < off["not corrected"]
+    assert off["CISPO, cap 1.5"] == pytest.approx(off["TIS, cap 1.5"], abs=1e-12)
+    assert off["TIS, cap 1.5"] != pytest.approx(off["token ratios, no cap"], abs=1e-6)
+    assert off["DAPO's clip-higher, 0.2 and 0.28"] != pytest.approx(off["PPO's clip, 0.2"], abs=1e-6)
+    assert table["Off policy: not corrected"]["estimates"] == "grad E[r] at the policy that has moved"
 
 
 def test_the_table_of_kl_estimators():

@@ -15,12 +15,10 @@ from torch import Tensor
 
 from .. import losses
 from ..core import kl
-from ..core.advantages import gae
+from ..core.advantages import gae, to_go
 from ..core.kl import Estimator
 from ..core.reductions import select, whiten
-from ..rewards import Scored
-from ..rollout.shaping import Looks, ScoreSettings, shape
-from . import exact, kit
+from . import exact, kit, sequence
 from .diagnosis import Case, Loss, Measured, look, measure
 from .population import Batch, build, draw
 from .world import Array, World
@@ -30,9 +28,7 @@ from .world import Array, World
 
 def ppo_advantages(batch: Batch, *, lam: float = 1.0) -> tuple[Tensor, Tensor]:
     """Advantages and returns [N, W] as `fiducial ppo` makes them: k1 in every token's reward, the score at the last, GAE."""
-    looks = Looks(batch.logprobs.detach(), batch.ref_logprobs, torch.zeros_like(batch.ref_logprobs), batch.old_values)
-    rewards, _ = shape(batch.trajectory, Scored(batch.rewards.tolist(), {}), looks, ScoreSettings(), {"beta": batch.beta})
-    return gae(rewards, batch.old_values, batch.mask, gamma=1.0, lam=lam)
+    return gae(sequence.paid(batch), batch.old_values, batch.mask, gamma=1.0, lam=lam)
 
 
 def ppo_loss(batch: Batch, *, lam: float = 1.0, whitened: bool = False) -> Tensor:
@@ -55,11 +51,13 @@ def value_loss(batch: Batch, *, lam: float = 0.95) -> Tensor:
     return losses.clipped_value(batch.values, batch.old_values, returns, batch.mask)[0]
 
 
-def kl_loss(batch: Batch, estimator: Estimator, *, tokens: bool) -> Tensor:
-    """An estimator of the KL as a loss: of each token, summed, or of the whole response."""
-    if tokens:
-        each = kl.estimate(select(batch.logprobs, batch.mask), select(batch.ref_logprobs, batch.mask), estimator=estimator)
-        return each.sum(1).mean()
+def kl_penalty(batch: Batch, estimator: kl.Penalty) -> Tensor:
+    """A KL penalty in the loss as the methods have it, a mean over responses."""
+    return kl.penalty(batch.logprobs, batch.ref_logprobs, batch.old_logprobs, batch.mask, estimator=estimator).sum(1).mean()
+
+
+def kl_loss(batch: Batch, estimator: Estimator) -> Tensor:
+    """An estimator of the KL of the whole response as a loss; no method does this."""
     whole = (select(x, batch.mask).sum(1, keepdim=True) for x in (batch.logprobs, batch.ref_logprobs))
     return kl.estimate(*whole, estimator=estimator).mean()
 
@@ -74,11 +72,11 @@ def kl_in_the_reward(batch: Batch, estimator: Estimator) -> Tensor:
 # ---- gradients ----
 
 
-def estimator_table(*, batches: int = 1_500) -> list[dict[str, Any]]:
+def estimator_table(*, batches: int = 1_000) -> list[dict[str, Any]]:
     """One row for each estimator: cosine and relative bias of its expectation, its length over the exact one's, the variance of one response.
 
     Args:
-        batches: sampled batches of eight behind the only row that is not exact.
+        batches: sampled batches of eight behind the two rows that are not exact.
     """
     j = "grad J"
     out: list[dict[str, Any]] = []
@@ -97,21 +95,27 @@ def estimator_table(*, batches: int = 1_500) -> list[dict[str, Any]]:
     add("PPO's surrogate, lambda 0.95, no critic", j, critics["none"], _with(ppo_loss, lam=0.95), "Without a critic lambda is a discount on the final reward.")
     add("PPO's surrogate, lambda 0.95, exact critic, whitened", j, critics["exact"], _with(ppo_loss, lam=0.95, whitened=True),
         "Over the whole population whitening only changes the length.")  # fmt: skip
-    out.append(_in_small_batches(critics["exact"], batches))
+    small = _in_small_batches(critics["exact"], batches)
+    out.append(small["PPO's surrogate, lambda 0.95, exact critic, whitened over 8 responses"])
     add("PPO's surrogate, lambda 1, exact critic, a mean within each response", j, critics["exact"], ppo_loss_by_response,
         "Dividing by each response's length weighs short responses up: another direction.")  # fmt: skip
     add("PPO's surrogate at a policy that has moved", "grad of the clipped objective", kit.policy_case("clip"),
         lambda b: losses.ppo_clip(b.logprobs, b.old_logprobs, b.advantages, b.mask), "Ratios of 1/2, 1 and 2; the clip cuts where it is meant to.")  # fmt: skip
 
+    sequence.rows(add)
+    out.append(small["REINFORCE, whitened over 8 responses (REINFORCE++)"])
+    sequence.off_policy_rows(add)
+
     k, of_kl = kit.policy_case("kl"), "grad KL(pi, ref)"
-    add("k1 as a loss", of_kl, k, _with(kl_loss, estimator="k1", tokens=False), "Its gradient is a score: zero on average.")
-    add("k2 of the response as a loss", of_kl, k, _with(kl_loss, estimator="k2", tokens=False), "Biased as a value, exact as a loss.")
-    add("k2 of each token as a loss", of_kl, k, _with(kl_loss, estimator="k2", tokens=True), "Forgets that early tokens choose later states.")
-    add("k3 of the response as a loss", of_kl, k, _with(kl_loss, estimator="k3", tokens=False), "The gradient of the forward KL(ref, pi).")
-    add("k3 of the response as a loss, for the forward KL", "grad KL(ref, pi)", kit.policy_case("forward_kl"), _with(kl_loss, estimator="k3", tokens=False),
+    add("k1 as a loss", of_kl, k, _with(kl_loss, estimator="k1"), "Its gradient is a score: zero on average. Refused.")
+    add("k2 of the response in the loss", of_kl, k, _with(kl_penalty, estimator="k2"), "Biased as a value, exact as a loss.")
+    add("k2_tokens in the loss", of_kl, k, _with(kl_penalty, estimator="k2_tokens"), "Forgets that early tokens choose later states.")
+    add("weighted_k3 in the loss", of_kl, k, _with(kl_penalty, estimator="weighted_k3"), "The same in expectation: the ratio's gradient makes up for k3's.")
+    add("forward_k3 in the loss", of_kl, k, _with(kl_penalty, estimator="forward_k3"), "GRPO's penalty: the forward KL, and states taken as given.")
+    add("k3 of the response as a loss", of_kl, k, _with(kl_loss, estimator="k3"), "The gradient of the forward KL(ref, pi). Refused.")
+    add("k3 of the response as a loss, for the forward KL", "grad KL(ref, pi)", kit.policy_case("forward_kl"), _with(kl_loss, estimator="k3"),
         "Against the forward KL it is exact.")  # fmt: skip
-    add("k3 of each token as a loss", of_kl, k, _with(kl_loss, estimator="k3", tokens=True), "GRPO's penalty: the forward KL, and states taken as given.")
-    add("k1 in the reward", of_kl, k, _with(kl_in_the_reward, estimator="k1"), "What PPO does here.")
+    add("k1 in the reward", of_kl, k, _with(kl_in_the_reward, estimator="k1"), "What the methods do unless told otherwise.")
     add("k2 in the reward", of_kl, k, _with(kl_in_the_reward, estimator="k2"), "A biased value is a biased reward.")
     add("k3 in the reward", of_kl, k, _with(kl_in_the_reward, estimator="k3"), "An unbiased value, but its own gradient is missing.")
 
@@ -134,33 +138,39 @@ def _row(name: str, estimates: str, found: Measured, variance: float | None, kno
     return {"name": name, "estimates": estimates, **numbers, "exact": known, "words": words}
 
 
-def _in_small_batches(case: Case, batches: int, size: int = 8) -> dict[str, Any]:
+def _in_small_batches(case: Case, batches: int, size: int = 8) -> dict[str, dict[str, Any]]:
     """Whitened over eight responses. Sampled; the plain gradient of the same draws, whose mean is known, takes most of the noise away."""
     rng, target = np.random.default_rng(0), case.exact(case.population).ravel()
 
-    def gradient(loss: Loss, batch: Batch) -> Array:
-        return -case.parameters(look(loss, batch, case.what).table).ravel()
-
-    def plain(batch: Batch) -> Tensor:
+    def plain_ppo(batch: Batch) -> Tensor:
         advantages, _ = ppo_advantages(batch, lam=0.95)
         return losses.ppo_clip_sum(batch.logprobs, batch.old_logprobs, advantages, batch.mask)[0] / size
 
-    found, known = [], []
+    def plain_reinforce(batch: Batch) -> Tensor:
+        return sequence.reinforce(batch, to_go(sequence.paid(batch), batch.mask))
+
+    kinds: dict[str, tuple[Loss, Loss]] = {
+        "PPO's surrogate, lambda 0.95, exact critic, whitened over 8 responses": (_with(ppo_loss, lam=0.95, whitened=True), plain_ppo),
+        "REINFORCE, whitened over 8 responses (REINFORCE++)": (sequence.reinforce_plus_plus, plain_reinforce),
+    }
+    seen: dict[str, list[Array]] = {name: [] for name in kinds}
     for _ in range(batches):
         batch = build(case.population, *draw(case.population, size, rng))
-        found.append(gradient(_with(ppo_loss, lam=0.95, whitened=True), batch))
-        known.append(gradient(plain, batch))
-    g, c = np.array(found), np.array(known) - target
-    factor = float((g * c).sum() / (c * c).sum())
-    better = g - factor * c
-    again = [measure(better[rng.integers(0, batches, batches)].mean(0), target) for _ in range(200)]
-    low, high = np.quantile([m.relative_bias for m in again], [0.025, 0.975])
-    mean = better.mean(0)
-    variance = float(size * ((g - mean) ** 2).sum(1).mean() / (mean @ mean))
-    return _row(
-        "PPO's surrogate, lambda 0.95, exact critic, whitened over 8 responses", "grad J", measure(mean, target), variance, False,
-        f"{batches:,} sampled batches; 95% of resamplings have a relative bias of {low:.3f} to {high:.3f}: a small batch is divided by its own deviation.",
-    )  # fmt: skip
+        for name, pair in kinds.items():
+            seen[name].append(np.stack([-case.parameters(look(loss, batch, case.what).table).ravel() for loss in pair]))
+    out = {}
+    for name, both in seen.items():
+        g, c = np.array(both)[:, 0], np.array(both)[:, 1] - target
+        better = g - float((g * c).sum() / (c * c).sum()) * c
+        again = [measure(better[rng.integers(0, batches, batches)].mean(0), target) for _ in range(200)]
+        low, high = np.quantile([m.relative_bias for m in again], [0.025, 0.975])
+        mean = better.mean(0)
+        variance = float(size * ((g - mean) ** 2).sum(1).mean() / (mean @ mean))
+        out[name] = _row(
+            name, "grad J", measure(mean, target), variance, False,
+            f"{batches:,} sampled batches; 95% of resamplings have a relative bias of {low:.3f} to {high:.3f}: a small batch is divided by its own deviation.",
+        )  # fmt: skip
+    return out
 
 
 # ---- KL ----

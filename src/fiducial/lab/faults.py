@@ -2,7 +2,8 @@ r"""The gradient that each known mistake has in expectation, in closed form, and
 
 Whoever wrote it, a policy loss has on a population the gradient :math:`-E\sum_t c_t(y)\,\nabla\log\pi(y_t|s_t)`. For the right one
 :math:`c_t = r(y) - \beta\sum_{u\ge t}\log(\pi/\pi_{ref})(y_u|s_u) - b(s_t)` with any baseline b of the state. A mistake changes c in a known way, so its
-gradient is a product of NumPy tables and no loss is run to get it. `explain` finds the fewest mistakes that give the gradient that was found.
+gradient is a product of NumPy tables and no loss is run to get it. `explain` finds the fewest mistakes that give the gradient that was found. Mistakes with
+ratios, off policy, are in `fiducial.lab.off_policy`.
 
 Shapes: P prompts, S states of a prompt, V tokens, Y responses, T tokens of a response; see `fiducial.lab.population`.
 """
@@ -183,35 +184,14 @@ def group_candidates(population: Population, objective: str) -> Iterator[Candida
 
 
 def _halves(difference: Array) -> Iterator[tuple[tuple[str, ...], Array]]:
-    """The advantage of the first of two, by what it is divided by."""
+    """The advantage of the first of two, by what it is compared with and divided by."""
     yield (), difference
+    yield ("baseline is the group's best",), np.minimum(difference, 0.0)
+    yield ("negative advantages left out",), np.maximum(difference, 0.0)
     for correction in (1, 0):
         for eps in (0.0, 1e-8, 1e-6, 1e-5, 1e-4):
             sigma = np.abs(difference) / np.sqrt(2.0 if correction else 4.0) + eps
             yield ("divided by the group's deviation",), np.divide(difference / 2, sigma, out=np.zeros_like(difference), where=sigma > 0)
-
-
-def clip_candidates(population: Population, clip: float) -> Iterator[Candidate]:
-    """The clipped surrogate off policy, of the advantages in the batch."""
-    t = Terms(population)
-    ratio, a = np.exp(t.logp - t.of(population.data)), t.of(population.advantages)
-
-    def kept(r: Array, sign: float) -> Array:
-        cut = ((sign * a > 0) & (r > 1 + clip)) | ((sign * a < 0) & (r < 1 - clip))
-        return np.where(cut, 0.0, 1.0)
-
-    kinds = {
-        "": ratio * a * kept(ratio, 1),
-        "not clipped": ratio * a,
-        "clipped without the minimum": ratio * a * kept(ratio, 1) * kept(ratio, -1),
-        "maximum instead of minimum": ratio * a * kept(ratio, -1),
-        "ratio always one": a,
-        "ratio inverted": -a / ratio * kept(1 / ratio, 1),
-    }
-    for kind, c in kinds.items():
-        for weight, ws in weights(t).items():
-            for w in ws:
-                yield Candidate(tuple(n for n in (kind, weight) if n), t.gradient(w * c))
 
 
 def likelihood_candidates(population: Population) -> Iterator[Candidate]:

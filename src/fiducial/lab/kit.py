@@ -29,13 +29,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import exact, faults
+from . import exact, faults, off_policy, targets
 from .diagnosis import LIKELIHOOD, Case, Change, Loss, Verdict, judge, look, scalar
 from .faults import Candidate
 from .population import Batch, Critic, PairBatch, Population, Rows, build, build_pairs, draw, make_population, pairs, rows
 from .world import Array
 
-Objective = Literal["J", "reward", "kl", "forward_kl", "clip"]
+Objective = Literal["J", "reward", "kl", "forward_kl", "clip", "gspo", "cispo", "moved"]
 
 
 # ---- policies ----
@@ -46,23 +46,33 @@ WORDS: dict[str, str] = {
     "kl": "KL loss, KL(pi, ref)",
     "forward_kl": "KL loss, KL(ref, pi)",
     "clip": "clipped surrogate, off policy",
+    "gspo": "GSPO's surrogate, off policy",
+    "cispo": "CISPO's gradient, off policy",
+    "moved": "policy loss, E[r], off policy",
 }
+OFF_POLICY = ("clip", "gspo", "cispo", "moved")
+MOVED = 0.5
+"""How far: ratios of tokens go from 0.26 to 1.83."""
 
 
 def check_policy_loss(
-    loss: Callable[[Batch], Any], objective: Objective = "J", *, group: int = 1, critic: Critic = "exact", clip: float = 0.2, train: bool = True
-) -> Verdict:
+    loss: Callable[[Batch], Any], objective: Objective = "J", *, group: int = 1, critic: Critic = "exact", clip: float = 0.2,
+    clip_high: float | None = None, cap: float = 1.5, train: bool = True,
+) -> Verdict:  # fmt: skip
     """Whether minus the expected gradient of a policy loss is that of the objective.
 
     Args:
         loss: from a Batch to a scalar. It takes what it needs of: `logits()` or `logprobs`, `old_logprobs`, `ref_logprobs`, `rewards`, `beta`, `mask`,
             `old_values`, `advantages` (exact ones), `group`.
         objective: "J": E[r] - beta KL(pi, ref). "reward": E[r] (the batch's beta is 0). "kl", "forward_kl": the loss is KL(pi, ref), or KL(ref, pi), of
-            responses that the policy sampled. "clip": PPO's surrogate at a policy that has moved from the one that sampled, of the batch's `advantages`.
+            responses that the policy sampled. The others are at a policy that has moved from the one that sampled. "clip": PPO's surrogate, of the
+            batch's `advantages`. "gspo": GSPO's, of the `rewards` as advantages. "cispo": CISPO's gradient, of the `advantages`. "moved": E[r] of the
+            policy that has moved, which only the ratio of the whole response has: for corrections between sampler and trainer.
         group: 2: rows 2i and 2i + 1 are two responses to one prompt, and `batch.group` says so; for RLOO, GRPO and their kind. 1: all 64 responses to
             a prompt have one number.
         critic: what `old_values` are: those of the policy, wrong ones, or 0. With lambda below 1 only the first gives the exact gradient.
-        clip: epsilon of "clip".
+        clip, clip_high: epsilon of "clip" and "gspo", and that above 1 where it is another. cap: of "cispo". What lies between two ratios of the
+            population cannot be told apart.
         train: also train a table of logits with it (about a second).
 
     Raises:
@@ -72,23 +82,36 @@ def check_policy_loss(
         raise ValueError(f"objective must be one of {', '.join(WORDS)}, not {objective!r}")
     if group not in (1, 2):
         raise ValueError(f"group must be 1 or 2, not {group}")
-    return judge(loss, policy_case(objective, group=group, critic=critic, clip=clip), train=train)
+    return judge(loss, policy_case(objective, group=group, critic=critic, clip=clip, clip_high=clip_high, cap=cap), train=train)
 
 
 @functools.cache
-def policy_case(objective: Objective = "J", *, group: int = 1, critic: Critic = "exact", clip: float = 0.2) -> Case:
+def policy_case(
+    objective: Objective = "J", *, group: int = 1, critic: Critic = "exact", clip: float = 0.2, clip_high: float | None = None, cap: float = 1.5
+) -> Case:
     """The case of :func:`check_policy_loss`."""
-    beta = {"reward": 0.0}.get(objective, 0.4)
+    beta = 0.0 if objective in ("reward", "moved") else 0.4
+    low, high = clip, clip if clip_high is None else clip_high
+    far = objective == "clip" and low == high  # ratios of 1/2, 1 and 2; bounds that differ need ratios that come between them
     population = make_population(
-        horizon=3 if group == 1 else 2, group=group, beta=beta, critic=critic, off_policy=objective == "clip", silent=objective in ("kl", "forward_kl")
-    )
+        horizon=3 if group == 1 else 2, group=group, beta=beta, critic=critic, off_policy=far, silent=objective in ("kl", "forward_kl"),
+        moved=MOVED if objective in OFF_POLICY and not far else 0.0,
+    )  # fmt: skip
     goals: dict[str, Callable[[Population], Array]] = {
-        "J": _ascent, "reward": _ascent, "kl": _ascent_kl, "forward_kl": _ascent_forward, "clip": functools.partial(_ascent_clip, clip=clip)
+        "J": targets.reward_and_kl, "reward": targets.reward_and_kl, "moved": targets.reward_and_kl, "kl": targets.kl, "forward_kl": targets.forward_kl,
+        "clip": functools.partial(targets.clip, low=low, high=high), "gspo": functools.partial(targets.gspo, low=low, high=high),
+        "cispo": functools.partial(targets.cispo, cap=cap),
     }  # fmt: skip
 
     def candidates(p: Population) -> Iterator[Candidate]:
         if objective == "clip":
-            yield from faults.clip_candidates(p, clip)
+            yield from off_policy.clip_candidates(p, low, high)
+        elif objective == "gspo":
+            yield from off_policy.gspo_candidates(p, low, high)
+        elif objective == "cispo":
+            yield from off_policy.cispo_candidates(p, cap)
+        elif objective == "moved":
+            yield from off_policy.moved_candidates(p)
         elif objective == "forward_kl":
             yield from faults.forward_candidates(p)
         else:
@@ -104,32 +127,9 @@ def policy_case(objective: Objective = "J", *, group: int = 1, critic: Critic = 
     }
     return Case(
         WORDS[objective] + (f", groups of {group}" if group > 1 else ""), "raw", population, goals[objective], _make, candidates,
-        None if objective == "clip" else functools.partial(_train_policy, population=population, objective=objective, critic=critic), without, group,
+        None if objective in OFF_POLICY else functools.partial(_train_policy, population=population, objective=objective, critic=critic), without, group,
         "k1 as a loss" if objective == "kl" else "zero in expectation",
     )  # fmt: skip
-
-
-def _ascent(p: Population) -> Array:
-    return exact.gradient(p.world, p.policy) / p.temperature
-
-
-def _ascent_kl(p: Population) -> Array:
-    return exact.gradient(p.world.with_(reward=np.zeros_like(p.world.reward)), p.policy, beta=1.0) / p.temperature
-
-
-def _ascent_forward(p: Population) -> Array:
-    reference = exact.log_softmax(p.world.reference)
-    visits = exact.visits(p.tree, reference)[..., None]
-    return visits * (np.exp(reference) - np.exp(p.policy)) / p.temperature / len(p.world.prompts)
-
-
-def _ascent_clip(p: Population, *, clip: float) -> Array:
-    """State by state: visits of the old policy, and the ratio's gradient where the clip leaves it. See test_kit.py for finite differences."""
-    old, new = np.exp(p.data), np.exp(p.policy)
-    ratio = new / old
-    kept = ~(((p.advantages > 0) & (ratio > 1 + clip)) | ((p.advantages < 0) & (ratio < 1 - clip)))
-    weight = np.where(kept, p.advantages * new, 0.0)
-    return exact.visits(p.tree, p.data)[..., None] * (weight - new * weight.sum(-1, keepdims=True)) / p.temperature / len(p.world.prompts)
 
 
 def _make(p: Population, change: Change) -> Batch:

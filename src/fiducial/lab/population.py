@@ -229,7 +229,7 @@ def rational(prompts: int, states: int, seed: int) -> Array:
 
 def make_population(
     *, horizon: int = 3, group: int = 1, beta: float = BETA, temperature: float = TEMPERATURE, critic: Critic = "exact", off_policy: bool = False,
-    preferences: bool = False, silent: bool = False, seed: int = 3,
+    preferences: bool = False, silent: bool = False, moved: float = 0.0, seed: int = 3,
 ) -> Population:  # fmt: skip
     """A population.
 
@@ -240,6 +240,7 @@ def make_population(
         off_policy: the responses were written by another policy than the one that is learned.
         preferences: rewards are 0 or log 3, so that the odds of a comparison are whole numbers.
         silent: all rewards are 0.
+        moved: deviation of the normal noise by which the logits of the policy that is learned have moved from those that wrote the responses.
         seed: of the tables; with 3 the two prompts have answers of different mean length.
     """
     shape = tree(3, horizon)
@@ -253,6 +254,8 @@ def make_population(
     world = World("rational", PROMPTS, reference, reward, beta, horizon)
     policy = rational(prompts, states, seed)
     data = rational(prompts, states, seed + 4) if off_policy else policy
+    if moved:
+        policy = exact.log_softmax(policy + moved * np.random.default_rng([seed, horizon, 30]).normal(size=policy.shape))
     known = exact.values(world, data)[0]
     old = {"exact": known, "arbitrary": rng.normal(size=known.shape), "none": np.zeros_like(known)}[critic]
     near = known + rng.uniform(-0.1, 0.1, size=known.shape)  # inside the range to which PPO's critics are clipped
