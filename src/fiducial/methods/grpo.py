@@ -227,7 +227,7 @@ def grpo(settings: GRPO) -> Run:
             run.state["drawn"] += int(counts["groups/sampled"])  # not before: a step that fails half-way is begun again as it was
             settings.kl.adapt(run.state, metrics["objective/kl"], len(trajectory))
             run.end_step(
-                metrics | counts | known | scored.metrics() | moved, rows=len(trajectory),
+                metrics | counts | known | scored.metrics() | moved, rows=int(counts["groups/sampled"]) * settings.group_size,
                 tokens=int(trajectory.lengths.sum()) * settings.epochs, show=("reward", "objective/kl", "groups/no_spread"),
             )  # fmt: skip
             run.checkpoint_if_due()
