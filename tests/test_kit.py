@@ -964,6 +964,8 @@ def test_the_rows_of_the_sequence_level_methods_are_in_the_order_that_their_pape
     assert off["CISPO, cap 1.5"] == pytest.approx(off["TIS, cap 1.5"], abs=1e-12)
     assert off["TIS, cap 1.5"] != pytest.approx(off["token ratios, no cap"], abs=1e-6)
     assert off["DAPO's clip-higher, 0.2 and 0.28"] != pytest.approx(off["PPO's clip, 0.2"], abs=1e-6)
+    weights = sequence.by_group(torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]]))
+    assert weights.tolist() == [pytest.approx(row) for row in ([1 / 6, 1 / 6, 0], [1 / 6, 0, 0], [1 / 12] * 3, [1 / 12] * 3)]
     assert table["Off policy: not corrected"]["estimates"] == "grad E[r] at the policy that has moved"
 
 
