@@ -663,6 +663,8 @@ COMMAND = ("--model", "m", "--data", "d", "--reward", "r.py:f")
         ("reinforce", ["--beta", "0", "--kl.target", "6"], "--kl.target 6 with a beta of 0"),
         ("ppo", ["--beta", "0", "--kl.target", "6"], "--kl.target 6 with a beta of 0"),
         ("grpo", ["--variant", "dapo", "--kl.target", "6"], "--kl.target 6 with a beta of 0"),
+        ("grpo", ["--max-new-tokens", "8", "--score.length-buffer", "9"], "--score.length-buffer 9 with --max-new-tokens 8"),
+        ("ppo", ["--max-new-tokens", "8", "--score.length-buffer", "9"], "--score.length-buffer 9 with --max-new-tokens 8"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_sentence_and_exit_code_2(capsys, verb, flags, said):

@@ -164,6 +164,7 @@ class GRPO(Settings):
     def _fit(self) -> GRPO:
         if self.batch_size % self.group_size:
             raise ValueError(f"--batch-size {self.batch_size} is no multiple of --group-size {self.group_size}: every prompt gets a whole group")
+        self.score.fits(self.max_new_tokens)
         self.kl.steers(self.parts.beta)
         return self
 

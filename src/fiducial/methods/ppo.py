@@ -119,6 +119,7 @@ class PPO(Settings):
 
     @model_validator(mode="after")
     def _fit(self) -> PPO:
+        self.score.fits(self.max_new_tokens)
         self.kl.steers(self.beta)
         return self
 

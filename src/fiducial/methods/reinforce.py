@@ -95,6 +95,7 @@ class Reinforce(Settings):
             raise ValueError("--group-size 1 with --baseline rloo: one response alone has no others to be compared with; give at least 2")
         if self.batch_size % self.group_size:
             raise ValueError(f"--batch-size {self.batch_size} is no multiple of --group-size {self.group_size}: every prompt gets a whole group")
+        self.score.fits(self.max_new_tokens)
         self.kl.steers(self.beta)
         return self
 

@@ -74,6 +74,17 @@ class ScoreSettings(Settings):
     length_penalty: float = Field(1.0, gt=0)
     """What a response at its limit loses by the buffer. 1: DAPO."""
 
+    def fits(self, max_new_tokens: int) -> None:
+        """
+        Raises:
+            ValueError: the length penalty would begin before the response does.
+        """
+        if self.length_buffer > max_new_tokens:
+            raise ValueError(
+                f"--score.length-buffer {self.length_buffer} with --max-new-tokens {max_new_tokens}: the buffer is the last tokens below the limit, "
+                "so it cannot be longer than the limit itself"
+            )
+
 
 class LongSettings(Settings):
     """For long responses, and for a sampler that is not quite the policy that is trained. All of it is off at first."""
@@ -85,7 +96,7 @@ class LongSettings(Settings):
     cap: float = Field(2.0, gt=1)
     """Largest weight: beyond it the tis are cut, the others dropped. 2: veRL; TRL: 3."""
     floor: float = Field(0.5, ge=0, lt=1)
-    """Least weight, for icepop alone. 0.5: IcePop."""
+    """Least weight, for icepop alone. 0.5: as far below 1 as the cap is above it. Ours."""
 
 
 @dataclass(frozen=True)
