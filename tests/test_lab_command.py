@@ -8,12 +8,18 @@ import pytest
 from fiducial.errors import InputError, RunError
 from fiducial.lab import command, derivation, exact, policies
 from fiducial.lab.command import Job, Lab, as_lines, cause, jobs, lab
-from fiducial.lab.measured import Plan
+from fiducial.lab.measured import METHODS, Plan
 
 FEW = [
     Job("mild", Plan("dpo", "table", 0.05, 30, points=3), "methods", 1.0),
     Job("mild", Plan("ppo", "table", 0.05, 12, points=3), "methods", 1.0),
     Job("exploit", Plan("ppo", "table", 0.05, 12, points=3, reward="proxy"), "methods", 1.0),
+    Job("mild", Plan("rloo", "table", 0.05, 8, points=2), "methods", 1.0),
+    Job("mild", Plan("grpo", "table", 0.05, 8, points=2), "methods", 1.0),
+    Job("mild", Plan("grpo", "table", 0.05, 8, points=0, settings={"kl": {"estimator": "k1"}}), "parts", 1.0, "KL-in-the-reward"),
+    Job("mild", Plan("rloo", "table", 0.05, 8, points=0, settings={"score": {"length_buffer": 1}}), "lengths", 1.0, "buffer"),
+    Job("long", Plan("ppo", "table", 0.05, 6, points=6, credit=True), "methods", 1.0),
+    Job("long", Plan("rloo", "table", 0.05, 6, points=3, reward="steps", settings={"credit": "to_go"}), "methods", 1.0),
     Job("mild", Plan("ppo", "table", 0.05, 4, beta=2.0, points=0), "sensitivity", 1.0),
     Job("mild", Plan("ppo", "table", 0.001, 4, beta=2.0, points=0), "sensitivity", 1.0),
 ]
@@ -21,7 +27,7 @@ FEW = [
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The lab with five short runs, and its data."""
+    """The lab with a few short runs, and its data."""
     folder = tmp_path_factory.mktemp("lab") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "jobs", lambda form, seed: FEW)
@@ -39,6 +45,9 @@ def test_every_run_has_a_name_and_files_of_its_own(form):
         if j.section == "methods":
             seeds[j.world, j.plan.policy, j.plan.method].add(j.plan.seed)
     assert seeds["mild", "table", "ppo"] == {7, 8, 9}
+    assert {m for w, p, m in seeds if w == "mild" and p == "table"} == set(METHODS) <= set(command.NAMES)
+    assert {m for w, _, m in seeds if w == "long"} == {"ppo", "reinforce", "reinforce_mean", "remax", "rloo", "reinforce_pp"}
+    assert seeds["mild", "table", "remax"] == seeds["long", "table", "remax"] == {7, 8, 9}
     assert seeds["mild", "transformer", "dpo"] == ({7} if form == "quick" else {7, 8, 9})
 
 
@@ -48,7 +57,15 @@ def test_the_page_and_its_data_hold_every_section_and_every_run(small):
     empty = [k for k, v in data.items() if not v and k != "seed"]
     assert empty == []
     rows = {(r["world"], r["method"]): r for r in data["methods"]}
-    assert set(rows) == {("mild", "dpo"), ("mild", "ppo"), ("exploit", "ppo")}
+    assert set(rows) == {("mild", "dpo"), ("mild", "ppo"), ("mild", "rloo"), ("mild", "grpo"), ("exploit", "ppo"), ("long", "ppo"), ("long", "rloo_steps")}
+    assert [p["samples"] for p in rows["long", "rloo_steps"]["runs"][0]["path"]] == [2000 + 256 * k for k in (0, 2, 4, 6)]  # the judge's own are counted
+    assert [r["name"] for r in data["parts"]] == ["GRPO as its paper has it", "GRPO, KL in the reward"]
+    assert [r["name"] for r in data["lengths"]] == ["RLOO", "RLOO, a penalty for the last token"]
+    assert data["lengths"][1]["cut"] < data["lengths"][0]["cut"] and data["parts"][0]["relative_gap"] != data["parts"][1]["relative_gap"]
+    credit = data["credit"]
+    assert credit["world"] == "long" and [r["right"] for r in credit["responses"]] == [True, False] and len(credit["rows"]) == 8
+    assert all(len(r["decisive"]) == 5 for r in credit["responses"]) and len(credit["responses"][1]["changed"]) == 1
+    assert credit["responses"][1]["changed"][0] in credit["responses"][1]["decisive"]
     run = rows["mild", "dpo"]["runs"][0]
     assert run["pairs"] == 30 * 256 and run["samples"] == 0 and [p["step"] for p in run["path"]] == [0, 10, 20, 30]
     assert [p["samples"] for p in rows["mild", "ppo"]["runs"][0]["path"]] == [0, 4 * 256, 8 * 256, 12 * 256]
@@ -66,7 +83,7 @@ def test_the_page_and_its_data_hold_every_section_and_every_run(small):
 def test_the_terminal_gets_a_line_a_method_and_the_page(small):
     _, page, data = small
     lines = as_lines(page)
-    assert len(lines) == 4 and lines[-1] == str(page)
+    assert len(lines) == 8 and lines[-1] == str(page)
     gap = 100 * data["methods"][0]["runs"][0]["relative_gap"]
     assert lines[0].split()[:3] == ["mild", "DPO", "table"] and f"{gap:.2g}%" in lines[0]
 

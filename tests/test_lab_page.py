@@ -13,7 +13,7 @@ import pytest
 
 from fiducial.errors import InputError
 from fiducial.report.lab_answer import lab_alarms, lab_answer, middle, share
-from fiducial.report.lab_figures import best_of_n_figure, frontier_figure, gap_figures, heat_figure, proxy_figures
+from fiducial.report.lab_figures import best_of_n_figure, frontier_figures, gap_figures, heat_figure, proxy_figures
 from fiducial.report.lab_page import FORMULAS, identities, side, write_lab_page
 from fiducial.report.lab_schema import Lab, read_lab
 from fiducial.report.mathml import formula, mathml
@@ -432,7 +432,7 @@ def test_sides_carry_six_digits(x: float | None, text: str) -> None:
 
 def test_the_frontier_shows_the_median_seed_of_each_method_below_the_curve() -> None:
     data = lab()
-    found = frontier_figure(data)
+    found = frontier_figures(data)[0]
     named = {s["name"]: s for s in found["series"]}
     assert list(named)[:3] == ["frontier", "J of the optimum (slope β = 0.5)", "best of n"] and list(named)[-1] == "optimum"
     ppo = next(m for m in data.methods or [] if m.name == "PPO")
@@ -503,7 +503,7 @@ def test_runs_of_another_seeds_world_stay_out_of_this_worlds_picture(folder: Pat
         step["reward"] += 5.0
     method["runs"][1]["reward"] += 5.0  # above this frontier, but that is not its frontier
     data = lab(methods=[method])
-    (line,) = [s for s in frontier_figure(data)["series"] if s["name"] == "PPO, table"]
+    (line,) = [s for s in frontier_figures(data)[0]["series"] if s["name"] == "PPO, table"]
     assert line["y"][-1] == method["runs"][2]["reward"] and lab_alarms(data) == []
     assert "optimum 0.741" not in html_of(folder, {**lab_data(), "methods": [method]})
     method["runs"][1]["kl_optimum"] = 0.876

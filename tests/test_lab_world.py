@@ -115,7 +115,7 @@ def test_what_a_model_samples_is_scored_by_the_table(world, folder):
 
     class Row:
         def __init__(self, prompt: str) -> None:
-            self.prompt = prompt
+            self.prompt, self.where = prompt, ""
 
     texts = Responses.of([Row(world.prompt_text(i)) for i in p], drawn, renderer)
     y = [world.responses.index(tuple(r)) for r in drawn.responses(ending=True)]
@@ -248,3 +248,27 @@ def test_a_prompt_and_its_longest_response_fit_the_context_of_table_and_transfor
 
 def test_every_tree_is_made_once_and_numbers_its_responses_as_the_world_does():
     assert tree(4, 3) is tree(4, 3) and policies.make("x", vocabulary=4)[0].responses is tree(4, 3).responses
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_long_world_is_long_sparse_and_says_which_letters_are_right(seed):
+    world, model = policies.long(seed)
+    likely = np.exp(exact.reference(world))
+    assert len(world.responses) == 511 and world.horizon == 8
+    assert ((likely * world.tree.lengths).sum(1) > 6).all()  # though an untrained model ends a response after three
+    share = (likely * world.reward).sum(1)
+    assert ((share > 0.005) & (share < 0.05)).all() and set(np.unique(world.reward)) == {0.0, 1.0}
+    np.testing.assert_allclose(policies.logits(policies.table(world), world.prompts, world.tree), policies.logits(model, world.prompts, world.tree), atol=1e-6)
+    reward, keys = lab.letters_in_place(2, world.tree, seed, keys=5, within=7)
+    assert reward.tobytes() == world.reward.tobytes() and all(len(k) == 5 and max(k) == 6 for k in keys)
+    for p, key in enumerate(keys):
+        for y in np.random.default_rng(seed).choice(511, 60):
+            text = world.response_text(int(y)).ljust(8, " ")
+            assert world.reward[p, y] == all(text[t] == " ab"[v] for t, v in key.items())
+
+
+def test_a_rare_end_changes_the_probability_of_the_end_alone():
+    plain, rare = (policies.make("x", seed=1, horizon=4, rare_end=nats)[0] for nats in (0.0, 2.0))
+    a, b = (exact.log_softmax(w.reference) for w in (plain, rare))
+    np.testing.assert_allclose(a[..., 1] - a[..., 2], b[..., 1] - b[..., 2], atol=1e-6)  # letters among each other
+    np.testing.assert_allclose((b[..., 0] - b[..., 1]) - (a[..., 0] - a[..., 1]), -2.0, atol=1e-6)

@@ -19,7 +19,7 @@ from fiducial.lab.world import EOS, World, bradley_terry, random_reward, tree
 from fiducial.methods.dpo import Pair, pair_logprobs
 from fiducial.models.load import load_policy, load_reference, load_scorer
 from fiducial.models.roles import Policy
-from fiducial.models.tabular import TabularConfig, TabularLM, TabularForSequenceClassification, states_behind
+from fiducial.models.tabular import TabularConfig, TabularForSequenceClassification, TabularLM, states_behind
 from fiducial.rollout.sampler import LocalSampler
 from fiducial.rollout.trajectory import Trajectory
 

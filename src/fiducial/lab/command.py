@@ -17,16 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import Field
 
 from ..config import Settings, command_line
 from ..errors import RunError
 from ..report.lab_page import write_lab_page
 from ..report.numbers import number
+from ..rollout.shaping import overlong
 from ..train.progress import Progress, say
 from ..train.run import open_folder
 from . import derivation, estimators, exact, labels, overoptimisation, policies
-from .measured import Plan, run_quietly, write_world
+from .measured import METHODS, Plan, run_quietly, write_world
+from .trainer import places
 from .world import World
 
 
@@ -51,17 +54,21 @@ class Job:
 
     world: str
     plan: Plan
-    section: str  # "methods" or "sensitivity"
+    section: str  # "methods", "parts", "lengths" or "sensitivity"
     cost: float  # about how many seconds
+    case: str = ""  # which of a section's changes to a method it is
 
     @property
     def name(self) -> str:
         p = self.plan
         beta = "" if p.beta is None else f"-beta-{p.beta:g}"
-        reward = "" if p.reward == "reward" else "-proxy"
-        return f"{self.world}-{p.method}-{p.policy}{reward}-rate-{p.learning_rate:g}-steps-{p.steps}{beta}-seed-{p.seed}"
+        reward = "" if p.reward == "reward" else f"-{p.reward}"
+        case = f"-{self.case}" if self.case else ""
+        return f"{self.world}-{p.method}-{p.policy}{reward}{case}-rate-{p.learning_rate:g}-steps-{p.steps}{beta}-seed-{p.seed}"
 
 
+SEQUENCE = tuple(method for method, (verb, _) in METHODS.items() if verb == "reinforce")
+ONLINE = tuple(method for method, (verb, _) in METHODS.items() if verb != "dpo")
 SETTINGS: dict[tuple[str, str, str], tuple[float, int]] = {
     ("mild", "dpo", "table"): (0.05, 1600), ("mild", "ppo", "table"): (0.05, 150),
     ("mild", "dpo", "transformer"): (1e-3, 1500), ("mild", "ppo", "transformer"): (1e-3, 150),
@@ -70,15 +77,54 @@ SETTINGS: dict[tuple[str, str, str], tuple[float, int]] = {
     ("large", "dpo", "table"): (0.05, 800), ("large", "ppo", "table"): (0.05, 150),
     ("large", "dpo", "transformer"): (1e-3, 1500), ("large", "ppo", "transformer"): (1e-3, 250),
     ("sparse", "ppo", "table"): (0.05, 150), ("exploit", "ppo", "table"): (0.05, 150),
+    **{("mild", method, "table"): (0.05, 150) for method in ONLINE if method != "ppo"},
+    **{("mild", method, "transformer"): (1e-3, 150) for method in ("rloo", "grpo")},
+    **{("long", method, "table"): (0.05, 100) for method in ONLINE},
 }  # fmt: skip
 """Learning rate and steps of each run: steps of 256 pairs, iterations of 256 responses."""
-SECONDS = {("dpo", "table"): 0.012, ("ppo", "table"): 0.035, ("dpo", "transformer"): 0.05, ("ppo", "transformer"): 0.15}
-"""Usual seconds a step, to begin with the longest and to tell the time that is left."""
-NAMES = {"ppo": "PPO", "dpo": "DPO"}
-ESTIMATORS = {"ppo": "PPO's surrogate, lambda 0.95, exact critic, whitened", "dpo": "DPO's loss"}
+SECONDS = {("dpo", "table"): 0.012, ("ppo", "table"): 0.035, ("dpo", "transformer"): 0.05, ("ppo", "transformer"): 0.15,
+           ("reinforce", "table"): 0.015, ("reinforce", "transformer"): 0.07, ("grpo", "table"): 0.015, ("grpo", "transformer"): 0.07}  # fmt: skip
+"""Usual seconds a step by verb, to begin with the longest and to tell the time that is left."""
+LONGER = 2.0
+"""How many times that a step takes in the world of long responses."""
+NAMES = {
+    "ppo": "PPO", "dpo": "DPO", "reinforce": "REINFORCE", "reinforce_mean": "REINFORCE, mean", "remax": "ReMax", "rloo": "RLOO", "reinforce_pp": "REINFORCE++",
+    "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO", "gspo": "GSPO", "cispo": "CISPO", "ppo_steps": "PPO, process rewards",
+    "rloo_steps": "RLOO, process rewards",
+}  # fmt: skip
+ESTIMATORS = {
+    "ppo": "PPO's surrogate, lambda 0.95, exact critic, whitened", "dpo": "DPO's loss",
+    "reinforce": "REINFORCE, no baseline", "reinforce_mean": "REINFORCE, running mean", "remax": "REINFORCE, greedy response's score (ReMax)",
+    "rloo": "REINFORCE, leave-one-out of 2 (RLOO)", "reinforce_pp": "REINFORCE, whitened over 8 responses (REINFORCE++)",
+    "grpo": "GRPO, groups of 2, k3 in the loss", "dr_grpo": "Dr. GRPO, groups of 2",
+}  # fmt: skip
 """The row of the estimators' table that stands behind each method as it is run here."""
-COPIES = {"mild": 100, "peaked": 100, "large": 2, "sparse": 1, "exploit": 1}
-"""How often every two responses are compared in the file of each world; once where no method reads it."""
+PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "no deviation": ("The mean of the others in place of mean and deviation.", {"advantage": "rloo"}),
+    "exact KL": ("k2 of the response in place of forward_k3: the gradient of KL(pi, ref) itself.", {"kl": {"estimator": "k2"}}),
+    "constant length": ("A constant in place of each response's length.", {"mean": "constant"}),
+    "no deviation, exact KL": ("", {"advantage": "rloo", "kl": {"estimator": "k2"}}),
+    "no deviation, constant length": ("", {"advantage": "rloo", "mean": "constant"}),
+    "all three": ("", {"advantage": "rloo", "mean": "constant", "kl": {"estimator": "k2"}}),
+    "KL in the reward": ("Both divisions stay. At the optimum all returns of a prompt, less the price of the KL, are equal: there is nothing to divide.",
+                         {"kl": {"estimator": "k1"}}),
+}  # fmt: skip
+"""What is exchanged of GRPO as its paper has it, to see which part moves it from the optimum."""
+LENGTH_WORDS = {
+    "masked": "Another objective: cut responses have no gradient of their own, whatever they earn.",
+    "buffer": "Another objective, and known exactly: the reward less 1 for a response at its limit.",
+    "four epochs": "Three of four updates are off policy, within the clip.",
+    "stale": "The mask leaves out what the policy has moved away from within its batch.",
+}
+LENGTHS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "masked": ("RLOO, cut responses left out of the loss", "rloo", {"long": {"mask_truncated": True}}),
+    "buffer": ("RLOO, a penalty for the last token", "rloo", {"score": {"length_buffer": 1}}),
+    "four epochs": ("Four epochs on each batch (Dr. GRPO)", "dr_grpo", {"epochs": 4}),
+    "stale": ("Four epochs, stale responses left out from 0.05 nats a token", "dr_grpo", {"epochs": 4, "stale": 0.05}),
+}
+"""What is for long responses, on the mild world."""
+COPIES = {"mild": 100, "peaked": 100, "large": 2, "sparse": 1, "long": 0, "exploit": 1}
+"""How often every two responses are compared in the file of each world; once or not at all where no method reads it."""
 RATES = {"quick": (0.01, 0.05, 0.25), "full": (0.002, 0.01, 0.05, 0.25, 1.25)}
 BETAS = {"quick": (0.2, 0.5, 1.0), "full": (0.1, 0.2, 0.5, 1.0, 2.0)}
 
@@ -91,7 +137,7 @@ def jobs(form: str, seed: int) -> list[Job]:
     def add(world: str, method: Any, policy: Any, chosen: Sequence[int], **changes: Any) -> None:
         rate, steps = SETTINGS[world, method, policy]
         for s in chosen:
-            out.append(Job(world, Plan(method, policy, rate, steps, seed=s, **changes), "methods", steps * SECONDS[method, policy]))
+            out.append(Job(world, Plan(method, policy, rate, steps, seed=s, **changes), "methods", steps * seconds(method, policy, world)))
 
     for method in ("dpo", "ppo"):
         add("mild", method, "table", seeds)
@@ -100,14 +146,45 @@ def jobs(form: str, seed: int) -> list[Job]:
             add(world, method, "table", seeds)
             if form == "full":
                 add(world, method, "transformer", seeds)
+    for method in [m for m in ONLINE if m != "ppo"]:
+        add("mild", method, "table", seeds)
+    for method in ("rloo", "grpo") if form == "full" else ():
+        add("mild", method, "transformer", seeds)
+    add("long", "ppo", "table", seeds[:1], points=50, credit=True)
+    add("long", "ppo", "table", seeds[1:], points=50)
+    for method in SEQUENCE:
+        add("long", method, "table", seeds, points=50)
+    add("long", "ppo", "table", seeds, points=50, reward="steps")
+    add("long", "rloo", "table", seeds, points=50, reward="steps", settings={"credit": "to_go"})
     add("sparse", "ppo", "table", seeds)
     add("exploit", "ppo", "table", seeds[:1], reward="proxy")
+    out += exchanged(seed)
     for method, steps in (("dpo", 300), ("ppo", 60)):
         for beta in BETAS[form]:
             for rate in RATES[form]:
                 plan = Plan(method, "table", rate, steps, seed=seed, beta=beta, points=0)  # type: ignore[arg-type]
-                out.append(Job("mild", plan, "sensitivity", steps * SECONDS[method, "table"]))
+                out.append(Job("mild", plan, "sensitivity", steps * seconds(method, "table", "mild")))
     return out
+
+
+def exchanged(seed: int) -> list[Job]:
+    """Runs on the mild world with a part of the method exchanged."""
+    rate, steps = SETTINGS["mild", "grpo", "table"]
+    cases = [("parts", case, "grpo", changes) for case, (_, changes) in PARTS.items()] + [("lengths", k, m, c) for k, (_, m, c) in LENGTHS.items()]
+    return [
+        Job("mild", Plan(method, "table", rate, steps, seed=seed, points=0, settings=changes), section, steps * seconds(method, "table", "mild"), dashed(case))
+        for section, case, method, changes in cases
+    ]
+
+
+def dashed(case: str) -> str:
+    """A case in the name of a run."""
+    return case.replace(", ", "-").replace(" ", "-")
+
+
+def seconds(method: str, policy: str, world: str) -> float:
+    """Usual seconds a step."""
+    return SECONDS[METHODS[method][0], policy] * (LONGER if world == "long" else 1.0)
 
 
 def lab(settings: Lab) -> Path:
@@ -117,7 +194,7 @@ def lab(settings: Lab) -> Path:
     times: dict[str, float] = {}
 
     with timed(times, "making the worlds"):
-        say(f"lab: making the worlds ({form} form: about {'15' if settings.full else '3'} minutes on two cores)")
+        say(f"lab: making the worlds ({form} form: about {'19' if settings.full else '5'} minutes on two cores)")
         worlds = make_worlds(folder, settings.seed)
     todo = jobs(form, settings.seed)
     with Workers(folder, settings.processes, settings.resume) as workers:
@@ -137,6 +214,8 @@ def lab(settings: Lab) -> Path:
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("fiducial", "torch", "transformers", "numpy")}},
         "worlds": [describe(name, worlds[name, settings.seed]) for name in WORLDS],
         "methods": methods(done, worlds),
+        "parts": changes("parts", done, worlds), "lengths": changes("lengths", done, worlds),
+        "credit": next((r["credit"] for _, r in done if r.get("credit")), None),
         "sensitivity": sensitivity(done),
     }
     data["overoptimisation"] = [followed(one, done) for one in data["overoptimisation"]]
@@ -152,7 +231,7 @@ def as_lines(page: Path) -> list[str]:
     for row in data["methods"]:
         gaps = ", ".join(f"{100 * run['relative_gap']:.2g}%" for run in row["runs"])
         apart = ", ".join(number(run["total_variation"]) for run in row["runs"])
-        lines.append(f"{row['world']:<8} {row['name']:<4} {row['policy']:<12} short of the optimum by {gaps}; total variation {apart}")
+        lines.append(f"{row['world']:<8} {row['name']:<11} {row['policy']:<12} short of the optimum by {gaps}; total variation {apart}")
     return [*lines, str(page)]
 
 
@@ -163,13 +242,18 @@ WORLDS = {
     "peaked": "The best responses are rare under the reference and the pull to it is weak: what is not sampled is not learned.",
     "large": "Eight times as many responses, and thirty times as many comparisons to learn from.",
     "sparse": "As large; a few responses are right and earn 1, all others 0, as a verifier gives it.",
-    "exploit": "As large; a proxy overrates the least likely responses, which the true reward hates. PPO follows the proxy, and so do gap and optimum here.",
+    "long": "Up to eight tokens and EOS is rare: right, and worth 1, is what has the right letters at five places; all others earn 0.",
+    "exploit": "As large as the sparse one; a proxy overrates the least likely responses, which the true reward hates. PPO follows the proxy, "
+    "and so do gap and optimum here.",
 }
 
 
 def make_worlds(folder: Path, seed: int) -> dict[tuple[str, int], World]:
     """The worlds of three seeds, each with its files below `folder`; the exploit's only once."""
-    made = {"mild": policies.mild, "peaked": policies.peaked, "large": policies.large, "sparse": policies.sparse, "exploit": policies.exploit}
+    made = {
+        "mild": policies.mild, "peaked": policies.peaked, "large": policies.large, "sparse": policies.sparse, "long": policies.long,
+        "exploit": policies.exploit,
+    }  # fmt: skip
     out = {}
     for name, make in made.items():
         for s in (seed, seed + 1, seed + 2) if name != "exploit" else (seed,):
@@ -286,17 +370,62 @@ def methods(done: Done, worlds: dict[tuple[str, int], World]) -> list[dict[str, 
         plan = job.plan
         if job.section != "methods":
             continue
+        key = plan.method + ("_steps" if plan.reward == "steps" else "")
         each = "pairs a step" if plan.method == "dpo" else "responses an iteration"
         what = "steps" if plan.method == "dpo" else "iterations"
-        row = rows.setdefault((job.world, plan.policy, plan.method), {
-            "method": plan.method, "name": NAMES[plan.method], "policy": plan.policy, "world": job.world, "estimator": ESTIMATORS[plan.method],
+        row = rows.setdefault((job.world, plan.policy, key), {
+            "method": key, "name": NAMES[key], "policy": plan.policy, "world": job.world, "estimator": ESTIMATORS.get(key),
             "setting": f"learning rate {plan.learning_rate:g}, {plan.steps:,} {what}, {plan.batch_size} {each}", "runs": [], "cause": None,
         })  # fmt: skip
-        row["runs"].append({k: v for k, v in result.items() if k not in ("plan", "trail", "final")})
+        row["runs"].append({k: v for k, v in result.items() if k not in ("plan", "trail", "final", "credit")})
         if result["relative_gap"] == max(run["relative_gap"] for run in row["runs"]):  # the worst seed speaks for all
             row["cause"] = cause(worlds[job.world, plan.seed], plan, result)
+    for row in rows.values():
+        if row["method"] == "grpo" and row["cause"]:
+            row["cause"] = its_own_objective(done) or row["cause"]
     order = list(WORLDS)
     return sorted(rows.values(), key=lambda r: (order.index(r["world"]), r["policy"] == "transformer", r["method"]))
+
+
+def changes(section: str, done: Done, worlds: dict[tuple[str, int], World]) -> list[dict[str, Any]]:
+    """A row for each change to a method of a section, first the method without it: where it ends, and how it is cut."""
+    listed: list[tuple[str, str, str, str]] = []  # name, words, method, case
+    if section == "parts":
+        listed = [("GRPO as its paper has it", "", "grpo", ""), *((f"GRPO, {k}", w, "grpo", k) for k, (w, _) in PARTS.items())]
+    else:
+        listed = [("RLOO", "", "rloo", ""), *((name, LENGTH_WORDS[k], m, k) for k, (name, m, _) in LENGTHS.items())]
+    out = []
+    for name, words, method, case in listed:
+        found = [(j, r) for j, r in done if j.plan.method == method and j.case == dashed(case) and j.section == (section if case else "methods")
+                 and j.world == "mild" and j.plan.policy == "table" and j.plan.reward == "reward"]  # fmt: skip
+        if not found:
+            continue
+        job, result = min(found, key=lambda pair: pair[0].plan.seed)
+        world, logp = worlds[job.world, job.plan.seed], np.array(result["final"])
+        away = places(world) | {"optimum": exact.optimum(world)[0]}
+        if (buffer := job.plan.settings.get("score", {}).get("length_buffer")) is not None:
+            less = overlong(torch.from_numpy(world.tree.lengths), world.horizon, buffer).numpy()
+            away["optimum of the reward less the penalty"] = exact.optimum(world, reward=world.reward - less)[0]
+        nearest = min(away, key=lambda k: exact.total_variation(logp, away[k]))
+        out.append({
+            "name": name, "words": words, "relative_gap": result["relative_gap"], "total_variation": result["total_variation"], "nearest": nearest,
+            "distance": exact.total_variation(logp, away[nearest]), "cut": exact.expected(logp, (~world.tree.finished).astype(float)),
+            "cut_optimum": exact.expected(away["optimum"], (~world.tree.finished).astype(float)), "seed": job.plan.seed,
+        })  # fmt: skip
+    return out
+
+
+def its_own_objective(done: Done) -> str | None:
+    """Why GRPO does not arrive, from the runs in which its parts were exchanged."""
+    left = {j.case: r["relative_gap"] for j, r in done if j.section == "parts"}
+    if not {"all-three", "no-deviation-exact-KL", "exact-KL", "no-deviation"} <= set(left):
+        return None
+    said = {k: f"{100 * v:.2g}%" for k, v in left.items()}
+    seed = next(j.plan.seed for j, _ in done if j.section == "parts")
+    return (
+        f"Its loss has another optimum. Seed {seed}, parts exchanged: with the exact KL {said['exact-KL']} is left, without the "
+        f"deviation {said['no-deviation']}, with both {said['no-deviation-exact-KL']}, and with a constant in place of the length too {said['all-three']}."
+    )
 
 
 SHORT = 0.05
@@ -307,13 +436,13 @@ def cause(world: World, plan: Plan, result: dict[str, Any]) -> str | None:
     """Why a run stopped short, measured: the response on which it lies furthest below the optimum, and how often it was ever drawn."""
     if result["relative_gap"] <= SHORT:
         return None
-    reward = world.reward if plan.reward == "reward" else world.proxy
+    reward = world.proxy if plan.reward == "proxy" else world.reward
     best = np.exp(exact.optimum(world, reward=reward)[0])
     ends = np.exp(np.array(result["final"]))
     p, y = np.unravel_index(np.argmax(best - ends), best.shape)
     text, seed = f"{world.response_text(int(y))!r} to {world.prompt_text(int(p))!r}", plan.seed
     said = f"Seed {seed} gives the response {text} {number(float(ends[p, y]))} where the optimum has {number(float(best[p, y]))}"
-    if plan.method == "ppo":
+    if plan.method != "dpo":
         steps = [point["step"] for point in result["path"]]
         chance = [float(np.exp(trail[p][y])) for trail in result["trail"]]
         each = plan.batch_size / len(world.prompts)

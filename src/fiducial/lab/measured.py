@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,15 +16,19 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
+from ..collect.generate import Generate, generate
 from ..config import OptimizerSettings, RowSettings, RunSettings
 from ..methods.dpo import DPO, dpo
 from ..methods.grpo import GRPO, grpo
 from ..methods.ppo import PPO, ppo
+from ..methods.prm import PRM, prm
 from ..methods.reinforce import Reinforce, reinforce
 from ..train.checkpoint import numbered
 from . import exact, policies
-from .world import Array, World, bradley_terry
+from .credit import credit
+from .world import EOS, LETTERS, Array, World, bradley_terry
 
 Kind = Literal["table", "transformer"]
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -68,6 +73,7 @@ class Plan:
     points: how many times on the way it is measured.
     reward: what is earned, and what the gap is measured in; steps: the true reward, and on the way what the world's process reward model makes of it.
     settings: any others of the method, as its own settings class takes them.
+    credit: PPO with a table alone: tell of its policy half-way which token it credits with what.
     """
 
     method: str
@@ -80,6 +86,7 @@ class Plan:
     points: int = 25
     reward: Literal["reward", "proxy", "steps"] = "reward"
     settings: dict[str, Any] = field(default_factory=dict)
+    credit: bool = False
 
 
 def write_world(world: World, model: Any, folder: Path, *, preference: Array | None = None, copies: int = 100) -> Path:
@@ -100,7 +107,7 @@ def write_world(world: World, model: Any, folder: Path, *, preference: Array | N
     return folder
 
 
-def write_rows(path: Path, rows: Iterator[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     """JSON lines."""
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -146,12 +153,14 @@ def run(plan: Plan, folder: Path, out: Path) -> dict[str, Any]:
     else:
         train, settings = ONLINE[verb]
         name = "proxy" if plan.reward == "proxy" else "gold"
-        steps = (str(folder / "prm" / "model"),) if plan.reward == "steps" else ()
+        steps = (str(teach_steps(world, folder / plan.policy, out.with_name(f"{out.name}-prm"), plan.seed)),) if plan.reward == "steps" else ()
         done = train(settings(data=str(folder / "prompts.jsonl"), reward=(f"{folder / 'reward.py'}:{name}", *steps), **common))  # type: ignore[operator]
     start = exact.reference(world)
     end = exact.logprobs(world.tree, policies.logits(done.model.lm, world.prompts, world.tree))
     trail = {0: start, **dict(checkpoints(out, folder / plan.policy, world)), plan.steps: end}
     sampled = [0] * (plan.steps + 1) if verb == "dpo" else responses(plan, out)
+    if plan.reward == "steps":  # what the process reward model has learned from was sampled too
+        sampled = [n + TAUGHT * len(world.prompts) for n in sampled]
     kind = "proxy" if plan.reward == "proxy" else "reward"
     path = [point(world, step, logp, sampled[step], kind) for step, logp in trail.items()]
     last = {k: v for k, v in path[-1].items() if k != "step"}
@@ -159,14 +168,58 @@ def run(plan: Plan, folder: Path, out: Path) -> dict[str, Any]:
     pairs = plan.steps * plan.batch_size if verb == "dpo" else 0
     return {
         "seed": plan.seed, **last, "kl_optimum": exact.kl(best, start), "pairs": pairs, "seconds": done.train_seconds, "path": path,
-        "trail": [x.tolist() for x in trail.values()], "final": end.tolist(),
+        "trail": [x.tolist() for x in trail.values()], "final": end.tolist(), 
+        "credit": half_way(plan, world, folder, out, path) if plan.credit else None,
     }  # fmt: skip
+
+
+def half_way(plan: Plan, world: World, folder: Path, out: Path, path: list[dict[str, Any]]) -> dict[str, Any]:
+    """What PPO's policy with half of the gap closed, its critic of that moment and a process reward model say of each token."""
+    here = min(path[1:-1], key=lambda point: abs(point["relative_gap"] - 0.5))
+    at = out / "checkpoints" / f"checkpoint-{here['step']}"
+    model = policies.load(folder / plan.policy)
+    state = load_file(at / "model.safetensors")
+    model.load_state_dict({k.removeprefix("lm."): v for k, v in state.items() if k.startswith("lm.")}, strict=False)
+    judge = AutoModelForSequenceClassification.from_pretrained(teach_steps(world, folder / plan.policy, out.with_name(f"{out.name}-prm"), plan.seed))
+    (critic,) = (v for k, v in load_file(at / "model_1.safetensors").items() if k.endswith("score.weight"))
+    shape = len(world.prompts), len(world.tree.states)
+    return credit(
+        world, policies.logits(model, world.prompts, world.tree), critic.double().numpy().reshape(shape),
+        judge.score.weight.detach().double().sigmoid().numpy().reshape(shape), step=here["step"], samples=here["samples"],
+    )  # fmt: skip
+
+
+TAUGHT = 1_000
+"""Responses of the reference to each prompt that a process reward model learns from."""
+
+
+def teach_steps(world: World, start: Path, out: Path, seed: int) -> Path:
+    """A process reward model from outcomes alone: the reference answers, the verifier says right or wrong, and every token is taught its response's outcome."""
+    out.mkdir(parents=True, exist_ok=True)
+    drawn, rows = out / "drawn.jsonl", out / "outcomes.jsonl"
+    if not (out / "run" / "model").exists():
+        for old in (drawn, rows):
+            old.unlink(missing_ok=True)
+        shutil.rmtree(out / "run", ignore_errors=True)
+        write_rows(out / "prompts.jsonl", ({"prompt": world.prompt_text(p)} for p in range(len(world.prompts))))
+        generate(Generate(model=str(start), prompts=str(out / "prompts.jsonl"), out=str(drawn), samples=TAUGHT, max_new_tokens=world.horizon, seed=seed))
+        found = [json.loads(line) for line in drawn.read_text(encoding="utf-8").splitlines()]
+        right = world.scores([r["prompt"] for r in found], [r["completion"] for r in found])
+        write_rows(rows, (
+            {"prompt": r["prompt"], "completion": r["completion"] + (LETTERS[EOS] if r["finished"] else ""), "label": score > 0.5}
+            for r, score in zip(found, right, strict=True)
+        ))  # fmt: skip
+        prm(PRM(
+            model=str(start), data=str(rows), out=str(out / "run"), separator="", epochs=4, batch_size=256, learning_rate=0.3, seed=seed,
+            rows=RowSettings(max_length=len(world.prompts[0]) + world.horizon, held_out=0.0), run=RunSettings(checkpoint_every=0, eval_every=0, tokens=65_536),
+        ))  # fmt: skip
+    return out / "run" / "model"
 
 
 def responses(plan: Plan, out: Path) -> list[int]:
     """How many responses a run had sampled after each step, the greedy ones of ReMax and the groups that DAPO passed over included."""
     verb, own = METHODS[plan.method]
-    settings = ONLINE[verb][1].model_fields
+    settings = ONLINE[verb][1].model_fields  # type: ignore[attr-defined]
     chosen = {k: plan.settings.get(k, own.get(k, settings[k].default)) for k in ("group_size", "baseline") if k in settings}
     total = [0]
     with open(out / "metrics.jsonl", encoding="utf-8") as file:

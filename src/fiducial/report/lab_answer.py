@@ -81,7 +81,7 @@ def first_world(lab: Lab) -> str:
 
 def lab_answer(lab: Lab) -> list[str]:
     """The sentences at the top: how far the methods end from the optimum, what the derivation and the labels do, where a proxy turns over."""
-    told = [" ".join(_near(lab)), " ".join(_elsewhere(lab) + _theory(lab) + _proxies(lab))]
+    told = [" ".join(_near(lab)), " ".join(_sparse(lab) + _elsewhere(lab) + _theory(lab) + _proxies(lab))]
     return [sentence for sentence in told if sentence] or ["Nothing was measured."]
 
 
@@ -92,12 +92,30 @@ def _near(lab: Lab) -> list[str]:
     out: list[str] = []
     for policy in sorted({m.policy for m in here}):
         own = [m for m in here if m.policy == policy]
+        if len(own) > MANY:
+            out.append(_many(own, f"With a {policy}:" if out else f"On the {first} world, with a {policy},"))
+            continue
         ends = [f"{m.name} {share(median(gaps(m)))} ({seeds(gaps(m))})" for m in own]
         if not out:  # the first number says what it is
             m = own[0]
             ends[0] = f"{with_policy(m)} ends {share(median(gaps(m)))} short of the optimum ({seeds(gaps(m))})"
         out.append(f"{f'With a {policy}:' if out else f'On the {first} world'} {', '.join(ends)}{_verdict(own)}.")
     return out
+
+
+MANY = 4
+"""More methods than this are told by how many end close, and by those that do not."""
+CLOSE = 0.1
+
+
+def _many(own: list[Trained], start: str) -> str:
+    close = [m for m in own if max(gaps(m)) <= CLOSE]
+    far = [f"{m.name} {share(median(gaps(m)))} ({seeds(gaps(m))})" for m in own if m not in close]
+    worst = max((max(gaps(m)), m.name) for m in close) if close else None
+    told = f"{len(close)} of {len(own)} methods leave {share(worst[0])} of the gap or less in every seed" if worst else "no method closes 90% of the gap"
+    named = [m for key in ("dpo", "ppo", "rloo") for m in close if m.method == key]
+    ends = f" ({', '.join(f'{m.name} leaves {share(median(gaps(m)))}' for m in named)})" if named else ""
+    return f"{start} {told}{ends}{'; what is left by the others: ' + ', '.join(far) if far else ''}."
 
 
 def _verdict(own: list[Trained]) -> str:
@@ -110,8 +128,47 @@ def _verdict(own: list[Trained]) -> str:
     return f"; every seed of {own[0].name} ends closer" if max(near) < min(far) else "; the seeds overlap, neither is shown to end closer"
 
 
+def sparse_world(lab: Lab) -> str | None:
+    """The world in which rewards for steps were tried."""
+    return next((m.world for m in lab.methods or [] if m.method.endswith("_steps")), None)
+
+
+NEAR = 0.1
+"""A method has come near when it leaves no more than this of the gap and keeps to it."""
+
+
+def samples_needed(m: Trained) -> list[float] | None:
+    """Responses sampled until the gap was at most NEAR and stayed there, a number a seed; None if a seed never came so far."""
+    needed = []
+    for run in m.runs:
+        steps = sorted((s for s in run.path if s.relative_gap is not None), key=lambda s: s.step)
+        above = [i for i, s in enumerate(steps) if (s.relative_gap or 0.0) > NEAR]
+        after = steps[(above[-1] + 1) if above else 0 :]
+        if not after:
+            return None
+        needed.append(after[0].samples)
+    return needed or None
+
+
+def _sparse(lab: Lab) -> list[str]:
+    """How many responses it takes where the reward comes once, at the end: an order only where the seeds' ranges do not touch."""
+    found = sorted(((median(n), m.name, n) for m in lab.methods or [] if m.world == sparse_world(lab) and (n := samples_needed(m))), key=lambda x: x[:2])
+    if len(found) < 2:
+        return []
+    (_, first, few), *_, (_, last, many) = found
+    alone = all(max(few) < min(n) for _, name, n in found if name != first)
+    order = "fewest in every seed" if alone and len(few) > 1 else "the seeds overlap those of others" if len(few) > 1 else "one seed shows no order"
+    told = f"to close 90% of the gap takes {first} {_range(few)} sampled responses ({order}), {last} {_range(many)}"
+    return [f"Where the reward comes once, at the end of long responses, {told}."]
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
+
+
 def _elsewhere(lab: Lab) -> list[str]:
-    rest = sorted((m for m in lab.methods or [] if m.world != first_world(lab) and gaps(m)), key=lambda m: median(gaps(m)))
+    rest = sorted((m for m in lab.methods or [] if m.world not in (first_world(lab), sparse_world(lab)) and gaps(m)), key=lambda m: median(gaps(m)))
     if not rest:
         return []
     worlds = {m.world for m in rest}

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from fiducial.report.figures import COLOURS, GREEN, INK, VERMILLION, Figure, figure, thin
-from fiducial.report.lab_answer import begins_with, first_world, gaps, middle, of_world, share, with_policy
-from fiducial.report.lab_schema import KL, BestOfN, Lab, Num, Overoptimisation, Result, Sensitivity, Step, Trained
+from fiducial.report.figures import BLUE, COLOURS, GREEN, INK, PURPLE, SKY, VERMILLION, Figure, figure, thin
+from fiducial.report.lab_answer import NEAR, begins_with, first_world, gaps, middle, of_world, samples_needed, share, sparse_world, with_policy
+from fiducial.report.lab_schema import KL, BestOfN, Credit, Lab, Num, Overoptimisation, Result, Sensitivity, Step, Trained
 from fiducial.report.numbers import MINUS, number
 
 DASHES = {"table": "solid", "transformer": "dash"}
@@ -23,6 +23,33 @@ def curve(name: str, x: Sequence[float], y: Sequence[Num], color: str, **more: A
     return {"name": name, "x": list(x), "y": list(y), "color": color, "dash": "solid", "mode": "lines", "faint": False, **more}
 
 
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "Every kind": ("dpo", "ppo", "rloo", "grpo"),
+    "REINFORCE by its baseline": ("reinforce", "reinforce_mean", "remax", "rloo", "reinforce_pp"),
+    "GRPO and its kin": ("grpo", "dr_grpo", "dapo", "gspo", "cispo"),
+    "Rewards for steps": ("ppo", "ppo_steps", "rloo", "rloo_steps"),
+}
+"""Pictures hold a family each: twelve ways in one could not be told apart."""
+
+
+def families(methods: Sequence[Trained]) -> dict[str, list[Trained]]:
+    """The methods in their families, the first of which takes in what belongs to none; families that show nothing new are left out."""
+    known = {key for keys in FAMILIES.values() for key in keys}
+    out: dict[str, list[Trained]] = {}
+    shown: set[str] = set()
+    for i, (name, keys) in enumerate(FAMILIES.items()):
+        own = [m for m in methods if m.method in keys or (i == 0 and m.method not in known)]
+        if {m.method for m in own} - shown and (i == 0 or len({m.method for m in own}) > 1):
+            out[name] = own
+            shown |= {m.method for m in own}
+    return out
+
+
+def keys_of(methods: Sequence[Trained]) -> list[tuple[str, str, str]]:
+    """A legend: name, colour, and a class for the dash."""
+    return list(dict.fromkeys((label(m), colour(m.method), "" if DASHES.get(m.policy) == "solid" else "dash") for m in methods))
+
+
 def label(m: Trained) -> str:
     return f"{m.name}, {m.policy}"
 
@@ -36,35 +63,43 @@ def here(lab: Lab, world: str) -> list[Trained]:
     return sorted((m for m in lab.methods or [] if m.world == world), key=lambda m: (m.policy != "table", m.name))
 
 
-def method_keys(lab: Lab) -> list[tuple[str, str, str]]:
-    """The legend of pictures that share one: name, colour, and a class for the dash."""
-    shown = sorted(lab.methods or [], key=lambda m: (m.policy != "table", m.name))
-    return list(dict.fromkeys((label(m), colour(m.method), "" if DASHES.get(m.policy) == "solid" else "dash") for m in shown))
-
-
 def _path(run: Result) -> list[Step]:
     """At most a thousand points of a run's way, in order."""
     steps = sorted(run.path, key=lambda s: s.step)
     return [steps[int(i)] for i, _ in thin([(float(i), s.relative_gap or 0.0) for i, s in enumerate(steps)])]
 
 
-def frontier_figure(lab: Lab) -> Figure:
-    """E[r] over KL: what no policy can exceed, the optimum, and the way of each method's median seed."""
+def frontier_figures(lab: Lab) -> list[Figure]:
+    """E[r] over KL: what no policy can exceed, the optimum, and the way of each method's median seed; a picture a family, the first one large."""
+    f = lab.frontier
+    assert f is not None
+    own = families(here(lab, f.world)) or {"Every kind": []}
+    first, *rest = own.items()
+    out = [_frontier(lab, first[1], "")]
+    for name, methods in rest:
+        one = _frontier(lab, methods, name)
+        out.append({**one, "small": True, "keys": keys_of(methods), "range": out[0]["range"], "xrange": out[0]["xrange"]})
+    return out
+
+
+def _frontier(lab: Lab, methods: list[Trained], family: str) -> Figure:
     f = lab.frontier
     assert f is not None
     points = sorted(zip(f.kl, f.reward, f.beta, strict=True))
     best = f.optimum
     top = best.reward - best.beta * best.kl
+    named = not family  # the small pictures have the legend of their ways alone
     series = [
-        curve("frontier", [p[0] for p in points], [p[1] for p in points], INK, text=[f"β = {setting_of(p[2])}" for p in points]),
-        curve(f"J of the optimum (slope β = {setting_of(best.beta)})", [0.0, points[-1][0]], [top, top + best.beta * points[-1][0]], INK, dash="dot"),
-    ]
-    if f.best_of_n:
+        curve("frontier", [p[0] for p in points], [p[1] for p in points], INK, text=[f"β = {setting_of(p[2])}" for p in points], legend=named),
+        curve(f"J of the optimum (slope β = {setting_of(best.beta)})", [0.0, points[-1][0]], [top, top + best.beta * points[-1][0]], INK, dash="dot",
+              legend=named),
+    ]  # fmt: skip
+    if f.best_of_n and named:
         chosen = [c for c in f.best_of_n if c.kl is not None and c.reward is not None]
         series.append(curve("best of n", [c.kl or 0.0 for c in chosen], [c.reward for c in chosen], GREEN, mode="markers", symbol="diamond",
                             text=[f"n = {c.n}" for c in chosen]))  # fmt: skip
-    ends = []
-    for m in here(lab, f.world):
+    ends: list[tuple[float, str]] = []
+    for m in methods:
         run = middle([r for r in m.runs if of_world(lab.world(f.world), r)])
         if run is None:
             continue
@@ -72,13 +107,18 @@ def frontier_figure(lab: Lab) -> Figure:
         way = [(s.kl or 0.0, s.reward, f"step {s.step:,}") for s in own]
         if run.kl is not None and run.reward is not None and (not way or way[-1][:2] != (run.kl, run.reward)):
             way.append((run.kl, run.reward, "end"))
-        ends += [] if run.relative_gap is None else [run.relative_gap]
-        series.append(curve(label(m), [w[0] for w in way], [w[1] for w in way], colour(m.method), dash=DASHES.get(m.policy, "dot"),
+        ends += [] if run.relative_gap is None else [(run.relative_gap, m.name)]
+        series.append(curve(label(m), [w[0] for w in way], [w[1] for w in way], colour(m.method), dash=DASHES.get(m.policy, "dot"), legend=named,
                             mode="lines+markers" if len(way) <= 60 else "lines", text=[w[2] for w in way]))  # fmt: skip
-    series.append(curve("optimum", [best.kl], [best.reward], VERMILLION, mode="markers", symbol="star", big=True, text=[f"β = {setting_of(best.beta)}"]))
+    series.append(curve("optimum", [best.kl], [best.reward], VERMILLION, mode="markers", symbol="star", big=True, text=[f"β = {setting_of(best.beta)}"],
+                        legend=named))  # fmt: skip
     title = "No policy can lie above the curve: the most reward that each KL buys"
-    if ends:
-        title = f"Each method climbs towards the frontier and ends within {share(max(ends))} of the optimum" if max(ends) >= 0 else title
+    if ends and max(ends)[0] >= 0:
+        title = f"{f'{family}: each' if family else 'Each method'} climbs towards the frontier and ends within {share(max(ends)[0])} of the optimum"
+        near = sorted(ends)[:-1]
+        if near and max(ends)[0] > 0.05 >= near[-1][0]:
+            who = f"{family}: all" if family else "All"
+            title = f"{who} but {max(ends)[1]} ({share(max(ends)[0])} short) end within {share(near[-1][0])} of the optimum"
     out = figure(title, "mean reward E[r] (points)", series, x="KL(π‖ref) (nats per response)")
     shown = [y for s in series for y in s["y"] if y is not None and s.get("dash") != "dot"]
     reach = max((1.05 if s["name"] == "best of n" else 1.3) * x for s in series[2:] for x in s["x"])
@@ -89,21 +129,68 @@ def frontier_figure(lab: Lab) -> Figure:
 
 
 def gap_figures(lab: Lab) -> list[Figure]:
-    """The gap on the way, every seed: over responses sampled for the methods that sample, and over steps, a picture a world."""
+    """The gap on the way, every seed, a picture a world and family: over responses sampled where all of it sample, else over steps."""
     out = []
     first = first_world(lab)
     limits = _gap_limits([s.relative_gap for m in lab.methods or [] for r in m.runs for s in r.path if s.relative_gap is not None])
-    sampling = [m for m in here(lab, first) if any(s.samples > 0 for r in m.runs for s in r.path)]
-    if sampling:
+    every = next(iter(families(here(lab, first)).values()), [])
+    if sampling := [m for m in every if any(s.samples > 0 for r in m.runs for s in r.path)]:
         title = f"{', '.join(dict.fromkeys(m.name for m in sampling))} on the {first} world, by what was sampled"
-        out.append({**_gap_figure(title, sampling, "responses sampled", lambda s: s.samples), "xformat": "~s"})
+        out.append(_gap_figure(title, sampling, *_across(sampling)))
     for world in dict.fromkeys([first, *(m.world for m in lab.methods or [])]):
-        methods = [m for m in here(lab, world) if any(r.path for r in m.runs)]
-        if methods:
+        if world == sparse_world(lab):  # has pictures of its own
+            continue
+        for family, methods in families([m for m in here(lab, world) if any(r.path for r in m.runs)]).items():
             left = sorted((median(gaps(m)), label(m)) for m in methods if gaps(m))
             told = f": {left[0][1]} leaves least ({share(left[0][0])})" if len(left) > 1 else ""
-            out.append(_gap_figure(f"The {world} world{told}", methods, "step of the method", lambda s: s.step))
+            name = f"The {world} world" if family == next(iter(FAMILIES)) else f"{family}, {world} world"
+            out.append(_gap_figure(f"{name}{told}", methods, *_across(methods)))
     return [{**one, **limits} for one in out]
+
+
+def sparse_figures(lab: Lab) -> list[Figure]:
+    """The gap against responses sampled in the world of sparse rewards, by family, on one axis; what a process reward model had learned from is counted."""
+    methods = here(lab, sparse_world(lab) or "")
+    limits = _gap_limits([s.relative_gap for m in methods for r in m.runs for s in r.path if s.relative_gap is not None])
+    groups = {"One arm": ("ppo", *FAMILIES["REINFORCE by its baseline"]), "Rewards for steps": FAMILIES["Rewards for steps"]}
+    out = []
+    for family, keys in groups.items():
+        own = [m for m in methods if m.method in keys]
+        if not own:
+            continue
+        needed = sorted((median(n), m.name) for m in own if (n := samples_needed(m)))
+        told = f"{family}: {needed[0][1]} is the first to be within {share(NEAR)}, after {needed[0][0]:,.0f} responses" if needed else family
+        out.append({**_gap_figure(told, own, *_across(own)), **limits, "small": False})
+    return out
+
+
+def _across(methods: Sequence[Trained]) -> tuple[str, Any]:
+    sampling = all(any(s.samples > 0 for r in m.runs for s in r.path) for m in methods)
+    return ("responses sampled", lambda s: s.samples) if sampling else ("step of the method", lambda s: s.step)
+
+
+CREDIT = (("rloo", SKY, "solid", "RLOO"), ("ppo", BLUE, "solid", "PPO, its critic"), ("perfect", BLUE, "dot", "PPO, a perfect critic"),
+          ("rloo_steps", PURPLE, "solid", "RLOO, process rewards"))  # fmt: skip
+
+
+def credit_figures(c: Credit) -> list[Figure]:
+    """The advantage of each token of a response: the exact one, and what methods make of one sample."""
+    out = []
+    values = [x for t in c.responses for row in (t.exact, *(t.methods[k] for k, *_ in CREDIT if k in t.methods)) for x in row]
+    room = 0.08 * (max([*values, 0.0]) - min([*values, 0.0])) or 0.1
+    for t in c.responses:
+        at = [i + 1 for i in range(len(t.exact))]
+        series = [curve(name, at, t.methods[key], shade, dash=dash, mode="lines+markers", legend=False) for key, shade, dash, name in CREDIT
+                  if key in t.methods]  # fmt: skip
+        series.append(curve("exact, Q \u2212 V", at, t.exact, INK, mode="lines+markers", symbol="diamond", legend=False))
+        most = max(range(len(at)), key=lambda i: abs(t.exact[i]))
+        which = "Right" if t.right else "Wrong"
+        told = f"{which}: token {most + 1} of {t.response} deserves {'most' if t.exact[most] > 0 else 'the blame'}, {number(t.exact[most])}"
+        named = [(name, shade, "" if dash == "solid" else "dash") for key, shade, dash, name in CREDIT if key in t.methods]
+        ticks = [f"{letter}*" if i in t.decisive else letter for i, letter in enumerate(t.response)]
+        out.append({**figure(told, "advantage (points)", series, x="token of the response"), "keys": [("exact, Q \u2212 V", INK, ""), *named],
+                    "xticks": [[float(i) for i in at], ticks], "range": [min([*values, 0.0]) - room, max([*values, 0.0]) + room]})  # fmt: skip
+    return out
 
 
 def _gap_limits(values: Sequence[float]) -> Figure:
@@ -125,7 +212,8 @@ def _gap_figure(title: str, methods: list[Trained], x: str, at: Any) -> Figure:
             if steps:
                 series.append(curve(label(m), [at(s) for s in steps], [max(s.relative_gap or 0.0, FLOOR) for s in steps], colour(m.method),
                                     dash=DASHES.get(m.policy, "dot"), faint=run is not own, legend=False))  # fmt: skip
-    return figure(title, "share of the gap left", series, x=x, small=True)
+    more = {"xformat": "~s"} if x == "responses sampled" else {}
+    return {**figure(title, "share of the gap left", series, x=x, small=True), "keys": keys_of(methods), **more}
 
 
 def positions_figure(kl: KL) -> Figure:

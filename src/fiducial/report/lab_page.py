@@ -1,4 +1,4 @@
-"""The lab's page: PPO and DPO beside the exact optimum of worlds small enough to enumerate, and every formula beside its number.
+"""The lab's page: the methods beside the exact optimum of worlds small enough to enumerate, and every formula beside its number.
 
 `write_lab_page(folder, data)` takes a plain dictionary (as read from JSON) with the fields of `fiducial.report.lab_schema.Lab`.
 """
@@ -11,19 +11,36 @@ from statistics import median
 from typing import Any
 
 from fiducial.report.figures import Figure
-from fiducial.report.lab_answer import SHORT, gaps, known, lab_alarms, lab_answer, middle, of_world, off, one_loss, seeds, share
+from fiducial.report.lab_answer import (
+    NEAR,
+    SHORT,
+    gaps,
+    known,
+    lab_alarms,
+    lab_answer,
+    middle,
+    of_world,
+    off,
+    one_loss,
+    samples_needed,
+    seeds,
+    share,
+    sparse_world,
+)
 from fiducial.report.lab_figures import (
     best_of_n_figure,
-    frontier_figure,
+    credit_figures,
+    frontier_figures,
     gap_figures,
     heat_figure,
+    here,
     label,
-    method_keys,
     positions_figure,
     proxy_figures,
     setting_of,
+    sparse_figures,
 )
-from fiducial.report.lab_schema import KL, Estimator, Lab, Missing, Num, Place, Setting, Trained, read_lab
+from fiducial.report.lab_schema import KL, Change, Credit, Estimator, Lab, Missing, Num, Place, Setting, Trained, read_lab
 from fiducial.report.mathml import formula
 from fiducial.report.numbers import MINUS, count, duration, number
 from fiducial.report.render import write_page
@@ -259,6 +276,43 @@ def _proxies(lab: Lab) -> dict[str, Any]:
     return table(head, rows)
 
 
+def _parts(parts: list[Change]) -> dict[str, Any]:
+    rows: list[list[Cell]] = [[(c.name, c.words), share(c.relative_gap), known(c.total_variation), (c.nearest, f"{known(c.distance)} away")] for c in parts]
+    return table(["What is run", ("Gap left", "%"), ("Total variation", "from the optimum"), ("Nearest known optimum", "total variation")], rows, left=(3,))
+
+
+def _lengths(rows: list[Change]) -> dict[str, Any]:
+    cells: list[list[Cell]] = [
+        [(c.name, c.words), share(c.relative_gap), known(c.total_variation), (known(c.cut), f"optimum {known(c.cut_optimum)}"),
+         (c.nearest, f"{known(c.distance)} away")] for c in rows]  # fmt: skip
+    head: list[Head] = ["What is run", ("Gap left", "%"), ("Total variation", "from the optimum"), ("Cut at the limit", "share of responses"),
+                        ("Nearest known optimum", "total variation")]  # fmt: skip
+    return table(head, cells, left=(4,))
+
+
+def _credit(c: Credit) -> dict[str, Any]:
+    rows: list[list[Cell]] = [[(r.name, r.words), known(r.correlation), known(r.relative_error), known(r.variance)] for r in c.rows]
+    return {
+        "prompt": c.prompt, "step": count(c.step), "samples": count(c.samples), "responses": c.responses,
+        "table": table(["Advantage", ("Correlation", "with the exact one"), ("Error", "root mean square, relative"), ("Variance", "relative")], rows),
+    }  # fmt: skip
+
+
+def _needed(lab: Lab) -> dict[str, Any] | None:
+    """The world of sparse rewards: responses sampled until the gap stayed below a tenth, and what is left at the end."""
+    methods = here(lab, sparse_world(lab) or "")
+    if not methods:
+        return None
+    far = math.inf
+    rows: list[list[Cell]] = []
+    for m in sorted(methods, key=lambda m: median(samples_needed(m) or [far])):
+        needed, ends = samples_needed(m), gaps(m)
+        used: Cell = (count(median(needed)), ", ".join(count(n) for n in needed)) if needed else "not in every seed"
+        rows.append([label(m), used, (share(median(ends)), seeds(ends)) if ends else "no run"])
+    head: list[Head] = ["Method, policy", ("Responses sampled", f"until the gap stayed within {share(NEAR)}; median of the seeds"), ("Gap left", "at the end")]
+    return table(head, rows)
+
+
 def _worlds(lab: Lab) -> dict[str, Any] | None:
     if not lab.worlds:
         return None
@@ -294,7 +348,10 @@ def _sections(lab: Lab) -> dict[str, Any]:
         "labels": _labels(lab),
         "kl": _kl_tables(lab.kl) if lab.kl else None, "kl_value": (number(lab.kl.value.kl), number(lab.kl.value.forward)) if lab.kl else None,
         "estimators": _estimators(lab), "best_of_n": _best_of_n(lab) if lab.best_of_n else None, "proxies": _proxies(lab) if lab.overoptimisation else None,
-        "worlds": _worlds(lab),
+        "worlds": _worlds(lab), "parts": _parts(lab.parts) if lab.parts else None, "lengths": _lengths(lab.lengths) if lab.lengths else None,
+        "parts_seed": lab.parts[0].seed if lab.parts else None, "lengths_seed": lab.lengths[0].seed if lab.lengths else None,
+        "cut_share": share(lab.lengths[0].cut_optimum) if lab.lengths else None,
+        "credit": _credit(lab.credit) if lab.credit else None, "needed": _needed(lab),
         "heats": [table(["β", *(f"learning rate {setting_of(x)}" for x in s.learning_rates)],
                         [[setting_of(b), *(share(x) for x in row)] for b, row in zip(s.betas, s.relative_gap, strict=False)]) for s in lab.sensitivity or []],
     }  # fmt: skip
@@ -303,8 +360,12 @@ def _sections(lab: Lab) -> dict[str, Any]:
 def _figures(lab: Lab) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     if lab.frontier:
-        figures["frontier"] = frontier_figure(lab)
-    series = {"gap": gap_figures(lab), "proxy": proxy_figures(lab.overoptimisation or []), "heat": [heat_figure(s) for s in lab.sensitivity or []]}
+        figures["frontier"], *others = frontier_figures(lab)
+        figures |= {f"ways{i}": one for i, one in enumerate(others)}
+    if lab.credit:
+        figures |= {f"credit{i}": one for i, one in enumerate(credit_figures(lab.credit))}
+    series = {"arms": sparse_figures(lab)}
+    series |= {"gap": gap_figures(lab), "proxy": proxy_figures(lab.overoptimisation or []), "heat": [heat_figure(s) for s in lab.sensitivity or []]}
     for name, many in series.items():
         figures |= {f"{name}{i}": one for i, one in enumerate(many)}
     if lab.kl and lab.kl.per_position:
@@ -322,8 +383,8 @@ def write_lab_page(folder: Path, data: dict[str, Any]) -> Path:
     checked = [(f"The formula {i.words.rstrip('.')!r}", i.difference) for i in [*sections["identities"], *sections["sparse"]]]
     return write_page(
         Path(folder), "index.html", "lab.html.j2", {"figures": figures},
-        title="PPO and DPO beside an exactly known optimum", sentences=lab_answer(lab), alarms=lab_alarms(lab, checked), figures=figures,
-        keys=method_keys(lab), formulas={key: formula(tex) for key, tex in FORMULAS.items()}, side=side, off=off, command=lab.command,
+        title="Alignment methods beside an exactly known optimum", sentences=lab_answer(lab), alarms=lab_alarms(lab, checked), figures=figures,
+        formulas={key: formula(tex) for key, tex in FORMULAS.items()}, side=side, off=off, command=lab.command,
         **sections,
         facts=[("Form", lab.form), ("Seed", str(lab.seed)), ("Time, all stages", duration(sum(lab.timings.values()))), ("Machine", lab.machine),
                ("Versions", ", ".join(f"{k} {v}" for k, v in lab.versions.items()))],

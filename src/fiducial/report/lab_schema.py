@@ -326,6 +326,58 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
+class Change:
+    """A method with a part exchanged. `nearest`: whose optimum it ended nearest to, and the total variation to that; `cut`: share of responses at the limit."""
+
+    name: str
+    words: str
+    relative_gap: Num
+    total_variation: Num
+    nearest: str
+    distance: Num
+    cut: Num
+    cut_optimum: Num
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Told:
+    """One response, token by token: the exact advantage and that of each method. Numbers of tokens count from 0."""
+
+    response: str
+    right: bool
+    decisive: list[int]
+    changed: list[int]
+    probability: float
+    exact: list[float]
+    methods: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Credited:
+    """A method's advantages against the exact ones, over all tokens of all responses."""
+
+    key: str
+    name: str
+    words: str
+    correlation: Num
+    relative_error: Num
+    variance: Num
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Which token deserves the credit, at a policy on its way. `samples`: that it had learned from by then."""
+
+    world: str
+    prompt: str
+    step: int
+    samples: int
+    responses: list[Told]
+    rows: list[Credited]
+
+
+@dataclass(frozen=True)
 class Lab:
     """All that the page shows. `timings` in seconds by stage."""
 
@@ -349,6 +401,9 @@ class Lab:
     best_of_n: BestOfN | None = None
     overoptimisation: list[Overoptimisation] | None = None
     sensitivity: list[Sensitivity] | None = None
+    parts: list[Change] | None = None
+    lengths: list[Change] | None = None
+    credit: Credit | None = None
 
     def world(self, key: str) -> World | None:
         return next((w for w in self.worlds or [] if w.key == key), None)
