@@ -46,8 +46,9 @@ def test_every_run_has_a_name_and_files_of_its_own(form):
             seeds[j.world, j.plan.policy, j.plan.method].add(j.plan.seed)
     assert seeds["mild", "table", "ppo"] == {7, 8, 9}
     assert {m for w, p, m in seeds if w == "mild" and p == "table"} == set(METHODS) <= set(command.NAMES)
-    assert {m for w, _, m in seeds if w == "long"} == {"ppo", "reinforce", "reinforce_mean", "remax", "rloo", "reinforce_pp"}
-    assert seeds["mild", "table", "remax"] == seeds["long", "table", "remax"] == {7, 8, 9}
+    assert {m for w, _, m in seeds if w == "long"} == {"ppo", "reinforce_none", "reinforce_mean", "remax", "rloo", "reinforce_pp"}
+    assert seeds["mild", "table", "rloo"] == seeds["mild", "table", "grpo"] == seeds["long", "table", "remax"] == {7, 8, 9}
+    assert seeds["mild", "table", "remax"] == ({7} if form == "quick" else {7, 8, 9})
     assert seeds["mild", "transformer", "dpo"] == ({7} if form == "quick" else {7, 8, 9})
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from fiducial.errors import InputError
-from fiducial.report.lab_answer import lab_alarms, lab_answer, middle, share
-from fiducial.report.lab_figures import best_of_n_figure, frontier_figures, gap_figures, heat_figure, proxy_figures
+from fiducial.report.lab_answer import lab_alarms, lab_answer, middle, samples_needed, share
+from fiducial.report.lab_figures import best_of_n_figure, frontier_figures, gap_figures, heat_figure, proxy_figures, sparse_figures
 from fiducial.report.lab_page import FORMULAS, identities, side, write_lab_page
 from fiducial.report.lab_schema import Lab, read_lab
 from fiducial.report.mathml import formula, mathml
@@ -525,3 +525,95 @@ def test_a_cause_is_told_even_where_it_is_no_alarm(folder: Path) -> None:
     data = lab_data() | {"methods": [method_data("PPO", "table", "mild", [0.08], "It stopped early.")]}
     text = text_of(html_of(folder, data))
     assert "PPO, table, mild, 8.0% short: It stopped early." in text and "alarm" not in text
+
+
+# ---- sequences as arms, rewards for steps, credit
+
+
+def sparse_methods() -> list[dict[str, Any]]:
+    """PPO and RLOO in a third world, each with rewards for steps too; and one baseline that never comes near."""
+    out = []
+    for key, name, ends in (("ppo", "PPO", [0.01, 0.02]), ("rloo", "RLOO", [0.03, 0.04]), ("remax", "ReMax", [0.3, 0.05]),
+                            ("ppo_steps", "PPO, process rewards", [0.01, 0.02]), ("rloo_steps", "RLOO, process rewards", [0.03, 0.04])):  # fmt: skip
+        one = method_data("PPO", "table", "long", ends)
+        for run in one["runs"]:
+            for step in run["path"]:
+                step["samples"] += 2000 if key.endswith("_steps") else 0
+        out.append({**one, "method": key, "name": name})
+    return out
+
+
+def change_data(name: str, gap: float, distance: float) -> dict[str, Any]:
+    return {"name": name, "words": f"Words of {name}.", "relative_gap": gap, "total_variation": 0.123, "nearest": "forward KL", "distance": distance,
+            "cut": 0.2468, "cut_optimum": 0.4037, "seed": 5}  # fmt: skip
+
+
+def credit_data() -> dict[str, Any]:
+    methods = {"rloo": [0.11] * 3, "ppo": [0.1, 0.2, -0.3], "perfect": [0.0, 0.1, 0.2], "rloo_steps": [0.3, 0.2, 0.1], "remax": [5.0] * 3}
+    told = {"decisive": [1, 2], "probability": 0.05, "methods": methods}
+    return {"world": "long", "prompt": "b", "step": 6, "samples": 1536,
+            "responses": [{**told, "response": "abb", "right": True, "changed": [], "exact": [0.01, 0.02, 0.4]},
+                          {**told, "response": "aba", "right": False, "changed": [2], "exact": [0.01, 0.02, -0.6]}],
+            "rows": [{"key": "rloo", "name": "RLOO", "words": "The same for every token.", "correlation": 0.363, "relative_error": 2.57,
+                      "variance": 7.58}]}  # fmt: skip
+
+
+def test_both_answers_to_sparse_reward_and_credit_are_on_the_page(folder: Path) -> None:
+    parts = [change_data("one part", 0.1377, 0.01), change_data("another", 0.1128, 0.2)]
+    data = lab_data() | {"parts": parts, "lengths": [change_data("masked", 0.3793, 0.2)], "credit": credit_data()}
+    data["methods"] += sparse_methods()
+    html = html_of(folder, data)
+    text = text_of(html)
+    wanted = ["What GRPO's parts cost", "Words of one part.", "14%", "forward KL 0.0100 from it", "none that is known nearest: forward KL, 0.200 away", "Seed 5",
+              "Both answers, run", "not in every seed", "Credit, seen", "with 1,536 responses", "wrong by one token", "0.363", "2.57", "7.58", "38%", "0.247",
+              "where 40% of the optimum's responses are cut"]  # fmt: skip
+    assert [one for one in wanted if one not in text.replace("&#39;", "'")] == []
+    figures = page_data(html)["figures"]
+    assert {"arms0", "arms1", "credit0", "credit1"} <= set(figures) and set(re.findall(r'data-figure="(\w+)"', html)) == set(figures)
+    assert not any("long world" in f["title"] for name, f in figures.items() if name.startswith("gap"))  # it has pictures of its own
+    exact = next(s for s in figures["credit1"]["series"] if s["name"].startswith("exact"))
+    assert exact["y"] == [0.01, 0.02, -0.6] and figures["credit1"]["xticks"][1] == ["a", "b*", "a*"]
+    assert "token 3 of aba deserves the blame, \u22120.600" in figures["credit1"]["title"] and figures["credit0"]["range"] == figures["credit1"]["range"]
+    assert max(y for s in figures["credit0"]["series"] for y in s["y"]) < 1  # ReMax stands in the table alone
+
+
+def test_samples_are_counted_until_the_gap_stays_small() -> None:
+    found = lab(methods=sparse_methods()).methods or []
+    by = {m.method: samples_needed(m) for m in found}
+    # the gap goes as end^(i / 12): a tenth is reached at i = 12 log 0.1 / log end
+    expected = [122_880 * math.ceil(12 * math.log(0.1) / math.log(end)) // 12 for end in (0.01, 0.02)]
+    assert by["ppo"] == expected and by["ppo_steps"] == [n + 2000 for n in expected] and by["remax"] is None
+    back = sparse_methods()[0]
+    back["runs"][0]["path"][9]["relative_gap"] = 0.5  # it came near, and left
+    assert (samples_needed(lab(methods=[back]).methods[0]) or [0])[0] == 122_880 * 10 // 12  # type: ignore[index]
+
+
+def test_the_answer_on_sparse_reward_orders_only_what_the_seeds_order() -> None:
+    told = lab_answer(lab(methods=[*lab_data()["methods"], *sparse_methods()]))[1]
+    assert "to close 90% of the gap takes PPO 61,440 to 81,920 sampled responses (the seeds overlap those of others)" in told
+    assert "RLOO 81,920 to 92,160; with those that the process reward model learned from: PPO, process rewards 63,440 to 83,920" in told
+    apart = sparse_methods()
+    apart[0] = method_data("PPO", "table", "long", [0.0001, 0.0001])
+    assert "(fewest in every seed)" in lab_answer(lab(methods=apart))[1]
+
+
+def test_many_methods_are_told_by_how_many_come_close_and_who_does_not() -> None:
+    many = [{**method_data("PPO", "table", "mild", [0.01, 0.02]), "method": k, "name": n} for k, n in
+            (("rloo", "RLOO"), ("remax", "ReMax"), ("dapo", "DAPO"), ("gspo", "GSPO"))]  # fmt: skip
+    far = {**method_data("PPO", "table", "mild", [0.14, 0.25]), "method": "grpo", "name": "GRPO"}
+    first = lab_answer(lab(methods=[*many, far]))[0]
+    assert "4 of 5 methods leave 2.0% of the gap or less in every seed" in first and "what is left by the others: GRPO 20% (2 seeds: 14% to 25%)" in first
+    titles = [f["title"] for f in frontier_figures(lab(methods=[*many, far]))]
+    assert any("all but GRPO" in t or "All but GRPO" in t for t in titles)
+
+
+def test_no_picture_has_two_methods_of_one_colour_and_every_method_has_a_picture() -> None:
+    keys = ("dpo", "ppo", "rloo", "grpo", "reinforce_none", "reinforce_mean", "remax", "reinforce_pp", "dr_grpo", "dapo", "gspo", "cispo")
+    methods = [{**method_data("PPO", "table", "mild", [0.01]), "method": k, "name": k} for k in keys]
+    data = lab(methods=[*methods, *sparse_methods()])
+    drawn = set()
+    for one in [*frontier_figures(data), *gap_figures(data), *sparse_figures(data)]:
+        own = {(s["name"], s["color"]) for s in one["series"] if s["name"].endswith(", table")}
+        assert len({c for _, c in own}) == len({n for n, _ in own}) < 8, one["title"]
+        drawn |= {n for n, _ in own}
+    assert drawn >= {f"{k}, table" for k in keys}

@@ -95,7 +95,7 @@ def test_what_methods_credit_is_their_formula(small):
         wholes = np.array([returns_from(world, logits, p, y)[0] for y in range(15)])
         for y, response in enumerate(world.responses):
             n, to_go = len(response), returns_from(world, logits, p, y)
-            np.testing.assert_allclose(found["reinforce"][p, y, :n], wholes[y], atol=1e-12)
+            np.testing.assert_allclose(found["reinforce_none"][p, y, :n], wholes[y], atol=1e-12)
             np.testing.assert_allclose(found["rloo"][p, y, :n], wholes[y] - likely[p] @ wholes, atol=1e-12)
             states = world.tree.path[y, :n]
             score = [0.0, *judge[p, states[1:]], 0.5]  # nothing said, after each token, the whole

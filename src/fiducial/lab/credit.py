@@ -56,7 +56,7 @@ def of_methods(world: World, logits: Array, critic: Array, judge: Array | None =
         paid = torch.from_numpy(earned[p])
         whole = advantages.whole(paid, known)
         every = torch.ones(paid.shape, dtype=paid.dtype)
-        add("reinforce", whole[:, None] * every)
+        add("reinforce_none", whole[:, None] * every)
         add("remax", advantages.against_greedy(whole, torch.full_like(whole, float(greedy[p])))[:, None] * every)
         add("rloo", (whole - likely[p] @ whole)[:, None] * every)
         to_go = advantages.to_go(paid, known)
@@ -128,7 +128,7 @@ def worked(world: World, logits: Array) -> tuple[int, int, int]:
 
 
 WORDS = {
-    "reinforce": ("REINFORCE", "The return itself, the same for every token."),
+    "reinforce_none": ("REINFORCE", "The return itself, the same for every token."),
     "remax": ("ReMax", "Less the greedy response's score, the same for every token."),
     "rloo": ("RLOO", "Less the mean return (of a large group), the same for every token."),
     "reinforce_pp": ("REINFORCE++", "The reward to go less its mean over tokens: only the price of the KL differs between tokens."),

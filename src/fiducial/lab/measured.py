@@ -34,7 +34,7 @@ Kind = Literal["table", "transformer"]
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("dpo", {}),
     "ppo": ("ppo", {"critic": {"start": "policy"}}),
-    "reinforce": ("reinforce", {"baseline": "none"}),
+    "reinforce_none": ("reinforce", {"baseline": "none"}),
     "reinforce_mean": ("reinforce", {"baseline": "mean"}),
     "remax": ("reinforce", {"baseline": "remax"}),
     "rloo": ("reinforce", {"baseline": "rloo"}),

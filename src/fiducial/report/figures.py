@@ -11,7 +11,7 @@ from fiducial.train.registry import EVAL, GROUPS, Metric, Range, base, lookup
 # Okabe and Ito's palette. A method keeps its colour on every page.
 BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#8A8A8A"
 COLOURS = {"ppo": BLUE, "dpo": ORANGE, "reward": GREEN, "sft": PURPLE, "ppo_no_kl": VERMILLION, "reinforce": SKY, "rloo": SKY, "grpo": GREY,
-           "reinforce_mean": GREEN, "remax": ORANGE, "reinforce_pp": VERMILLION, "rloo_steps": PURPLE, "ppo_steps": GREEN,
+           "reinforce_none": "ink", "reinforce_mean": GREEN, "remax": ORANGE, "reinforce_pp": VERMILLION, "rloo_steps": PURPLE, "ppo_steps": GREEN,
            "dr_grpo": GREEN, "dapo": ORANGE, "gspo": VERMILLION, "cispo": PURPLE}  # fmt: skip
 """In no picture do two share a colour: REINFORCE's kin, GRPO's kin, and the two ways to reward steps have pictures of their own."""
 INK = "ink"  # the page's own text colour: held-out curves and second curves, readable beside every method's colour, light or dark

@@ -155,11 +155,14 @@ def _sparse(lab: Lab) -> list[str]:
     found = sorted(((median(n), m.name, n) for m in lab.methods or [] if m.world == sparse_world(lab) and (n := samples_needed(m))), key=lambda x: x[:2])
     if len(found) < 2:
         return []
-    (_, first, few), *_, (_, last, many) = found
+    arms = [one for one in found if not one[1].endswith("process rewards")] or found
+    (_, first, few), (_, last, many) = arms[0], arms[-1]
     alone = all(max(few) < min(n) for _, name, n in found if name != first)
     order = "fewest in every seed" if alone and len(few) > 1 else "the seeds overlap those of others" if len(few) > 1 else "one seed shows no order"
     told = f"to close 90% of the gap takes {first} {_range(few)} sampled responses ({order}), {last} {_range(many)}"
-    return [f"Where the reward comes once, at the end of long responses, {told}."]
+    steps = [f"{name} {_range(n)}" for m in lab.methods or [] if m.method.endswith("_steps") for _, name, n in found if name == m.name]
+    counted = f"; with those that the process reward model learned from: {', '.join(steps)}" if steps else ""
+    return [f"Where the reward comes once, at the end of long responses, {told}{counted}."]
 
 
 def _range(values: Sequence[float]) -> str:

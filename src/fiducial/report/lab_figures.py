@@ -25,7 +25,7 @@ def curve(name: str, x: Sequence[float], y: Sequence[Num], color: str, **more: A
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "Every kind": ("dpo", "ppo", "rloo", "grpo"),
-    "REINFORCE by its baseline": ("reinforce", "reinforce_mean", "remax", "rloo", "reinforce_pp"),
+    "REINFORCE by its baseline": ("reinforce_none", "reinforce_mean", "remax", "rloo", "reinforce_pp"),
     "GRPO and its kin": ("grpo", "dr_grpo", "dapo", "gspo", "cispo"),
     "Rewards for steps": ("ppo", "ppo_steps", "rloo", "rloo_steps"),
 }
@@ -78,7 +78,7 @@ def frontier_figures(lab: Lab) -> list[Figure]:
     out = [_frontier(lab, first[1], "")]
     for name, methods in rest:
         one = _frontier(lab, methods, name)
-        out.append({**one, "small": True, "keys": keys_of(methods), "range": out[0]["range"], "xrange": out[0]["xrange"]})
+        out.append({**one, "small": True, "keys": keys_of(methods)})
     return out
 
 
