@@ -564,7 +564,8 @@ def test_both_answers_to_sparse_reward_and_credit_are_on_the_page(folder: Path) 
     data["methods"] += sparse_methods()
     html = html_of(folder, data)
     text = text_of(html)
-    wanted = ["What GRPO's parts cost", "Words of one part.", "14%", "forward KL 0.0100 from it", "none that is known nearest: forward KL, 0.200 away", "Seed 5",
+    wanted = ["What GRPO's parts cost", "Words of one part.", "14%", "forward KL 0.0100 from it", "none that is known nearest: forward KL, 0.200 away",
+              "Seed 5",
               "Both answers, run", "not in every seed", "Credit, seen", "with 1,536 responses", "wrong by one token", "0.363", "2.57", "7.58", "38%", "0.247",
               "where 40% of the optimum's responses are cut"]  # fmt: skip
     assert [one for one in wanted if one not in text.replace("&#39;", "'")] == []

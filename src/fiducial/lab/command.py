@@ -232,7 +232,7 @@ def as_lines(page: Path) -> list[str]:
     for row in data["methods"]:
         gaps = ", ".join(f"{100 * run['relative_gap']:.2g}%" for run in row["runs"])
         apart = ", ".join(number(run["total_variation"]) for run in row["runs"])
-        lines.append(f"{row['world']:<8} {row['name']:<11} {row['policy']:<12} short of the optimum by {gaps}; total variation {apart}")
+        lines.append(f"{row['world']:<8} {row['name']:<21} {row['policy']:<12} short of the optimum by {gaps}; total variation {apart}")
     return [*lines, str(page)]
 
 
