@@ -327,17 +327,20 @@ def test_a_prompt_that_just_fits_is_completed_too(files, lively):
     [
         ({"judge": "judge.py:first"}, "--steps needs a judge that scores"),
         ({"out": "steps.txt"}, "should end in .jsonl"),
+        ({"separator": ""}, "every token would be a step"),
     ],
 )
 def test_what_cannot_work_is_refused(files, lively, change, said):
-    change = {k: f"{files}/{v}" for k, v in change.items()}
+    change = {k: f"{files}/{v}" if v else v for k, v in change.items()}
     with pytest.raises(InputError, match=said):
         collect(settings_of(files, lively, **change))
     assert not (files / "steps.jsonl").exists()
 
 
 def test_the_threshold_is_the_score_from_which_an_outcome_is_right(files, lively):
-    assert collect(settings_of(files, lively, judge=f"{files}/judge.py:always", threshold=1.0, out=str(files / "a.jsonl")))["recoverable"] > 0
+    counts = collect(settings_of(files, lively, judge=f"{files}/judge.py:always", threshold=1.0, out=str(files / "a.jsonl")))
+    assert counts["recoverable"] == counts["steps"] > 18
+    assert all(set(row["rates"]) == {1.0} for row in lines(files / "a.jsonl"))
     assert collect(settings_of(files, lively, judge=f"{files}/judge.py:always", threshold=1.1, out=str(files / "b.jsonl")))["recoverable"] == 0
 
 

@@ -68,6 +68,11 @@ def collect(settings: Collect) -> dict[str, Any]:
     judge = Judge(settings.judge, RunSettings(), processes)
     if judge.compare is not None and settings.pairs == "extremes":
         raise InputError("--pairs extremes needs scores, and this judge only compares two responses: use --pairs all")
+    if settings.steps and not settings.separator:
+        raise InputError(
+            "--separator '' with --steps: every token would be a step, and rows of text cannot say where tokens end. Give what ends a step, or train "
+            "`fiducial prm --separator ''` on outcomes (rows with prompt, completion, label)"
+        )
     model = Model.open(settings.model, settings.prompts, settings.rows, processes, reserve=settings.max_new_tokens)
     judge.check_rows(model.rows)
     out.parent.mkdir(parents=True, exist_ok=True)
