@@ -178,7 +178,7 @@ def test_a_better_format_comes_first():
         ({"messages": []}, (PreferenceRow,), "found the keys messages .* fiducial sft"),
         ({"prompt": "p", "completion": "c"}, (PreferenceRow,), "found the keys prompt+completion .* fiducial sft"),
         ({"prompt": "p"}, SFT, "found the keys prompt where .* is wanted; give this file to fiducial ppo"),
-        ({"prompt": "p", "completions": ["c"], "labels": [True]}, SFT, "keys prompt+completions+labels where .* wanted; give this file to fiducial prm"),
+        ({"prompt": "p", "completions": ["c"], "labels": [True]}, SFT, "found the keys prompt.completions.labels where .* wanted; give .* to fiducial prm"),
         ({"prompt": "p", "completion": "c", "label": False}, SFT, "key 'label' marks the completion as bad"),
         (
             {"prompt": "p", "chosen": "a"},
