@@ -48,6 +48,7 @@ An example, from a base model to an aligned one:
   fiducial reward  --model runs/sft/model --data pairs.jsonl --out runs/reward
   fiducial ppo     --model runs/sft/model --data prompts.jsonl --reward runs/reward/model --out runs/ppo
   fiducial dpo     --model runs/sft/model --data pairs.jsonl --out runs/dpo
+  fiducial grpo    --model runs/sft/model --data questions.jsonl --reward numeric_answer --out runs/grpo
   fiducial eval    --model runs/ppo/model --baseline runs/sft/model --prompts held_out.jsonl --judge judge.py:score
 
 Is it right? fiducial lab runs the methods where the optimum is known; fiducial.lab.check_policy_loss and its kin check a loss of yours.
