@@ -303,7 +303,20 @@ def test_blocks_and_groups_change_nothing(files, lively, monkeypatch):
     assert a == b == c != d
 
 
-def test_groups_fit_the_context(lively):
+def test_every_completion_has_a_random_stream_of_its_own(files, lively, monkeypatch):
+    keys = []
+    whole = collecting.sample_all
+
+    def spy(sampler, prompts, processes, **k):
+        keys.extend((k["seed"], k["step"], p, s) for p, s in zip(k["prompt"], k["sample"], strict=True))
+        return whole(sampler, prompts, processes, **k)
+
+    monkeypatch.setattr(collecting, "sample_all", spy)
+    collect(settings_of(files, lively))
+    assert len(keys) == len(set(keys)) > 100
+
+
+def test_groups_fit_the_context():
     sampler = SimpleNamespace(max_new_tokens=40, context=100)
     prompts = [60, 10, 55]
     prefixes = [collecting.Prefix(i, k, [0] * n) for k, (i, n) in enumerate(itertools.product(range(3), (1, 3, 9, 20, 39)))]

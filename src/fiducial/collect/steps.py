@@ -134,15 +134,11 @@ def completed(
 def alike(prefixes: Sequence[Prefix], prompt_lengths: Sequence[int], sampler: LocalSampler) -> list[list[Prefix]]:
     """Groups of prefixes of similar length, each of which fits the context with what may still be sampled behind its shortest."""
     groups: list[list[Prefix]] = []
-    longest = 0
     for prefix in sorted(prefixes, key=lambda p: len(p.ids)):
-        total = prompt_lengths[prefix.response] + len(prefix.ids)
         first = len(groups[-1][0].ids) if groups else 0
-        fits = max(longest, total) + sampler.max_new_tokens - first <= sampler.context
+        fits = prompt_lengths[prefix.response] + len(prefix.ids) + sampler.max_new_tokens - first <= sampler.context
         if groups and len(prefix.ids) - first <= WASTE and fits:
             groups[-1].append(prefix)
-            longest = max(longest, total)
         else:
             groups.append([prefix])
-            longest = total
     return groups
