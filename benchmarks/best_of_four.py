@@ -1,13 +1,14 @@
 """Best of four real solutions by a process reward model and by an outcome model, on grade-school questions that neither has seen.
 
-    python benchmarks/best_of_four.py [--data ../shared/data/gsm8k] [--model ../shared/models/stories260K] [--epochs 4] [--held-out 0.33] [--seed 0]
+    python benchmarks/best_of_four.py [--data ../shared/data/gsm8k] [--model ../shared/models/stories260K] [--epochs 2] [--held-out 0.33] [--seed 0]
 
-labelled.jsonl has four solutions of other models to each of 900 questions, and whether each ends right. Three models are trained from --model on the same
+labelled.jsonl has four solutions of other models to each of 900 questions, and whether each ends right. Two models are trained from --model on the same
 questions with the same settings, and asked about the others:
 
 - `prm` from the outcomes, read at the end of every line (Cobbe et al. 2021's way to a verifier of steps);
-- the outcome model: the same head and rows, read at the last token alone (a separator that never occurs);
-- with --sft, each starts from --model fine-tuned on the worked answers of sft.jsonl first.
+- the outcome model: `prm` on the same rows, read at the last token alone (a separator that never occurs).
+
+With --sft both start from --model fine-tuned on the worked answers of sft.jsonl.
 
 Printed: the share of held-out questions of which the chosen solution is right, with its 95% interval over questions, beside a choice at random (its exact
 expectation), by length, and of one who knows; then the paired differences between process and outcome, question by question.
@@ -61,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "gsm8k")
     parser.add_argument("--model", type=Path, default=SHARED / "models" / "stories260K")
-    parser.add_argument("--epochs", type=float, default=4.0)
+    parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--held-out", type=float, default=0.33)
     parser.add_argument("--sft", action="store_true")

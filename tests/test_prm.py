@@ -22,6 +22,8 @@ from fiducial.losses import process_reward, process_reward_sum
 from fiducial.methods import prm as page
 from fiducial.methods.prm import PRM, prm, solver, tensors, up_to_first_wrong
 from fiducial.models.load import load_renderer, load_scorer
+from fiducial.report.answer import answer
+from fiducial.report.folder import read_run
 from world import difference
 
 each = pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -367,6 +369,13 @@ def test_evaluation_counts_what_a_slow_recount_counts(go, tmp_path):
     assert run.evaluation["accuracy on held-out steps"]["n"] == len(right)
     for how, values in whole.items():
         assert run.evaluation[f"accuracy on held-out solutions, by {how}"]["value"] == pytest.approx(sum(values) / len(values))
+
+
+def test_the_page_says_what_is_right_of_held_out_steps_and_what_calling_all_alike_would_be(go, tmp_path):
+    sentences = answer(read_run(go("gpt2", data=world(tmp_path), steps=60, batch_size=24, learning_rate=3e-3, rows=RowSettings(held_out=0.2)).path))
+    assert len(sentences) == 1 and "of held-out steps" in sentences[0] and sentences[0].endswith("it knows more than that.")
+    assert "not shown to know more" in answer(read_run(go("gpt2", data=world(tmp_path), steps=1, rows=RowSettings(held_out=0.2)).path))[0]
+    assert "held-out steps were not measured" in answer(read_run(go("gpt2", rows=RowSettings(held_out=0.0)).path))[0]
 
 
 def test_a_reward_model_from_a_process_reward_model_is_none(go, data, tmp_path):

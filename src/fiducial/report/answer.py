@@ -11,7 +11,7 @@ from fiducial.train.registry import EVAL
 
 ACCURACIES = ("rewards/accuracies", "accuracy")
 _KINDS = (("objective/kl", "policy"), ("clip_ratio", "policy"), ("kl_teacher", "distillation"), ("rewards/margins", "preference"), ("accuracy", "reward"),
-          ("loss", "loss"))  # fmt: skip
+          ("steps/accuracy", "process"), ("loss", "loss"))  # fmt: skip
 
 
 def kind(run: Run) -> str:
@@ -30,7 +30,7 @@ def _named(metrics: Any) -> set[str]:
 def answer(run: Run) -> list[str]:
     """One to three sentences."""
     tell: dict[str, Callable[[Run], list[str]]] = {
-        "policy": _policy, "distillation": _distillation, "preference": _preference, "reward": _reward, "loss": _loss,
+        "policy": _policy, "distillation": _distillation, "preference": _preference, "reward": _reward, "process": _process, "loss": _loss,
     }  # fmt: skip
     sentences = tell[kind(run)](run) if kind(run) in tell else []
     if not sentences:
@@ -120,6 +120,17 @@ def _reward(run: Run) -> list[str]:
         sentences.append(f"Choosing by length alone is right on {percent(length)}" +
                          (": it knows more than length." if more else ": it is not shown to know more than length."))  # fmt: skip
     return sentences
+
+
+def _process(run: Run) -> list[str]:
+    held = run.evaluation.get("accuracy on held-out steps")
+    usual = next((e for name, e in run.evaluation.items() if name.startswith("calling all steps")), None)
+    if held is None or usual is None:
+        told = _change_words(run, "steps/accuracy", "Accuracy of steps", "of those it was trained on")
+        return [f"{told}; held-out steps were not measured."] if told else []
+    more = held.low is not None and usual.high is not None and held.low > usual.high
+    return [f"It is right about {percent(held)} of held-out steps{_n(held)}; calling all of them what most are is right about {percent(usual)}" +
+            (": it knows more than that." if more else ": it is not shown to know more than that.")]  # fmt: skip
 
 
 def _distillation(run: Run) -> list[str]:

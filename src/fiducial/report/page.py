@@ -35,6 +35,7 @@ DECIDE = {
     "policy": ("reward", "objective/score", "objective/kl", "kl", "entropy", "completions/mean_length", "completions/finished"),
     "preference": ("rewards/accuracies", "rewards/margins", "loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"),
     "reward": ("accuracy", "margin", "loss", "reward_mean"),
+    "process": ("steps/accuracy", "steps/probability", "steps/right", "loss"),
     "distillation": ("kl_teacher", "objective/kl_teacher", "nll/student", "nll/teacher", "entropy", "completions/mean_length", "completions/finished"),
     "loss": ("loss", "perplexity", "mean_token_accuracy", "entropy"),
 }
@@ -78,7 +79,8 @@ def _quiet(run: Run, found: list[str]) -> str:
 def _deciding(run: Run, colour: str) -> tuple[dict[str, Figure], list[tuple[str, str, str]], set[str]]:
     """The pictures that decide: by key for the script, as (key, title, note) for the template, and the metrics they show."""
     single: dict[str, tuple[str, ...]] = {"policy": ("reward", "objective/kl"), "preference": ("rewards/accuracies", "rewards/margins"),
-                                          "reward": ("accuracy", "margin"), "loss": ("loss",), "distillation": ("kl_teacher",)}  # fmt: skip
+                                          "reward": ("accuracy", "margin"), "loss": ("loss",), "process": ("steps/accuracy",),
+                                          "distillation": ("kl_teacher",)}  # fmt: skip
     which = kind(run)
     pictures: list[Figure] = []
     shown: set[str] = set()
