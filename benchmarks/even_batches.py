@@ -1,9 +1,11 @@
-"""What a small last batch costs: DPO on the mild world with even batches, as shipped, beside batches of which the last of an epoch is what is left over.
+"""What a small last batch costs: DPO on the mild world with even batches, as shipped, beside
+batches of which the last of an epoch is what is left over.
 
     python benchmarks/even_batches.py [--seeds 3] [--steps 1600]
 
-10,500 comparisons in batches of 256 leave 4 for the last batch of an epoch, which moves the weights as far as a whole one. Printed: the total variation
-to the exact optimum at the end of both runs of each seed, and their ratio.
+10,500 comparisons in batches of 256 leave 4 for the last batch of an epoch, which moves the weights
+as far as a whole one. Printed: the total variation to the exact optimum at the end of both runs of
+each seed, and their ratio.
 """
 
 from __future__ import annotations
@@ -47,7 +49,11 @@ def main() -> None:
             with mock.patch.object(Batches, "__getitem__", ragged):
                 left = run(plan, files, Path(folder) / "ragged")["total_variation"]
         ratios.append(left / even)
-        print(f"seed {seed}: even {even:.4f}, with a small last batch {left:.4f}, ratio {ratios[-1]:.1f}", flush=True)
+        print(
+            f"seed {seed}: even {even:.4f}, with a small last batch {left:.4f}, ratio "
+            f"{ratios[-1]:.1f}",
+            flush=True,
+        )
     print(f"median ratio {statistics.median(ratios):.1f}")
 
 

@@ -1,8 +1,10 @@
-"""Peak memory of the log-probability step on a vocabulary of 128k: in chunks as the package does it, against holding the logits. Forward and backward.
+"""Peak memory of the log-probability step on a vocabulary of 128k: in chunks as the package does
+it, against holding the logits. Forward and backward.
 
     python benchmarks/logprob_memory.py [--tokens 4096] [--vocabulary 131072] [--hidden 64]
 
-Each side runs in a process of its own; what stood before the step (Python, torch, weights, hidden states and the space of their gradients) is taken off.
+Each side runs in a process of its own; what stood before the step (Python, torch, weights, hidden
+states and the space of their gradients) is taken off.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ print(f"RESULT {status('VmHWM') - before} {float(value.detach())}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=131072)
     parser.add_argument("--hidden", type=int, default=64)
@@ -47,9 +51,15 @@ def main() -> None:
     sizes = [str(x) for x in (arguments.tokens, arguments.vocabulary, arguments.hidden)]
     peak = {}
     for side in ("chunks", "logits"):
-        out = subprocess.run([sys.executable, "-c", SIDE, side, *sizes], capture_output=True, text=True, check=True).stdout.split()
+        out = subprocess.run(
+            [sys.executable, "-c", SIDE, side, *sizes], capture_output=True, text=True, check=True
+        ).stdout.split()
         peak[side] = float(out[1])
-        print(f"{side}: {peak[side]:,.0f} MiB above the start, sum of log-probabilities {float(out[2]):.6g}", flush=True)
+        print(
+            f"{side}: {peak[side]:,.0f} MiB above the start, sum of log-probabilities "
+            f"{float(out[2]):.6g}",
+            flush=True,
+        )
     print(f"chunks take {peak['chunks'] / peak['logits']:.3f} of holding the logits")
 
 

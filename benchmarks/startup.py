@@ -1,6 +1,7 @@
-"""Seconds to import the package and to print the help, beside a bare interpreter: medians of runs in turn.
+"""Seconds to import the package and to print the help, beside a bare interpreter: medians of runs
+in turn.
 
-    python benchmarks/startup.py [--runs 9]
+python benchmarks/startup.py [--runs 9]
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ COMMANDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=9)
     runs = parser.parse_args().runs
     seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
@@ -29,7 +32,10 @@ def main() -> None:
             subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
             seconds[name].append(time.perf_counter() - start)
     for name, values in seconds.items():
-        print(f"{name}: {statistics.median(values):.3f} s (median of {runs}, {min(values):.3f} to {max(values):.3f})")
+        print(
+            f"{name}: {statistics.median(values):.3f} s (median of {runs}, {min(values):.3f} to "
+            f"{max(values):.3f})"
+        )
 
 
 if __name__ == "__main__":

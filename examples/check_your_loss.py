@@ -1,10 +1,12 @@
-"""Check a loss you wrote: is its expected gradient the one it should have, and if not, what is wrong with it?
+"""Check a loss you wrote: is its expected gradient the one it should have, and if not, what is
+wrong with it?
 
     python examples/check_your_loss.py
 
-The kit hands your function a batch in which every response stands exactly as often as it is likely, so that the gradient on the batch is an expectation and
-can be compared with the exact one. Below, one loss is right and three have a mistake that has been shipped more than once. None of them fails a test that
-looks whether parameters move, and each of them trains.
+The kit hands your function a batch in which every response stands exactly as often as it is likely,
+so that the gradient on the batch is an expectation and can be compared with the exact one. Below,
+one loss is right and three have a mistake that has been shipped more than once. None of them fails
+a test that looks whether parameters move, and each of them trains.
 """
 
 from __future__ import annotations
@@ -15,8 +17,12 @@ from fiducial.lab import Batch, check_likelihood, check_policy_loss
 
 
 def reinforce(batch: Batch) -> torch.Tensor:
-    """Right: REINFORCE with reward-to-go, the KL penalty in every token's reward, log-probabilities from raw logits."""
-    logits = batch.logits()[:, :-1] / batch.temperature  # position t predicts token t + 1, at the temperature of sampling
+    """Right: REINFORCE with reward-to-go, the KL penalty in every token's reward, log-probabilities
+    from raw logits.
+    """
+    logits = (
+        batch.logits()[:, :-1] / batch.temperature
+    )  # position t predicts token t + 1, at the temperature of sampling
     logprobs = logits.log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
     mask, last = batch.mask[:, 1:], batch.trajectory.last[:, 1:]
     penalty = batch.beta * (logprobs.detach() - batch.ref_logprobs[:, 1:])
@@ -26,7 +32,9 @@ def reinforce(batch: Batch) -> torch.Tensor:
 
 
 def mask_not_shifted(batch: Batch) -> torch.Tensor:
-    """Wrong: logits and labels are shifted against each other, but the mask is not shifted with the labels."""
+    """Wrong: logits and labels are shifted against each other, but the mask is not shifted with the
+    labels.
+    """
     logprobs = batch.logits()[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
     mask = batch.mask[:, :-1]  # should be batch.mask[:, 1:]
     return -(logprobs * mask).sum() / mask.sum()

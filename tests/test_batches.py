@@ -20,7 +20,9 @@ def test_every_row_comes_once_an_epoch(rows, size, seed):
         steps = [batches[epoch * batches.per_epoch + i] for i in range(batches.per_epoch)]
         assert sorted(row for step in steps for row in step) == list(range(rows))
         lengths = [len(s) for s in steps]
-        assert max(lengths) <= size and max(lengths) - min(lengths) <= 1  # no small one is left over
+        assert (
+            max(lengths) <= size and max(lengths) - min(lengths) <= 1
+        )  # no small one is left over
         assert len(steps) == -(-rows // size)
 
 
@@ -44,17 +46,25 @@ def test_a_stream_is_one_walk_wherever_it_is_cut(rows, start, count, seed):
     assert stream(rows, start, count, seed) == walk[start:]
     whole = stream(rows, 0, 3 * rows, seed)
     assert Counter(row for row, _ in whole) == dict.fromkeys(range(rows), 3)
-    assert len(set(whole)) == 3 * rows  # (row, epoch) never comes twice: it keys the random stream of a response
+    assert (
+        len(set(whole)) == 3 * rows
+    )  # (row, epoch) never comes twice: it keys the random stream of a response
 
 
 @given(costs, st.integers(1, 200), st.integers(1, 4))
-def test_micro_batches_lose_no_row_keep_the_budget_and_are_as_many_on_every_process(costs, tokens, processes):
+def test_micro_batches_lose_no_row_keep_the_budget_and_are_as_many_on_every_process(
+    costs, tokens, processes
+):
     shares = micro_batches(costs, tokens, processes)
     assert len(shares) == processes and len({len(s) for s in shares}) == 1
-    assert sorted(i for share in shares for micro in share for i in micro) == list(range(len(costs)))
+    assert sorted(i for share in shares for micro in share for i in micro) == list(
+        range(len(costs))
+    )
     for share in shares:
         for micro in share:
-            padded = max((max(costs[i]) for i in micro), default=0) * sum(len(costs[i]) for i in micro)
+            padded = max((max(costs[i]) for i in micro), default=0) * sum(
+                len(costs[i]) for i in micro
+            )
             assert padded <= tokens or len(micro) == 1
 
 
@@ -73,8 +83,15 @@ def test_one_row_on_two_processes_leaves_one_with_nothing():
 
 
 def test_padding_is_on_the_right_and_the_mask_is_carried():
-    batch = pad([Rendered([4, 5, 0], [False, True, True], ""), Rendered([6, 7], [False, True], "")], pad_id=9)
-    assert batch.ids.tolist() == [[4, 5, 0], [6, 7, 9]] and batch.lengths.tolist() == [3, 2] and len(batch) == 2
+    batch = pad(
+        [Rendered([4, 5, 0], [False, True, True], ""), Rendered([6, 7], [False, True], "")],
+        pad_id=9,
+    )
+    assert (
+        batch.ids.tolist() == [[4, 5, 0], [6, 7, 9]]
+        and batch.lengths.tolist() == [3, 2]
+        and len(batch) == 2
+    )
     assert batch.mask.tolist() == [[False, True, True], [False, True, False]]
     assert torch.equal(pad([Rendered([1], [True], "")]).ids, torch.tensor([[1]]))
 

@@ -1,4 +1,6 @@
-"""Best of n: what is kept is the best by an independent recount, and on the enumerable world it is kept as often as it is known that it must be."""
+"""Best of n: what is kept is the best by an independent recount, and on the enumerable world it is
+kept as often as it is known that it must be.
+"""
 
 import json
 import math
@@ -39,13 +41,21 @@ def longer(prompts, first, second, **columns):
 @pytest.fixture
 def files(tmp_path):
     (tmp_path / "score.py").write_text(SCORES)
-    write_jsonl(tmp_path / "prompts.jsonl", ({"prompt": p, "min_words": 2} for p in ("the cat", "a dog and a bird", "the dog")))
+    write_jsonl(
+        tmp_path / "prompts.jsonl",
+        ({"prompt": p, "min_words": 2} for p in ("the cat", "a dog and a bird", "the dog")),
+    )
     return tmp_path
 
 
 @pytest.fixture
 def settings(files, models):
-    return {"model": models["llama"], "prompts": str(files / "prompts.jsonl"), "max_new_tokens": 8, "seed": 3}
+    return {
+        "model": models["llama"],
+        "prompts": str(files / "prompts.jsonl"),
+        "max_new_tokens": 8,
+        "seed": 3,
+    }
 
 
 def lines(path):
@@ -62,7 +72,9 @@ def test_the_best_by_hand_and_of_equal_ones_the_first():
 
 
 def by_hand(rows, n, score):
-    """Of each n lines in a row the first of the highest score, by a loop that shares nothing with the package."""
+    """Of each n lines in a row the first of the highest score, by a loop that shares nothing with
+    the package.
+    """
     out = []
     while rows:
         group, rows = rows[:n], rows[n:]
@@ -79,17 +91,36 @@ SCORE = {"letters": lambda c: float(c.count("a") + c.count("e")), "length": lamb
 
 @pytest.mark.parametrize("score", sorted(SCORE))
 @pytest.mark.parametrize(("samples", "n"), [(2, 3), (1, 5), (3, 1)])
-def test_what_is_written_is_the_best_of_the_responses_that_are_drawn_without_a_score(files, settings, capsys, monkeypatch, score, samples, n):
+def test_what_is_written_is_the_best_of_the_responses_that_are_drawn_without_a_score(
+    files, settings, capsys, monkeypatch, score, samples, n
+):
     monkeypatch.setattr(sampling, "BLOCK", samples * n)  # a prompt a block
     generate(Generate(**settings, samples=samples * n, out=str(files / "all.jsonl")))
     capsys.readouterr()
-    assert generate(Generate(**settings, samples=samples, best_of=n, score=f"{files}/score.py:{score}", out=str(files / "best.jsonl"))) == 3 * samples
+    assert (
+        generate(
+            Generate(
+                **settings,
+                samples=samples,
+                best_of=n,
+                score=f"{files}/score.py:{score}",
+                out=str(files / "best.jsonl"),
+            )
+        )
+        == 3 * samples
+    )
     expected = by_hand(lines(files / "all.jsonl"), n, SCORE[score])
     assert lines(files / "best.jsonl") == expected
     told = capsys.readouterr().err
     drawn = [SCORE[score](r["completion"]) for r in lines(files / "all.jsonl")]
-    assert f"mean score {np.mean(drawn):.4g} [" in told and f"of all {len(drawn)} drawn, {np.mean([r['score'] for r in expected]):.4g} [" in told
-    assert f"of the {3 * samples} kept; the best of {n} is at most {math.log(n) - (n - 1) / n:.3g} nats" in told
+    assert (
+        f"mean score {np.mean(drawn):.4g} [" in told
+        and f"of all {len(drawn)} drawn, {np.mean([r['score'] for r in expected]):.4g} [" in told
+    )
+    assert (
+        f"of the {3 * samples} kept; the best of {n} is at most {math.log(n) - (n - 1) / n:.3g} "
+        "nats" in told
+    )
 
 
 def test_a_score_that_comes_with_the_package_reads_the_row(files, settings):
@@ -99,21 +130,50 @@ def test_a_score_that_comes_with_the_package_reads_the_row(files, settings):
 
 
 def test_a_process_reward_model_scores_by_the_aggregate_that_is_asked_for(files, settings, models):
-    rows = [{"prompt": "the", "completion": f"{a}\n{b}", "label": i % 2} for i, (a, b) in enumerate(zip("abcabcab", "dezdezde", strict=True))]
+    rows = [
+        {"prompt": "the", "completion": f"{a}\n{b}", "label": i % 2}
+        for i, (a, b) in enumerate(zip("abcabcab", "dezdezde", strict=True))
+    ]
     data = write_jsonl(files / "rows.jsonl", rows)
-    folder = prm(PRM(model=models["llama"], data=data, out=str(files / "run"), steps=2, learning_rate=1e-2, rows=RowSettings(held_out=0.0))).path / "model"
+    folder = (
+        prm(
+            PRM(
+                model=models["llama"],
+                data=data,
+                out=str(files / "run"),
+                steps=2,
+                learning_rate=1e-2,
+                rows=RowSettings(held_out=0.0),
+            )
+        ).path
+        / "model"
+    )
     kept = {}
     for how, of_steps in (("last", lambda s: s[-1]), ("min", min), ("product", math.prod)):
         out = files / f"{how}.jsonl"
-        generate(Generate(**settings | {"max_new_tokens": 24}, best_of=4, score=str(folder), aggregate=how, out=str(out)))
+        generate(
+            Generate(
+                **settings | {"max_new_tokens": 24},
+                best_of=4,
+                score=str(folder),
+                aggregate=how,
+                out=str(out),
+            )
+        )
         best = BestOf.open(4, str(folder), how, 1.0, Processes())
-        model = Model.open(settings["model"], settings["prompts"], RowSettings(), Processes(), reserve=24)
-        (_, responses), = model.answer(4, max_new_tokens=24, temperature=1.0, stop=(), seed=3, title="")
+        model = Model.open(
+            settings["model"], settings["prompts"], RowSettings(), Processes(), reserve=24
+        )
+        ((_, responses),) = model.answer(
+            4, max_new_tokens=24, temperature=1.0, stop=(), seed=3, title=""
+        )
         steps = best.scorer.steps(responses)
         assert max(map(len, steps)) > 1
         scores = [of_steps(s) for s in steps]
         kept[how] = [r["score"] for r in lines(out)]
-        assert kept[how] == pytest.approx([max(scores[i : i + 4]) for i in range(0, 12, 4)], rel=1e-6)
+        assert kept[how] == pytest.approx(
+            [max(scores[i : i + 4]) for i in range(0, 12, 4)], rel=1e-6
+        )
     assert kept["min"] != kept["product"]
 
 
@@ -122,28 +182,41 @@ def test_a_process_reward_model_scores_by_the_aggregate_that_is_asked_for(files,
 
 @pytest.mark.parametrize("n", [2, 5])
 def test_on_the_enumerable_world_the_best_of_n_has_its_exact_distribution(tmp_path, n):
-    """15 responses to each of 2 prompts, rewards in coarse steps so that some are equal: chi-square against F^n - F_below^n."""
+    """15 responses to each of 2 prompts, rewards in coarse steps so that some are equal: chi-square
+    against F^n - F_below^n.
+    """
     world, _ = policies.make("best", seed=4, spread=0.15)
     world = world.with_(reward=np.round(world.reward))
     assert any(len(set(row)) < 10 for row in world.reward.tolist())
     model = policies.save(policies.table(world), tmp_path / "model")
     world.save(tmp_path / "world.npz")
     (tmp_path / "gold.py").write_text(
-        "from pathlib import Path\nfrom fiducial.lab.world import World\nworld = World.load(Path(__file__).parent / 'world.npz')\n"
-        "def score(prompts, completions, **columns):\n    return world.scores(prompts, completions)\n"
+        "from pathlib import Path\nfrom fiducial.lab.world import World\nworld = "
+        "World.load(Path(__file__).parent / 'world.npz')\n"
+        "def score(prompts, completions, **columns):\n    return world.scores(prompts, "
+        "completions)\n"
     )
     write_jsonl(tmp_path / "p.jsonl", ({"prompt": world.prompt_text(p)} for p in range(2)))
     draws = 4000
     generate(
         Generate(
-            model=str(model), prompts=str(tmp_path / "p.jsonl"), samples=draws, best_of=n, score=f"{tmp_path}/gold.py:score", max_new_tokens=world.horizon,
-            out=str(tmp_path / "o.jsonl"), seed=1,
+            model=str(model),
+            prompts=str(tmp_path / "p.jsonl"),
+            samples=draws,
+            best_of=n,
+            score=f"{tmp_path}/gold.py:score",
+            max_new_tokens=world.horizon,
+            out=str(tmp_path / "o.jsonl"),
+            seed=1,
         )
     )
     number = {world.response_text(y).rstrip("."): y for y in range(len(world.responses))}
     counts = np.zeros((2, len(world.responses)))
     for r in lines(tmp_path / "o.jsonl"):
-        counts[[world.prompt_text(p) for p in range(2)].index(r["prompt"]), number[r["completion"].rstrip(".")]] += 1
+        counts[
+            [world.prompt_text(p) for p in range(2)].index(r["prompt"]),
+            number[r["completion"].rstrip(".")],
+        ] += 1
     assert (counts.sum(1) == draws).all()
     ref = exact.reference(world)
     truth = np.exp(exact.best_of_n(ref, world.reward, n))
@@ -157,7 +230,9 @@ def test_on_the_enumerable_world_the_best_of_n_has_its_exact_distribution(tmp_pa
 
 
 def z_of(counts, expected):
-    """Chi-square of both prompts as a normal deviate (Wilson and Hilferty 1931); the rarest are taken together until 5 of them are expected."""
+    """Chi-square of both prompts as a normal deviate (Wilson and Hilferty 1931); the rarest are
+    taken together until 5 of them are expected.
+    """
     chi, df = 0.0, 0
     for c, e in zip(counts, expected, strict=True):
         order = np.argsort(e)
@@ -186,26 +261,54 @@ def test_eval_measures_the_best_of_n_by_another_judge(files, settings):
     """The score sees letters, the judge lengths; both means are recounted from the plain samples."""
     common = {**settings, "samples": 4}
     numbers = evaluate(
-        Evaluate(**common, best_of=3, score=f"{files}/score.py:letters", judge=f"{files}/score.py:length", baseline=settings["model"])
+        Evaluate(
+            **common,
+            best_of=3,
+            score=f"{files}/score.py:letters",
+            judge=f"{files}/score.py:length",
+            baseline=settings["model"],
+        )
     )
     generate(Generate(**{**settings, "samples": 12}, out=str(files / "all.jsonl")))
     drawn = lines(files / "all.jsonl")
     kept = by_hand(drawn, 3, SCORE["letters"])
     assert numbers["score"]["value"] == pytest.approx(np.mean([len(r["completion"]) for r in kept]))
     assert numbers["kept_score"]["value"] == pytest.approx(np.mean([r["score"] for r in kept]))
-    assert numbers["drawn_score"]["value"] == pytest.approx(np.mean([SCORE["letters"](r["completion"]) for r in drawn]))
+    assert numbers["drawn_score"]["value"] == pytest.approx(
+        np.mean([SCORE["letters"](r["completion"]) for r in drawn])
+    )
     assert numbers["length"]["value"] == pytest.approx(np.mean([r["tokens"] for r in kept]))
-    assert (numbers["kept_score"]["n"], numbers["drawn_score"]["n"], numbers["win_rate"]["n"]) == (12, 36, 12)
-    plain = evaluate(Evaluate(**common, judge=f"{files}/score.py:length", baseline=settings["model"]))
+    assert (numbers["kept_score"]["n"], numbers["drawn_score"]["n"], numbers["win_rate"]["n"]) == (
+        12,
+        36,
+        12,
+    )
+    plain = evaluate(
+        Evaluate(**common, judge=f"{files}/score.py:length", baseline=settings["model"])
+    )
     assert numbers["baseline_score"] == plain["baseline_score"] and "kept_score" not in plain
 
 
 def test_eval_prints_every_number(files, settings, capsys):
     score = f"{files}/score.py:length"
-    args = ["--model", settings["model"], "--prompts", settings["prompts"], "--max-new-tokens", "8", "--best-of", "2", "--score", score]
+    args = [
+        "--model",
+        settings["model"],
+        "--prompts",
+        settings["prompts"],
+        "--max-new-tokens",
+        "8",
+        "--best-of",
+        "2",
+        "--score",
+        score,
+    ]
     assert main(["eval", *args]) == 0
     told = capsys.readouterr()
-    assert "score of the best of n, by --score" in told.out and "score of all drawn, by --score" in told.out
+    assert (
+        "score of the best of n, by --score" in told.out
+        and "score of all drawn, by --score" in told.out
+    )
     assert "eval: the best of 2 is at most 0.193 nats a response from the model" in told.err
 
 
@@ -223,32 +326,81 @@ def test_eval_prints_every_number(files, settings, capsys):
         ({"best_of": 4, "score": "longer"}, "compares two responses"),
         ({"best_of": 4, "score": "nothing"}, "--score: .* no function nothing"),
         ({"best_of": 4, "score": "=lenght"}, "--score: there is no 'lenght': did you mean length"),
-        ({"best_of": 4, "score": "=exact_match"}, "prompts.jsonl:1: exact_match needs the column 'answer'"),
-        ({"best_of": 4, "score": "letters", "temperature": 0.0}, "--best-of 4 with --temperature 0: all 4 would be the one most likely"),
+        (
+            {"best_of": 4, "score": "=exact_match"},
+            "prompts.jsonl:1: exact_match needs the column 'answer'",
+        ),
+        (
+            {"best_of": 4, "score": "letters", "temperature": 0.0},
+            "--best-of 4 with --temperature 0: all 4 would be the one most likely",
+        ),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_sampled(files, settings, verb, change, said):
+def test_what_cannot_work_is_refused_before_anything_is_sampled(
+    files, settings, verb, change, said
+):
     if "score" in change:
-        change = {**change, "score": change["score"][1:] if change["score"][0] == "=" else f"{files}/score.py:{change['score']}"}
+        change = {
+            **change,
+            "score": change["score"][1:]
+            if change["score"][0] == "="
+            else f"{files}/score.py:{change['score']}",
+        }
     if verb == "eval" and "temperature" in change:
         return  # eval samples, always
     with pytest.raises(InputError, match=said):
-        generate(Generate(**settings | change, out=str(files / "o.jsonl"))) if verb == "generate" else evaluate(Evaluate(**settings | change))
+        generate(
+            Generate(**settings | change, out=str(files / "o.jsonl"))
+        ) if verb == "generate" else evaluate(Evaluate(**settings | change))
     assert not (files / "o.jsonl").exists()
 
 
 def test_one_of_one_needs_no_temperature(files, settings):
-    assert generate(Generate(**settings, best_of=1, temperature=0.0, score=f"{files}/score.py:letters", out=str(files / "o.jsonl"))) == 3
-    assert all(r["of"] == 1 and r["score"] == SCORE["letters"](r["completion"]) for r in lines(files / "o.jsonl"))
+    assert (
+        generate(
+            Generate(
+                **settings,
+                best_of=1,
+                temperature=0.0,
+                score=f"{files}/score.py:letters",
+                out=str(files / "o.jsonl"),
+            )
+        )
+        == 3
+    )
+    assert all(
+        r["of"] == 1 and r["score"] == SCORE["letters"](r["completion"])
+        for r in lines(files / "o.jsonl")
+    )
 
 
 def test_no_kl_is_read_from_responses_that_were_chosen(files, settings):
     with pytest.raises(InputError, match="--reference with --best-of"):
-        evaluate(Evaluate(**settings, best_of=2, score=f"{files}/score.py:letters", reference=settings["model"]))
+        evaluate(
+            Evaluate(
+                **settings,
+                best_of=2,
+                score=f"{files}/score.py:letters",
+                reference=settings["model"],
+            )
+        )
 
 
 def test_both_settings_at_the_command_line(files, settings, capsys):
-    assert main(["generate", "--model", settings["model"], "--prompts", settings["prompts"], "--best-of", "4"]) == 2
+    assert (
+        main(
+            [
+                "generate",
+                "--model",
+                settings["model"],
+                "--prompts",
+                settings["prompts"],
+                "--best-of",
+                "4",
+            ]
+        )
+        == 2
+    )
     err = capsys.readouterr().err
     assert "--best-of 4 needs --score" in err and len(err.strip().splitlines()) == 1
 
@@ -266,4 +418,6 @@ def test_a_users_function_is_not_called_before_there_are_responses():
     def never(prompts, completions):
         raise AssertionError
 
-    BestOf(2, "f.py:never", FunctionReward("f.py:never", never, Processes()), 1.0).check_rows([PromptRow("a", {}, "f:1")])
+    BestOf(2, "f.py:never", FunctionReward("f.py:never", never, Processes()), 1.0).check_rows(
+        [PromptRow("a", {}, "f:1")]
+    )

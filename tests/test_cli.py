@@ -30,9 +30,15 @@ def refused(capsys, *args: str) -> str:
         (["pppo"], "did you mean ppo"),
         (["dpo", "--model", "m"], "--data is required"),
         (["dpo", "--model", "m", "--data", "d", "--betta", "1"], "--betta: did you mean --beta"),
-        (["dpo", "--model", "m", "--data", "d", "--beta", "-1"], "--beta: input should be greater than 0"),
+        (
+            ["dpo", "--model", "m", "--data", "d", "--beta", "-1"],
+            "--beta: input should be greater than 0",
+        ),
         (["dpo", "--model", "m", "--data", "d", "--optimizer.eps", "0"], "--optimizer.eps"),
-        (["dpo", "--model", "/no/such/folder", "--data", "d"], "there is no folder /no/such/folder"),
+        (
+            ["dpo", "--model", "/no/such/folder", "--data", "d"],
+            "there is no folder /no/such/folder",
+        ),
         (["dpo", "--config", "/no/such.yaml"], "there is no file /no/such.yaml"),
         (["report", "/"], "is no run folder"),
     ],
@@ -61,14 +67,46 @@ def test_a_wrong_yaml_file_names_the_file_and_the_setting(tmp_path, capsys, text
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("method: ppo\nmodel: a\ndata: b\nbeta: 0.3\nreward: [x]\noptimizer: {weight_decay: 0.5}\n")
-    settings = parse(PPO, ["--config", str(file), "--beta", "0.7", "--critic.start", "shared", "--reward", "y", "--reward", "z"], command="ppo")
-    assert (settings.beta, settings.model, settings.optimizer.weight_decay, settings.clip) == (0.7, "a", 0.5, 0.2)
+    file.write_text(
+        "method: ppo\nmodel: a\ndata: b\nbeta: 0.3\nreward: [x]\noptimizer: {weight_decay: 0.5}\n"
+    )
+    settings = parse(
+        PPO,
+        [
+            "--config",
+            str(file),
+            "--beta",
+            "0.7",
+            "--critic.start",
+            "shared",
+            "--reward",
+            "y",
+            "--reward",
+            "z",
+        ],
+        command="ppo",
+    )
+    assert (settings.beta, settings.model, settings.optimizer.weight_decay, settings.clip) == (
+        0.7,
+        "a",
+        0.5,
+        0.2,
+    )
     assert settings.critic.start == "shared"
     assert settings.reward[-2:] == ("y", "z")
 
 
-@pytest.mark.parametrize(("cls", "method"), [(SFT, "sft"), (RewardModel, "reward"), (PPO, "ppo"), (Reinforce, "reinforce"), (GRPO, "grpo"), (DPO, "dpo")])
+@pytest.mark.parametrize(
+    ("cls", "method"),
+    [
+        (SFT, "sft"),
+        (RewardModel, "reward"),
+        (PPO, "ppo"),
+        (Reinforce, "reinforce"),
+        (GRPO, "grpo"),
+        (DPO, "dpo"),
+    ],
+)
 def test_the_resolved_settings_are_read_back_equal(tmp_path, cls, method):
     settings = cls(model="m", data="d", seed=3)
     file = tmp_path / "config.yaml"
@@ -96,10 +134,19 @@ def test_every_setting_has_a_line_of_documentation(cls):
     import inspect
     import textwrap
 
-    for one in {cls, *(f.annotation for f in cls.model_fields.values() if isinstance(f.annotation, type) and issubclass(f.annotation, Settings))}:
+    for one in {
+        cls,
+        *(
+            f.annotation
+            for f in cls.model_fields.values()
+            if isinstance(f.annotation, type) and issubclass(f.annotation, Settings)
+        ),
+    }:
         body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0].body
         for field, after in zip(body, [*body[1:], None], strict=True):
-            section = isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation).endswith("Settings")  # its class explains it
+            section = isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation).endswith(
+                "Settings"
+            )  # its class explains it
             if isinstance(field, ast.AnnAssign) and not section:
                 documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 assert documented, f"{one.__name__}.{field.target.id}"
@@ -118,9 +165,9 @@ def test_settings_refuse_to_be_changed():
 
 
 def test_the_yaml_of_a_run_is_plain(tmp_path):
-    assert json.loads(json.dumps(yaml.safe_load(dump_yaml(PPO(model="m", data="d"), "ppo"))))["kl"] == {
-        "placement": None, "estimator": None, "target": None, "horizon": 10_000
-    }  # fmt: skip
+    assert json.loads(json.dumps(yaml.safe_load(dump_yaml(PPO(model="m", data="d"), "ppo"))))[
+        "kl"
+    ] == {"placement": None, "estimator": None, "target": None, "horizon": 10_000}
 
 
 def test_bad_python_settings_raise_a_value_error():

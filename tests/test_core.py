@@ -89,8 +89,12 @@ def test_whitening_is_numpys_with_the_population_deviation(seed, shift):
 
 def test_whitening_keeps_equal_values_finite_and_by_hand():
     assert (whiten(tensor([[2.0, 2.0, 2.0]]), torch.ones(1, 3)) == 0).all()
-    assert whiten(tensor([[2.0, 2.0]]), torch.ones(1, 2), shift_mean=False)[0].tolist() == pytest.approx([2.0, 2.0])
-    assert whiten(tensor([[1.0, 3.0, 99.0]]), tensor([[1, 1, 0]]))[0].tolist() == pytest.approx([-1.0, 1.0, 0.0])
+    assert whiten(tensor([[2.0, 2.0]]), torch.ones(1, 2), shift_mean=False)[
+        0
+    ].tolist() == pytest.approx([2.0, 2.0])
+    assert whiten(tensor([[1.0, 3.0, 99.0]]), tensor([[1, 1, 0]]))[0].tolist() == pytest.approx(
+        [-1.0, 1.0, 0.0]
+    )
 
 
 def test_whitening_does_not_see_how_much_padding_there_is():
@@ -122,7 +126,9 @@ def test_chunks_of_any_size_have_the_value_and_the_gradient_of_the_whole(rows, t
         at_once.append(len(h))
         return h @ weight.T
 
-    found, entropy = chosen_logprobs(hidden, labels, head, V, temperature=temperature, entropy=True, chunk_bytes=rows * V * 4)
+    found, entropy = chosen_logprobs(
+        hidden, labels, head, V, temperature=temperature, entropy=True, chunk_bytes=rows * V * 4
+    )
     assert max(at_once) == min(rows, N)
     logp = (hidden @ weight.T / temperature).log_softmax(-1)
     whole = logp[torch.arange(N), labels]
@@ -130,7 +136,9 @@ def test_chunks_of_any_size_have_the_value_and_the_gradient_of_the_whole(rows, t
     torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1), rtol=1e-12, atol=1e-12)
     assert not entropy.requires_grad
-    mine, theirs = (torch.autograd.grad((x * upstream).sum(), [hidden, weight]) for x in (found, whole))
+    mine, theirs = (
+        torch.autograd.grad((x * upstream).sum(), [hidden, weight]) for x in (found, whole)
+    )
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -142,7 +150,10 @@ def test_log_probabilities_are_numpys_and_their_gradient_the_finite_difference()
     found, _ = chosen_logprobs(hidden, labels, lambda h: h @ weight.T, V, temperature=0.7)
     np.testing.assert_allclose(found.detach(), slow, rtol=1e-12)
     assert torch.autograd.gradcheck(
-        lambda h, w: chosen_logprobs(h, labels, lambda x: x @ w.T, V, temperature=0.7, chunk_bytes=3 * V * 4)[0], (hidden, weight)
+        lambda h, w: chosen_logprobs(
+            h, labels, lambda x: x @ w.T, V, temperature=0.7, chunk_bytes=3 * V * 4
+        )[0],
+        (hidden, weight),
     )
 
 
@@ -165,7 +176,9 @@ def test_float64_is_kept_and_bfloat16_is_raised_to_float32_before_the_softmax():
 
 def test_no_label_at_all_is_an_empty_answer_that_still_has_a_gradient():
     hidden = torch.zeros(0, H, requires_grad=True)
-    found, entropy = chosen_logprobs(hidden, torch.zeros(0, dtype=torch.long), lambda h: h, V, entropy=True)
+    found, entropy = chosen_logprobs(
+        hidden, torch.zeros(0, dtype=torch.long), lambda h: h, V, entropy=True
+    )
     assert found.shape == entropy.shape == (0,) and found.dtype == torch.float32
     found.sum().backward()
     assert hidden.grad is not None
@@ -188,8 +201,11 @@ def test_nothing_is_computed_twice_without_gradients():
 
 
 def test_advantages_by_hand():
-    # deltas 1 + 2 - 1 = 2, 0 + 4 - 2 = 2, 5 + 0 - 4 = 1; with gamma 1, lambda 1/2: 1, 2 + 1/2, 2 + 5/4
-    advantages, returns = gae(tensor([[1.0, 0.0, 5.0]]), tensor([[1.0, 2.0, 4.0]]), torch.ones(1, 3), gamma=1.0, lam=0.5)
+    # deltas 1 + 2 - 1 = 2, 0 + 4 - 2 = 2, 5 + 0 - 4 = 1; with gamma 1, lambda 1/2: 1, 2 + 1/2, 2 +
+    # 5/4
+    advantages, returns = gae(
+        tensor([[1.0, 0.0, 5.0]]), tensor([[1.0, 2.0, 4.0]]), torch.ones(1, 3), gamma=1.0, lam=0.5
+    )
     assert advantages[0].tolist() == [3.25, 2.5, 1.0]
     assert returns[0].tolist() == [4.25, 4.5, 5.0]
 
@@ -200,7 +216,9 @@ def test_advantages_keep_their_rows_and_their_type_and_do_not_touch_their_inputs
     before = x.clone(), v.clone()
     advantages, _ = gae(x, v, mask)
     order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(gae(x[order], v[order], mask[order])[0], advantages[order], rtol=0, atol=0)
+    torch.testing.assert_close(
+        gae(x[order], v[order], mask[order])[0], advantages[order], rtol=0, atol=0
+    )
     wide = gae(*(F.pad(t, (2, 3), value=NAN) for t in (x, v)), F.pad(mask, (2, 3)))[0]
     torch.testing.assert_close(wide[:, 2:-3], advantages, rtol=0, atol=0)
     torch.testing.assert_close((x, v), before, equal_nan=True)
@@ -217,10 +235,16 @@ def test_advantages_of_shapes_that_would_broadcast_are_refused():
 
 def test_estimators_by_hand():
     # pi 1/2, ref 1/4: l = log 2, r = 1/2
-    for name, expected in {"k1": math.log(2), "k2": math.log(2) ** 2 / 2, "k3": 0.5 - 1 + math.log(2)}.items():
+    for name, expected in {
+        "k1": math.log(2),
+        "k2": math.log(2) ** 2 / 2,
+        "k3": 0.5 - 1 + math.log(2),
+    }.items():
         found = kl.estimate(tensor([[0.5]]).log(), tensor([[0.25]]).log(), estimator=name)
         assert found.item() == pytest.approx(expected, abs=1e-12)
-    assert kl.estimate(tensor([[-1.0]]), tensor([[-3.0]])).item() == 2.0  # k1 unless asked otherwise
+    assert (
+        kl.estimate(tensor([[-1.0]]), tensor([[-3.0]])).item() == 2.0
+    )  # k1 unless asked otherwise
 
 
 def test_k3_is_never_negative_and_keeps_its_digits_where_the_two_are_close():
@@ -229,13 +253,17 @@ def test_k3_is_never_negative_and_keeps_its_digits_where_the_two_are_close():
     k3 = kl.estimate(tensor(l)[None], torch.zeros(1, 1000, dtype=torch.float64), estimator="k3")[0]
     assert (k3 >= 0).all()
     small = np.abs(l) < 1e-3
-    np.testing.assert_allclose(k3[small], (l**2 / 2 - l**3 / 6 + l**4 / 24)[small], rtol=1e-6, atol=1e-19)
+    np.testing.assert_allclose(
+        k3[small], (l**2 / 2 - l**3 / 6 + l**4 / 24)[small], rtol=1e-6, atol=1e-19
+    )
 
 
 @pytest.mark.parametrize("name", ["k1", "k2", "k3"])
 def test_each_estimator_is_differentiable_on_both_sides(name):
     # in expectation a detached k1 inside k3 would go unnoticed, for its gradient is zero there
-    x, y = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    x, y = torch.randn(
+        2, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, y: kl.estimate(x, y, estimator=name), (x, y))
 
 
@@ -248,11 +276,22 @@ def test_estimators_refuse_other_names_and_shapes():
 
 @pytest.mark.parametrize(
     ("seen", "factor"),
-    [(6.0, 1.0), (6.6, 1 + 0.1 * 0.0512), (5.7, 1 - 0.05 * 0.0512), (12.0, 1 + 0.2 * 0.0512), (7.3, 1 + 0.2 * 0.0512), (0.0, 1 - 0.2 * 0.0512),
-     (-3.0, 1 - 0.2 * 0.0512)],
-)  # fmt: skip
-def test_the_controller_of_ziegler_moves_beta_in_proportion_and_at_most_by_a_fifth_of_episodes_over_horizon(seen, factor):
-    assert kl.adapt(0.15, seen, target=6.0, episodes=512, horizon=10_000) == pytest.approx(0.15 * factor, rel=1e-12)
+    [
+        (6.0, 1.0),
+        (6.6, 1 + 0.1 * 0.0512),
+        (5.7, 1 - 0.05 * 0.0512),
+        (12.0, 1 + 0.2 * 0.0512),
+        (7.3, 1 + 0.2 * 0.0512),
+        (0.0, 1 - 0.2 * 0.0512),
+        (-3.0, 1 - 0.2 * 0.0512),
+    ],
+)
+def test_the_controller_of_ziegler_moves_beta_in_proportion_and_at_most_by_a_fifth_of_episodes_over_horizon(
+    seen, factor
+):
+    assert kl.adapt(0.15, seen, target=6.0, episodes=512, horizon=10_000) == pytest.approx(
+        0.15 * factor, rel=1e-12
+    )
 
 
 def test_the_controllers_horizon_is_the_papers_unless_told_and_a_whole_one_in_pieces_is_the_documented_factor():
@@ -269,7 +308,13 @@ def test_the_controllers_horizon_is_the_papers_unless_told_and_a_whole_one_in_pi
 
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
-    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (1, 2, 0.0945, 0.9055)],
+    [
+        (8, 10, 0.4902, 0.9433),
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (50, 100, 0.4038, 0.5962),
+        (1, 2, 0.0945, 0.9055),
+    ],
 )
 def test_wilsons_interval_has_its_known_values(successes, n, low, high):
     found = intervals.wilson(successes, n)
@@ -280,7 +325,9 @@ def test_wilsons_interval_has_its_known_values(successes, n, low, high):
 def test_wilsons_ends_are_where_the_score_test_just_rejects():
     found = intervals.wilson(37, 120)
     for end in (found["low"], found["high"]):
-        assert abs(37 / 120 - end) / math.sqrt(end * (1 - end) / 120) == pytest.approx(1.959964, abs=1e-6)
+        assert abs(37 / 120 - end) / math.sqrt(end * (1 - end) / 120) == pytest.approx(
+            1.959964, abs=1e-6
+        )
 
 
 def test_of_no_trial_nothing_is_known():
@@ -296,7 +343,9 @@ def test_the_interval_of_independent_values_is_the_textbooks():
     values = np.random.default_rng(0).normal(size=30)
     found = intervals.mean(values.tolist())
     half = 1.959963984540054 * values.std(ddof=1) / math.sqrt(30)
-    assert (found["value"], found["low"], found["high"]) == pytest.approx((values.mean(), values.mean() - half, values.mean() + half), rel=1e-12)
+    assert (found["value"], found["low"], found["high"]) == pytest.approx(
+        (values.mean(), values.mean() - half, values.mean() + half), rel=1e-12
+    )
 
 
 def test_values_of_one_cluster_count_as_the_one_they_are():
@@ -308,4 +357,6 @@ def test_values_of_one_cluster_count_as_the_one_they_are():
     alone, copied = intervals.mean(values), intervals.mean(values * 5, list(range(20)) * 5)
     assert copied["high"] == pytest.approx(alone["high"]) and copied["n"] == 100
     assert intervals.mean(values, list(range(20))) == alone
-    assert intervals.mean([0.0, 1.0], ["a", "a"])["high"] == INF  # one cluster says nothing of its spread
+    assert (
+        intervals.mean([0.0, 1.0], ["a", "a"])["high"] == INF
+    )  # one cluster says nothing of its spread

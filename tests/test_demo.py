@@ -1,4 +1,6 @@
-"""The pipeline over the embedded world, small: every stage runs, the page is made from its numbers, and nothing of it needs a network."""
+"""The pipeline over the embedded world, small: every stage runs, the page is made from its numbers,
+and nothing of it needs a network.
+"""
 
 import json
 import socket
@@ -10,7 +12,14 @@ from fiducial.demo.pipeline import Demo, demo
 from fiducial.errors import InputError
 from fiducial.report.demo_page import read_demo
 
-SMALL = {"documents": 320, "sft_steps": 4, "samples": 3, "ppo_steps": 2, "prompts": 24, "eval_samples": 1}
+SMALL = {
+    "documents": 320,
+    "sft_steps": 4,
+    "samples": 3,
+    "ppo_steps": 2,
+    "prompts": 24,
+    "eval_samples": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +41,21 @@ def made(tmp_path_factory):
 def test_the_page_and_every_runs_own_page_are_written(made):
     folder, page = made
     assert page == folder / "index.html" and (folder / "plotly.min.js").is_file()
-    for name in ("pretrain", "sft", "reward", "ppo", "rloo", "grpo", "ppo_no_kl", "dpo", "ppo_fast", "dpo_fast"):
-        assert (folder / name / "report.html").is_file() and (folder / name / "model" / "model.safetensors").is_file()
+    for name in (
+        "pretrain",
+        "sft",
+        "reward",
+        "ppo",
+        "rloo",
+        "grpo",
+        "ppo_no_kl",
+        "dpo",
+        "ppo_fast",
+        "dpo_fast",
+    ):
+        assert (folder / name / "report.html").is_file() and (
+            folder / name / "model" / "model.safetensors"
+        ).is_file()
         assert json.loads((folder / name / "summary.json").read_text())["status"] == "done"
 
 
@@ -43,9 +65,21 @@ def test_the_table_is_counted_from_the_answers(made):
     assert [m.key for m in data.methods] == ["sft", "ppo", "rloo", "grpo", "dpo", "ppo_no_kl"]
     ppo = data.methods[1]
     for critic_free in data.methods[2:4]:
-        assert critic_free.responses_sampled == 2 * 64 and not critic_free.critic and critic_free.online and critic_free.reward_model
-        assert len(data.paths[critic_free.key]) == 2 and data.paths[critic_free.key][0].kl == pytest.approx(0, abs=1e-4)
-    assert ppo.responses_sampled == 2 * 64 and ppo.gold.n == 96 and ppo.win_rate is not None and 0 <= ppo.win_rate.value <= 1
+        assert (
+            critic_free.responses_sampled == 2 * 64
+            and not critic_free.critic
+            and critic_free.online
+            and critic_free.reward_model
+        )
+        assert len(data.paths[critic_free.key]) == 2 and data.paths[critic_free.key][
+            0
+        ].kl == pytest.approx(0, abs=1e-4)
+    assert (
+        ppo.responses_sampled == 2 * 64
+        and ppo.gold.n == 96
+        and ppo.win_rate is not None
+        and 0 <= ppo.win_rate.value <= 1
+    )
     sft, other = data.methods[0], data.methods[4]
     assert sft.win_rate is None and other.responses_sampled == 0 and other.models_held == ["policy"]
     assert sft.proxy.value == pytest.approx(sft.gold.value, abs=1e-9)  # the scale is set so
@@ -72,7 +106,9 @@ def test_the_scale_matches_mean_and_deviation():
 def test_reliability_by_hand():
     rows = reliability([2.0, -2.0, 2.0, 2.0, 0.1], bins=2)
     assert [r["n"] for r in rows] == [1, 4]
-    assert rows[1]["observed"] == pytest.approx(0.75) and rows[1]["predicted"] == pytest.approx(0.8807970779778823)
+    assert rows[1]["observed"] == pytest.approx(0.75) and rows[1]["predicted"] == pytest.approx(
+        0.8807970779778823
+    )
 
 
 def test_distinct_by_hand():

@@ -1,4 +1,6 @@
-"""The package against known answers, on pairs: DPO's optimum and start, and the Bradley-Terry maximum likelihood. Numbers as in test_exact.py."""
+"""The package against known answers, on pairs: DPO's optimum and start, and the Bradley-Terry
+maximum likelihood. Numbers as in test_exact.py.
+"""
 
 import itertools
 import math
@@ -25,7 +27,13 @@ def tensor(x) -> torch.Tensor:
 
 def minimise(closure, parameters, steps: int = 500) -> float:
     optimizer = torch.optim.LBFGS(
-        parameters, max_iter=steps, max_eval=5 * steps, tolerance_grad=1e-13, tolerance_change=0, history_size=50, line_search_fn="strong_wolfe"
+        parameters,
+        max_iter=steps,
+        max_eval=5 * steps,
+        tolerance_grad=1e-13,
+        tolerance_change=0,
+        history_size=50,
+        line_search_fn="strong_wolfe",
     )
 
     def step() -> float:
@@ -40,11 +48,15 @@ def minimise(closure, parameters, steps: int = 500) -> float:
 
 # ---- 6: the optimum of DPO is that of the KL-regularised objective ----
 
-PREFERENCE = torch.sigmoid(tensor(WORLD.reward)[WINNER] - tensor(WORLD.reward)[LOSER])  # Bradley-Terry, with the true rewards
+PREFERENCE = torch.sigmoid(
+    tensor(WORLD.reward)[WINNER] - tensor(WORLD.reward)[LOSER]
+)  # Bradley-Terry, with the true rewards
 
 
 def symmetric(seed: int) -> torch.Tensor:
-    """How often each two responses are compared: any positive number, and the same whichever of them wins."""
+    """How often each two responses are compared: any positive number, and the same whichever of
+    them wins.
+    """
     w = torch.rand(15, 15, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
     w = (w + w.T)[WINNER, LOSER]
     return w / w.sum() * 2
@@ -62,7 +74,9 @@ def population_loss(policy: Policy, weights: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_6_the_gradient_of_dpo_vanishes_at_the_optimum_whatever_symmetric_weights_the_pairs_have(seed):
+def test_6_the_gradient_of_dpo_vanishes_at_the_optimum_whatever_symmetric_weights_the_pairs_have(
+    seed,
+):
     best, _ = optimum(WORLD.ref, WORLD.reward, WORLD.beta)
     there, away = tabular(table_of(best)), tabular(WORLD.ref)
     assert grads(population_loss(there, symmetric(seed) * PREFERENCE), there).abs().max() < 1e-12
@@ -91,14 +105,18 @@ def test_6_at_the_optimum_the_implicit_rewards_differ_as_the_true_ones_do():
     logp, ref = tensor(np.log(best)), tensor(np.log(distribution(WORLD.ref)))
     for i, j in ORDERED.tolist():
         _, metrics = losses.dpo(logp[[i]], logp[[j]], ref[[i]], ref[[j]], beta=WORLD.beta)
-        assert metrics["rewards/margins"].item() == pytest.approx(WORLD.reward[i] - WORLD.reward[j], abs=1e-12)
+        assert metrics["rewards/margins"].item() == pytest.approx(
+            WORLD.reward[i] - WORLD.reward[j], abs=1e-12
+        )
 
 
 # ---- 18: reward models are the Bradley-Terry maximum likelihood ----
 
 
 def strengths(wins: np.ndarray) -> np.ndarray:
-    """Zermelo 1929: s_i = wins_i / sum_j n_ij / (s_i + s_j), to its fixed point; as log-strengths of mean 0."""
+    """Zermelo 1929: s_i = wins_i / sum_j n_ij / (s_i + s_j), to its fixed point; as log-strengths
+    of mean 0.
+    """
     s, games = np.ones(len(wins)), wins + wins.T
     for _ in range(20_000):
         new = wins.sum(1) / (games / (s[:, None] + s[None])).sum(1)
@@ -110,7 +128,9 @@ def strengths(wins: np.ndarray) -> np.ndarray:
 
 
 def tournament(seed: int, items: int = 6) -> np.ndarray:
-    """wins[i, j] of i over j; every one has beaten its neighbour in a ring, so that the maximum is finite."""
+    """wins[i, j] of i over j; every one has beaten its neighbour in a ring, so that the maximum is
+    finite.
+    """
     wins = np.random.default_rng(seed).integers(0, 6, size=(items, items)).astype(float)
     np.fill_diagonal(wins, 0)
     for i in range(items):
@@ -133,7 +153,9 @@ def games(wins: np.ndarray) -> torch.Tensor:
 def test_18_bradley_terry_on_one_hot_features_is_zermelos_iteration(seed):
     wins = tournament(seed)
     pairs = games(wins)
-    found = fit(lambda scores: losses.bradley_terry_sum(scores[pairs[:, 0]], scores[pairs[:, 1]])[0])
+    found = fit(
+        lambda scores: losses.bradley_terry_sum(scores[pairs[:, 0]], scores[pairs[:, 1]])[0]
+    )
     np.testing.assert_allclose(found - found.mean(), strengths(wins), atol=1e-5)
 
 
@@ -152,7 +174,9 @@ def test_18_ranking_weighs_a_comparison_by_one_over_those_of_its_prompt(seed):
 
 def test_18_scores_shifted_together_lose_the_same_and_no_gradient_shifts_them():
     pairs = games(tournament(0))
-    scores = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    scores = torch.randn(
+        6, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True
+    )
     loss, _ = losses.bradley_terry_sum(scores[pairs[:, 0]], scores[pairs[:, 1]])
     shifted, _ = losses.bradley_terry_sum(scores[pairs[:, 0]] + 3, scores[pairs[:, 1]] + 3)
     assert loss.item() == pytest.approx(shifted.item(), abs=1e-11)
@@ -165,7 +189,9 @@ def test_18_groups_that_were_never_compared_keep_the_distance_they_started_at():
     wins[0, 1], wins[1, 0], wins[2, 3], wins[3, 2] = 3, 1, 5, 2
     pairs = games(wins)
     weight = tensor([10.0, 10.0, -4.0, -4.0]).requires_grad_()
-    minimise(lambda: losses.bradley_terry_sum(weight[pairs[:, 0]], weight[pairs[:, 1]])[0], [weight])
+    minimise(
+        lambda: losses.bradley_terry_sum(weight[pairs[:, 0]], weight[pairs[:, 1]])[0], [weight]
+    )
     found = weight.detach()
     assert (found[0] - found[1]).item() == pytest.approx(math.log(3), abs=1e-5)
     assert (found[2] - found[3]).item() == pytest.approx(math.log(5 / 2), abs=1e-5)
@@ -179,7 +205,9 @@ def test_18_where_one_group_only_ever_wins_the_scores_go_to_infinity():
     pairs = games(wins)
 
     def loss(scores: torch.Tensor, centering: float = 0.0) -> torch.Tensor:
-        return losses.bradley_terry_sum(scores[pairs[:, 0]], scores[pairs[:, 1]], None, centering)[0]
+        return losses.bradley_terry_sum(scores[pairs[:, 0]], scores[pairs[:, 1]], None, centering)[
+            0
+        ]
 
     up = tensor([1.0, 1.0, 0.0, 0.0])
     values = [loss(up * gap).item() for gap in range(0, 31, 3)]
@@ -189,7 +217,10 @@ def test_18_where_one_group_only_ever_wins_the_scores_go_to_infinity():
         return found[:2].mean() - found[2:].mean()
 
     assert gap(fit(loss, 4, steps=100)) > 12
-    assert gap(fit(lambda s: loss(s, centering=0.01), 4)) < 12 and gap(fit(lambda s: loss(s, centering=0.01), 4)) > 0
+    assert (
+        gap(fit(lambda s: loss(s, centering=0.01), 4)) < 12
+        and gap(fit(lambda s: loss(s, centering=0.01), 4)) > 0
+    )
 
 
 # ---- 21: DPO at its start ----
@@ -200,7 +231,10 @@ PAIRS = [pair(int(i), int(j), [1, 2]) for i, j in ORDERED[::7]]
 def at_start(policy: Policy, size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of the untrained policy, its reference taken in batches of `size`."""
     with torch.no_grad():
-        parts = [pair_logprobs(policy, PAIRS[k : k + size], torch.device("cpu")) for k in range(0, len(PAIRS), size)]
+        parts = [
+            pair_logprobs(policy, PAIRS[k : k + size], torch.device("cpu"))
+            for k in range(0, len(PAIRS), size)
+        ]
     ref_chosen, ref_rejected = (torch.cat(x) for x in zip(*parts, strict=True))
     chosen, rejected = pair_logprobs(policy, PAIRS, torch.device("cpu"))
     return losses.dpo(chosen, rejected, ref_chosen, ref_rejected)
@@ -223,7 +257,9 @@ def test_21_the_reference_may_have_been_computed_in_other_batches(kind):
     assert abs(metrics["rewards/margins"].item()) < 1e-6
 
 
-def test_21_a_model_with_dropout_in_its_config_is_loaded_without_and_stays_so_in_training_mode(tmp_path):
+def test_21_a_model_with_dropout_in_its_config_is_loaded_without_and_stays_so_in_training_mode(
+    tmp_path,
+):
     lm = tiny("gpt2", dropout=0.5)
     lm.save_pretrained(tmp_path)
     noisy = Policy(lm.train())
@@ -236,7 +272,9 @@ def test_21_a_model_with_dropout_in_its_config_is_loaded_without_and_stays_so_in
 
 def test_21_the_pairs_log_probabilities_are_those_of_their_responses():
     policy = tabular(WORLD.policy)
-    chosen, rejected = pair_logprobs(policy, [pair(int(i), int(j)) for i, j in ORDERED], torch.device("cpu"))
+    chosen, rejected = pair_logprobs(
+        policy, [pair(int(i), int(j)) for i, j in ORDERED], torch.device("cpu")
+    )
     exact = np.log(distribution(WORLD.policy))
     np.testing.assert_allclose(chosen.detach(), exact[WINNER], atol=1e-12)
     np.testing.assert_allclose(rejected.detach(), exact[LOSER], atol=1e-12)

@@ -20,8 +20,12 @@ def sequence(prompt: list[int], response: list[int]) -> Rendered:
 
 PAIRS = [
     Pair(sequence([5, 6, 7], [8, 9]), sequence([5, 6, 7], [9, 10, 11, 12])),
-    Pair(sequence([5], [8, 9, 3]), sequence([5], [8, 9, 4])),  # responses that begin alike: labels are never shared
-    Pair(sequence([5, 6, 7, 8, 9, 10, 11], [12]), sequence([5, 6, 7, 8], [12, 13])),  # a prompt that was cut: only a part is common
+    Pair(
+        sequence([5], [8, 9, 3]), sequence([5], [8, 9, 4])
+    ),  # responses that begin alike: labels are never shared
+    Pair(
+        sequence([5, 6, 7, 8, 9, 10, 11], [12]), sequence([5, 6, 7, 8], [12, 13])
+    ),  # a prompt that was cut: only a part is common
 ]
 
 
@@ -49,7 +53,9 @@ def test_log_probabilities_and_gradients_are_those_of_two_rows(models, kind):
 
     def gradient(values):
         policy.zero_grad()
-        (values[0] * torch.tensor([1.0, -2.0, 0.5]) - values[1] * torch.tensor([0.3, 1.0, 2.0])).sum().backward()
+        (
+            values[0] * torch.tensor([1.0, -2.0, 0.5]) - values[1] * torch.tensor([0.3, 1.0, 2.0])
+        ).sum().backward()
         return [p.grad.clone() for p in policy.parameters() if p.grad is not None]
 
     together, two = pair_logprobs(policy, PAIRS, CPU), apart(policy, PAIRS)
@@ -62,7 +68,9 @@ def test_log_probabilities_and_gradients_are_those_of_two_rows(models, kind):
 def test_a_response_does_not_see_the_other_one(models):
     policy = load_policy(str(models["gpt2"]), LoraSettings(), RunSettings())
     other = [Pair(p.chosen, sequence(p.rejected.ids[: common(p)], [20, 21, 22])) for p in PAIRS[:2]]
-    assert torch.allclose(pair_logprobs(policy, PAIRS[:2], CPU)[0], pair_logprobs(policy, other, CPU)[0], atol=1e-5)
+    assert torch.allclose(
+        pair_logprobs(policy, PAIRS[:2], CPU)[0], pair_logprobs(policy, other, CPU)[0], atol=1e-5
+    )
 
 
 def test_a_model_that_looks_past_the_mask_is_asked_for_two_rows(models):
@@ -74,7 +82,13 @@ def test_a_model_that_looks_past_the_mask_is_asked_for_two_rows(models):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.tuples(st.integers(1, 3), st.booleans()), min_size=2, max_size=7), min_size=2, max_size=4))
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(1, 3), st.booleans()), min_size=2, max_size=7),
+        min_size=2,
+        max_size=4,
+    )
+)
 def test_every_token_has_the_neighbours_of_its_own_sequence(groups):
     rows = [Rendered([i for i, _ in g], [False] + [m for _, m in g[1:]], "") for g in groups]
     batch, how = fork([rows])
@@ -83,8 +97,13 @@ def test_every_token_has_the_neighbours_of_its_own_sequence(groups):
         columns = [*range(start), *(how.branch[0] == number).nonzero()[:, 0].tolist()]
         assert batch.ids[0, columns].tolist() == row.ids
         assert how.positions[0, columns].tolist() == list(range(len(row)))
-        assert batch.mask[0, columns[start:]].tolist() == row.mask[start:] and not any(row.mask[:start])
+        assert batch.mask[0, columns[start:]].tolist() == row.mask[start:] and not any(
+            row.mask[:start]
+        )
         for place in range(max(start, 1), len(row)):
             assert how.previous[0, columns[place]] == columns[place - 1]
-            assert how.attention()[0, 0, columns[place]].nonzero()[:, 0].tolist() == columns[: place + 1]
+            assert (
+                how.attention()[0, 0, columns[place]].nonzero()[:, 0].tolist()
+                == columns[: place + 1]
+            )
     assert isinstance(how, Fork)

@@ -1,4 +1,6 @@
-"""The direction of imports: what stands lower knows nothing of what stands higher, and a method never imports a method."""
+"""The direction of imports: what stands lower knows nothing of what stands higher, and a method
+never imports a method.
+"""
 
 import ast
 import subprocess
@@ -25,11 +27,16 @@ def part_of(path: Path) -> str:
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
-    """(dotted name below fiducial, line) of every import of the package in a file, but for those that only type checkers see."""
+    """(dotted name below fiducial, line) of every import of the package in a file, but for those
+    that only type checkers see.
+    """
     package = ["fiducial", *path.relative_to(ROOT).parts[:-1]]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     hidden = {
-        id(inner) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for inner in ast.walk(node)
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
     }
     out = []
     for node in ast.walk(tree):
@@ -44,7 +51,9 @@ def imports(path: Path) -> list[tuple[str, int]]:
             names = [alias.name for alias in node.names]
         else:
             continue
-        out += [(n.removeprefix("fiducial."), node.lineno) for n in names if n.startswith("fiducial.")]
+        out += [
+            (n.removeprefix("fiducial."), node.lineno) for n in names if n.startswith("fiducial.")
+        ]
     return out
 
 
@@ -72,19 +81,37 @@ def test_imports_point_downward_and_no_method_imports_a_method():
 def test_the_check_sees_an_upward_import(tmp_path, monkeypatch):
     fake = ROOT / "core" / "kl.py"
     text = fake.read_text(encoding="utf-8")
-    monkeypatch.setattr(Path, "read_text", lambda self, **_: text + "\nfrom ..methods.ppo import PPO\n")
+    monkeypatch.setattr(
+        Path, "read_text", lambda self, **_: text + "\nfrom ..methods.ppo import PPO\n"
+    )
     assert violations([fake]) != []
 
 
 def test_import_loads_nothing_heavy():
-    heavy = ["torch", "transformers", "pydantic", "datasets", "peft", "accelerate", "plotly", "numpy"]
+    heavy = [
+        "torch",
+        "transformers",
+        "pydantic",
+        "datasets",
+        "peft",
+        "accelerate",
+        "plotly",
+        "numpy",
+    ]
     code = f"import sys, fiducial, fiducial.cli; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_help_of_the_command_loads_nothing_heavy():
     code = "import sys, fiducial.cli; fiducial.cli.main(['--help']); print([m for m in ['torch', 'transformers', 'pydantic'] if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert out.strip().endswith("[]") and "fiducial ppo" in out
 
 

@@ -1,4 +1,6 @@
-"""`fiducial ppo`, as shipped, on the mild world: how much of the way to the optimum it leaves; and what a wrong setting costs is seen."""
+"""`fiducial ppo`, as shipped, on the mild world: how much of the way to the optimum it leaves; and
+what a wrong setting costs is seen.
+"""
 
 from pathlib import Path
 
@@ -24,7 +26,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("policy", "rate"), [("table", 0.05), ("transformer", 1e-3)])
 def test_it_closes_all_but_a_twentieth_of_the_gap(folders, tmp_path, policy, rate, seed):
-    found = run(Plan("ppo", policy, rate, 150, seed=seed, points=2), folders[seed], tmp_path / "run")
+    found = run(
+        Plan("ppo", policy, rate, 150, seed=seed, points=2), folders[seed], tmp_path / "run"
+    )
     assert found["samples"] == 150 * 256
     assert found["relative_gap"] < 0.05
     assert found["total_variation"] < 0.05
@@ -33,7 +37,11 @@ def test_it_closes_all_but_a_twentieth_of_the_gap(folders, tmp_path, policy, rat
 
 def test_another_beta_has_another_optimum_and_it_is_found(folders, tmp_path):
     for beta, kl in ((0.25, 1.6), (2.0, 0.3)):
-        found = run(Plan("ppo", "table", 0.05, 100, beta=beta, points=0), folders[0], tmp_path / f"run-{beta}")
+        found = run(
+            Plan("ppo", "table", 0.05, 100, beta=beta, points=0),
+            folders[0],
+            tmp_path / f"run-{beta}",
+        )
         assert found["relative_gap"] < 0.05
         assert found["kl"] > kl if beta < 0.5 else found["kl"] < kl
 
@@ -46,7 +54,9 @@ def test_too_large_a_learning_rate_is_seen_as_a_gap(folders, tmp_path):
 def test_behind_a_proxy_it_earns_the_proxy_and_loses_the_truth(tmp_path):
     world, model = policies.exploit(0)
     folder = write_world(world, model, tmp_path / "world", copies=1)
-    found = run(Plan("ppo", "table", 0.05, 100, reward="proxy", points=10), folder, tmp_path / "run")
+    found = run(
+        Plan("ppo", "table", 0.05, 100, reward="proxy", points=10), folder, tmp_path / "run"
+    )
     golds = [p["gold"] for p in found["path"]]
     assert found["reward"] > found["path"][0]["reward"] + 1
     assert golds[-1] < max(golds) and golds[-1] < golds[0]

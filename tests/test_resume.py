@@ -1,4 +1,6 @@
-"""A run that is killed, stopped or damaged goes on to the very same end: weights bit for bit, metrics number for number."""
+"""A run that is killed, stopped or damaged goes on to the very same end: weights bit for bit,
+metrics number for number.
+"""
 
 import json
 import os
@@ -62,31 +64,95 @@ def settings_of(models, make, data, tmp_path_factory):
     deeper = make("gpt2", n_layer=3)
     reward = tmp_path_factory.mktemp("rewards") / "reward.py"
     reward.write_text(
-        "def score(completions, **columns):\n    return [c.count('e') + len(c) / 10 for c in completions]\n\n"
-        "def some(completions, number, **columns):\n    return [0.0 if n % 2 else s for n, s in zip(number, score(completions))]\n"
+        "def score(completions, **columns):\n    return [c.count('e') + len(c) / 10 for c in "
+        "completions]\n\n"
+        "def some(completions, number, **columns):\n    return [0.0 if n % 2 else s for n, s in "
+        "zip(number, score(completions))]\n"
     )
 
     steps = write_jsonl(
         reward.parent / "steps.jsonl",
-        ({"prompt": p, "completions": [g, b, g], "labels": [1, len(g) % 2, 1]} for p, g, b in zip(PROMPTS, GOOD, BAD, strict=True)),
+        (
+            {"prompt": p, "completions": [g, b, g], "labels": [1, len(g) % 2, 1]}
+            for p, g, b in zip(PROMPTS, GOOD, BAD, strict=True)
+        ),
     )
 
     def settings(method, out, **changes):
-        common = {"model": models["gpt2"], "out": str(out), "steps": STEPS, "learning_rate": 1e-2, "batch_size": 4}
+        common = {
+            "model": models["gpt2"],
+            "out": str(out),
+            "steps": STEPS,
+            "learning_rate": 1e-2,
+            "batch_size": 4,
+        }
         common |= {"run": RunSettings(eval_every=1, samples=2, checkpoint_every=2)}
         cls, extra = {
             "sft": (fd.SFT, {"data": data["completions"], "max_new_tokens": 4}),
             "reward": (fd.RewardModel, {"data": data["pairs"]}),
             "prm": (fd.PRM, {"data": steps}),
-            "dpo": (fd.DPO, {"data": data["pairs"], "max_new_tokens": 4, "lora": LoraSettings(r=2), "model": models["llama"]}),
-            "ppo": (fd.PPO, {"data": data["prompts"], "reward": (f"{reward}:score",), "max_new_tokens": 6, "epochs": 2, "minibatches": 2}),
-            "distill": (fd.Distill, {"data": data["prompts"], "teacher": deeper, "max_new_tokens": 6, "discount": 0.5, "eval_samples": 4}),
-            "reinforce": (fd.Reinforce, {"data": data["prompts"], "reward": (f"{reward}:score",), "max_new_tokens": 6, "baseline": "mean", "group_size": 2}),
-            "grpo": (fd.GRPO, {"data": data["prompts"], "reward": (f"{reward}:some",), "max_new_tokens": 6, "group_size": 2, "variant": "dapo",
-                               "beta": 0.05, "epochs": 2, "minibatches": 2}),
-        }[method]  # fmt: skip
-        if method in ("ppo", "reinforce", "grpo"):  # a controller and statistics that live in the run's state, beside a running mean and a place in the data
-            extra |= {"kl": KLSettings(target=0.1, horizon=20), "score": ScoreSettings(normalise="first")}
+            "dpo": (
+                fd.DPO,
+                {
+                    "data": data["pairs"],
+                    "max_new_tokens": 4,
+                    "lora": LoraSettings(r=2),
+                    "model": models["llama"],
+                },
+            ),
+            "ppo": (
+                fd.PPO,
+                {
+                    "data": data["prompts"],
+                    "reward": (f"{reward}:score",),
+                    "max_new_tokens": 6,
+                    "epochs": 2,
+                    "minibatches": 2,
+                },
+            ),
+            "distill": (
+                fd.Distill,
+                {
+                    "data": data["prompts"],
+                    "teacher": deeper,
+                    "max_new_tokens": 6,
+                    "discount": 0.5,
+                    "eval_samples": 4,
+                },
+            ),
+            "reinforce": (
+                fd.Reinforce,
+                {
+                    "data": data["prompts"],
+                    "reward": (f"{reward}:score",),
+                    "max_new_tokens": 6,
+                    "baseline": "mean",
+                    "group_size": 2,
+                },
+            ),
+            "grpo": (
+                fd.GRPO,
+                {
+                    "data": data["prompts"],
+                    "reward": (f"{reward}:some",),
+                    "max_new_tokens": 6,
+                    "group_size": 2,
+                    "variant": "dapo",
+                    "beta": 0.05,
+                    "epochs": 2,
+                    "minibatches": 2,
+                },
+            ),
+        }[method]
+        if (
+            method in ("ppo", "reinforce", "grpo")
+            # a controller and statistics that live in the run's state, beside a running mean and a
+            # place in the data
+        ):
+            extra |= {
+                "kl": KLSettings(target=0.1, horizon=20),
+                "score": ScoreSettings(normalise="first"),
+            }
         return cls(**(common | extra | changes))
 
     return settings
@@ -96,7 +162,9 @@ def settings_of(models, make, data, tmp_path_factory):
 def whole(settings_of, tmp_path_factory):
     """A run of each method that nothing has disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    return {method: getattr(fd, method)(settings_of(method, folder / method)).path for method in METHODS}
+    return {
+        method: getattr(fd, method)(settings_of(method, folder / method)).path for method in METHODS
+    }
 
 
 def drive(jobs, folder):
@@ -104,7 +172,14 @@ def drive(jobs, folder):
     script.write_text(DRIVER)
     list_of_jobs.write_text(json.dumps(jobs))
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, script, list_of_jobs], capture_output=True, text=True, env=env, cwd=folder, timeout=300)
+    done = subprocess.run(
+        [sys.executable, script, list_of_jobs],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=folder,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [int(line.split()[-1]) for line in done.stdout.splitlines()], done.stderr
 
@@ -115,7 +190,10 @@ def weights(run):
 
 def metrics(run):
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        for line in lines
+    ]
 
 
 def assert_equal_runs(one, other):
@@ -131,7 +209,8 @@ def assert_equal_runs(one, other):
         assert samples[0].read_text() == samples[1].read_text()
 
 
-# Killed ---------------------------------------------------------------------------------------------------------------------------------------------
+# Killed
+# ---------------------------------------------------------------------------------------------------------------------------------------------
 
 KILLS = [  # where, at which call of it, and the newest checkpoint that is left
     ("sft", "update", 6, 4),
@@ -142,12 +221,22 @@ KILLS = [  # where, at which call of it, and the newest checkpoint that is left
     ("prm", "rename", 3, 4),
     ("dpo", "record", 6, 4),
     ("dpo", "rename", 2, 2),
-    ("ppo", "update", 2 * (2 * 2 * 4) + 3, 4),  # two optimizers, four updates an iteration: in the middle of the fifth
+    (
+        "ppo",
+        "update",
+        2 * (2 * 2 * 4) + 3,
+        4,
+    ),  # two optimizers, four updates an iteration: in the middle of the fifth
     ("ppo", "seal", 3, 4),
     ("ppo", "update", 1, None),
     ("reinforce", "update", 6, 4),
     ("reinforce", "seal", 1, None),
-    ("grpo", "update", 4 * 4 + 3, 4),  # in the middle of the fifth iteration, after other prompts were drawn in place of some
+    (
+        "grpo",
+        "update",
+        4 * 4 + 3,
+        4,
+    ),  # in the middle of the fifth iteration, after other prompts were drawn in place of some
     ("grpo", "record", 4, 2),
     ("distill", "update", 6, 4),
 ]
@@ -155,30 +244,44 @@ KILLS = [  # where, at which call of it, and the newest checkpoint that is left
 
 @pytest.fixture(scope="module")
 def killed(settings_of, whole, tmp_path_factory):
-    """Each job killed in one process and gone on with in another; the folder of each, with the checkpoint it had when it died."""
+    """Each job killed in one process and gone on with in another; the folder of each, with the
+    checkpoint it had when it died.
+    """
     folder = tmp_path_factory.mktemp("killed")
     outs = [folder / f"{method}-{place}-{call}" for method, place, call, _ in KILLS]
-    plain = [settings_of(kill[0], out).model_dump(mode="json") for kill, out in zip(KILLS, outs, strict=True)]
+    plain = [
+        settings_of(kill[0], out).model_dump(mode="json")
+        for kill, out in zip(KILLS, outs, strict=True)
+    ]
     plain = [json.loads(json.dumps(p)) for p in plain]
-    codes, _ = drive([(m, p, place, call) for (m, place, call, _), p in zip(KILLS, plain, strict=True)], folder)
+    codes, _ = drive(
+        [(m, p, place, call) for (m, place, call, _), p in zip(KILLS, plain, strict=True)], folder
+    )
     assert codes == [-signal.SIGKILL] * len(KILLS)
     left = []
     for out in outs:
         newest, faults = checkpoint.newest_good(out / "checkpoints")
         assert not faults
         left.append(newest and int(newest.name.rpartition("-")[2]))
-    codes, said = drive([(m, p | {"resume": True}, None, 0) for (m, _, _, _), p in zip(KILLS, plain, strict=True)], folder)
+    codes, said = drive(
+        [(m, p | {"resume": True}, None, 0) for (m, _, _, _), p in zip(KILLS, plain, strict=True)],
+        folder,
+    )
     assert codes == [0] * len(KILLS), said[-3000:]
     return list(zip(outs, left, strict=True))
 
 
-@pytest.mark.parametrize("number", range(len(KILLS)), ids=lambda i: "-".join(map(str, KILLS[i][:3])))
+@pytest.mark.parametrize(
+    "number", range(len(KILLS)), ids=lambda i: "-".join(map(str, KILLS[i][:3]))
+)
 def test_a_killed_run_that_is_resumed_equals_one_that_was_not(killed, whole, number):
     method, _, _, expected = KILLS[number]
     out, left = killed[number]
     assert left == expected
     assert_equal_runs(whole[method], out)
-    assert not list((out / "checkpoints").glob(".aside-*"))  # what the killed one left half-written is gone
+    assert not list(
+        (out / "checkpoints").glob(".aside-*")
+    )  # what the killed one left half-written is gone
 
 
 def test_the_runs_that_are_compared_did_learn_and_differ(whole, models):
@@ -186,10 +289,13 @@ def test_the_runs_that_are_compared_did_learn_and_differ(whole, models):
     assert any(line.get("beta") != 0.05 for line in metrics(whole["ppo"]))
     for method, beta in (("reinforce", 0.03), ("grpo", 0.05)):
         assert len({line["beta"] for line in metrics(whole[method])} - {beta}) > 3
-    assert max(line["groups/sampled"] for line in metrics(whole["grpo"])) > 2  # some prompts had to give way
+    assert (
+        max(line["groups/sampled"] for line in metrics(whole["grpo"])) > 2
+    )  # some prompts had to give way
 
 
-# Stopped --------------------------------------------------------------------------------------------------------------------------------------------
+# Stopped
+# --------------------------------------------------------------------------------------------------------------------------------------------
 
 
 def stop_at(monkeypatch, step):
@@ -204,17 +310,30 @@ def stop_at(monkeypatch, step):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(settings_of, whole, tmp_path, monkeypatch, method):
+def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(
+    settings_of, whole, tmp_path, monkeypatch, method
+):
     before = signal.getsignal(signal.SIGINT)
     stop_at(monkeypatch, 3)
     seal, sealed = checkpoint.seal, []
-    monkeypatch.setattr(checkpoint, "seal", lambda folder: sealed.append(folder.name) or seal(folder))
+    monkeypatch.setattr(
+        checkpoint, "seal", lambda folder: sealed.append(folder.name) or seal(folder)
+    )
     out = tmp_path / "run"
-    with pytest.raises(RunError, match=f"stopped at step 3 of {STEPS}, saved: go on with: fiducial {method} --out {out} --resume"):
+    with pytest.raises(
+        RunError,
+        match=f"stopped at step 3 of {STEPS}, saved: go on with: fiducial {method} --out {out} --resume",
+    ):
         getattr(fd, method)(settings_of(method, out))
     assert signal.getsignal(signal.SIGINT) is before
-    assert sealed == [".aside-2", ".aside-3"]  # once each: writing one again would have to take the good one away first
-    assert [p.name for p in checkpoint.numbered(out / "checkpoints")] == ["checkpoint-2", "checkpoint-3"]
+    assert sealed == [
+        ".aside-2",
+        ".aside-3",
+    ]  # once each: writing one again would have to take the good one away first
+    assert [p.name for p in checkpoint.numbered(out / "checkpoints")] == [
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
     assert json.loads((out / "summary.json").read_text())["status"] == "interrupted"
     assert not (out / "model").exists()
     getattr(fd, method)(settings_of(method, out, resume=True))
@@ -242,7 +361,11 @@ def test_a_finished_run_can_be_resumed_for_its_end(settings_of, whole, tmp_path)
 
 def test_a_run_with_fewer_steps_can_be_made_longer(settings_of, tmp_path):
     """`steps` may change; at a constant rate the result is that of the longer run."""
-    constant = {"optimizer": fd.SFT.model_fields["optimizer"].default.model_copy(update={"schedule": "constant"})}
+    constant = {
+        "optimizer": fd.SFT.model_fields["optimizer"].default.model_copy(
+            update={"schedule": "constant"}
+        )
+    }
     short, long = tmp_path / "short", tmp_path / "long"
     fd.sft(settings_of("sft", long, steps=6, **constant))
     fd.sft(settings_of("sft", short, steps=4, **constant))
@@ -251,7 +374,8 @@ def test_a_run_with_fewer_steps_can_be_made_longer(settings_of, tmp_path):
     assert all(torch.equal(a[n][k], b[n][k]) for n in a for k in a[n])
 
 
-# Damaged --------------------------------------------------------------------------------------------------------------------------------------------
+# Damaged
+# --------------------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -269,12 +393,27 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model_1.safetensors", "optimizer.bin", "run.json", "random_states_0.pkl"])
-def test_one_flipped_bit_is_refused_by_name_and_the_older_checkpoint_used(stopped, settings_of, whole, capsys, name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "model_1.safetensors",
+        "optimizer.bin",
+        "run.json",
+        "random_states_0.pkl",
+    ],
+)
+def test_one_flipped_bit_is_refused_by_name_and_the_older_checkpoint_used(
+    stopped, settings_of, whole, capsys, name
+):
     flip(stopped / "checkpoints" / "checkpoint-5" / name)
     fd.ppo(settings_of("ppo", stopped, resume=True))
     said = capsys.readouterr().err
-    assert f"passed over: checkpoint-5/{name} is damaged" in said and "resumed from" in said and "checkpoint-4" in said
+    assert (
+        f"passed over: checkpoint-5/{name} is damaged" in said
+        and "resumed from" in said
+        and "checkpoint-4" in said
+    )
     assert_equal_runs(whole["ppo"], stopped)
 
 
@@ -293,7 +432,10 @@ def test_a_checkpoint_that_was_cut_short_or_lost_a_file(stopped, settings_of, wh
 def test_no_whole_checkpoint_is_an_error_not_a_new_start(stopped, settings_of):
     for number in (4, 5):
         flip(stopped / "checkpoints" / f"checkpoint-{number}" / "optimizer.bin")
-    with pytest.raises(InputError, match=r"--resume: no whole checkpoint in .*checkpoint-5/optimizer.bin is damaged"):
+    with pytest.raises(
+        InputError,
+        match=r"--resume: no whole checkpoint in .*checkpoint-5/optimizer.bin is damaged",
+    ):
         fd.ppo(settings_of("ppo", stopped, resume=True))
 
 
@@ -304,7 +446,8 @@ def test_a_line_that_was_torn_is_dropped(stopped, settings_of, whole):
     assert_equal_runs(whole["ppo"], stopped)
 
 
-# Refused --------------------------------------------------------------------------------------------------------------------------------------------
+# Refused
+# --------------------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_resumed_run_keeps_its_settings(stopped, settings_of, data):
@@ -317,7 +460,9 @@ def test_a_resumed_run_keeps_its_settings(stopped, settings_of, data):
 
 
 def test_a_folder_is_never_overwritten(settings_of, whole, tmp_path):
-    with pytest.raises(InputError, match=r"--out: .* exists already: choose another folder, or go on with --resume"):
+    with pytest.raises(
+        InputError, match=r"--out: .* exists already: choose another folder, or go on with --resume"
+    ):
         fd.sft(settings_of("sft", whole["sft"]))
     with pytest.raises(InputError, match=r"--resume: .* holds no run to go on with"):
         fd.sft(settings_of("sft", tmp_path / "nowhere", resume=True))
@@ -330,7 +475,13 @@ def test_a_finished_run_is_not_begun_again(models, data, tmp_path):
     from fiducial.errors import InputError
     from fiducial.methods.sft import SFT, sft
 
-    settings = SFT(model=str(models["llama"]), data=data["completions"], out=str(tmp_path / "run"), steps=1, run=RunSettings(samples=0))
+    settings = SFT(
+        model=str(models["llama"]),
+        data=data["completions"],
+        out=str(tmp_path / "run"),
+        steps=1,
+        run=RunSettings(samples=0),
+    )
     sft(settings)
     before = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
     with pytest.raises(InputError, match="is finished"):

@@ -1,4 +1,6 @@
-"""What a row may be, and that each thing it may not be is refused at its file, line and key. Files are written by hand, byte for byte."""
+"""What a row may be, and that each thing it may not be is refused at its file, line and key. Files
+are written by hand, byte for byte.
+"""
 
 import json
 import re
@@ -40,7 +42,8 @@ U, A, A2 = Message("user", "hi"), Message("assistant", "yes"), Message("assistan
 ANSWERS = {"chosen": [assistant("yes")], "rejected": [assistant("no")]}
 
 
-# Formats --------------------------------------------------------------------------------------------------------------------------------------------
+# Formats
+# --------------------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -48,28 +51,53 @@ ANSWERS = {"chosen": [assistant("yes")], "rejected": [assistant("no")]}
     [
         ({"text": " a\n"}, TextRow(" a\n", W)),
         ({"messages": [user("hi"), assistant("yes")]}, ChatRow((U, A), W)),
-        ({"messages": [{"role": "system", "content": ""}, user("hi"), assistant("yes")]}, ChatRow((Message("system", ""), U, A), W)),
+        (
+            {"messages": [{"role": "system", "content": ""}, user("hi"), assistant("yes")]},
+            ChatRow((Message("system", ""), U, A), W),
+        ),
         ({"prompt": "p"}, PromptRow("p", {}, W)),
-        ({"prompt": "p", "answer": 4, "tags": None}, PromptRow("p", {"answer": 4, "tags": None}, W)),
+        (
+            {"prompt": "p", "answer": 4, "tags": None},
+            PromptRow("p", {"answer": 4, "tags": None}, W),
+        ),
         ({"prompt": [user("hi")]}, PromptRow((U,), {}, W)),
         ({"prompt": "p", "completion": " c", "id": 3}, CompletionRow("p", " c", W)),
         ({"prompt": [user("hi")], "completion": [assistant("yes")]}, CompletionRow((U,), (A,), W)),
         ({"prompt": [user("hi")], "completion": "yes"}, CompletionRow((U,), (A,), W)),
         ({"prompt": "hi", "completion": [assistant("yes")]}, CompletionRow((U,), (A,), W)),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, PreferenceRow("p", "a", "b", None, W)),
-        ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2}, PreferenceRow("p", "a", "b", 2.0, W)),
-        ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": None}, PreferenceRow("p", "a", "b", None, W)),
-        ({"prompt": "hi", **ANSWERS}, PreferenceRow((U,), (A,), (A2,), None, W)),
-        ({"prompt": "hi", "chosen": "yes", "rejected": [assistant("no")]}, PreferenceRow((U,), (A,), (A2,), None, W)),
-        # HuggingFaceH4/ultrafeedback_binarized: a text prompt that the message lists repeat
         (
-            {"prompt": "hi", "chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]},
+            {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2},
+            PreferenceRow("p", "a", "b", 2.0, W),
+        ),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b", "margin": None},
+            PreferenceRow("p", "a", "b", None, W),
+        ),
+        ({"prompt": "hi", **ANSWERS}, PreferenceRow((U,), (A,), (A2,), None, W)),
+        (
+            {"prompt": "hi", "chosen": "yes", "rejected": [assistant("no")]},
             PreferenceRow((U,), (A,), (A2,), None, W),
         ),
-        ({"chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]}, PreferenceRow((U,), (A,), (A2,), None, W)),
+        # HuggingFaceH4/ultrafeedback_binarized: a text prompt that the message lists repeat
+        (
+            {
+                "prompt": "hi",
+                "chosen": [user("hi"), assistant("yes")],
+                "rejected": [user("hi"), assistant("no")],
+            },
+            PreferenceRow((U,), (A,), (A2,), None, W),
+        ),
+        (
+            {"chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]},
+            PreferenceRow((U,), (A,), (A2,), None, W),
+        ),
         ({"prompt": "p", "completion": "c", "label": True}, LabelledRow("p", "c", True, W)),
         ({"prompt": "p", "completion": "c", "label": 0}, LabelledRow("p", "c", False, W)),
-        ({"prompt": "p", "completions": ["s", "t"], "labels": [True, 0]}, StepsRow("p", ("s", "t"), (True, False), W)),
+        (
+            {"prompt": "p", "completions": ["s", "t"], "labels": [True, 0]},
+            StepsRow("p", ("s", "t"), (True, False), W),
+        ),
     ],
 )
 def test_each_format_is_known_by_its_keys(record, row):
@@ -83,12 +111,16 @@ def test_labels_are_booleans_and_not_ones():
 
 def test_a_transcript_prompt_stays_text():
     prompt = "\n\nHuman: hi\n\nAssistant:"
-    assert parse_row({"prompt": prompt, "completion": " yes"}, W, SFT) == CompletionRow(prompt, " yes", W)
+    assert parse_row({"prompt": prompt, "completion": " yes"}, W, SFT) == CompletionRow(
+        prompt, " yes", W
+    )
 
 
 def test_messages_after_a_tool_call_belong_to_the_completion():
     tool = {"role": "tool", "content": ""}
-    row = parse_row({"prompt": [user("hi")], "completion": [assistant("look"), tool, assistant("yes")]}, W, SFT)
+    row = parse_row(
+        {"prompt": [user("hi")], "completion": [assistant("look"), tool, assistant("yes")]}, W, SFT
+    )
     assert [message.role for message in row.completion] == ["assistant", "tool", "assistant"]
 
 
@@ -96,7 +128,12 @@ def test_messages_after_a_tool_call_belong_to_the_completion():
     ("chosen", "rejected", "prompt", "rest"),
     [
         # the last common turn, also where the answers begin alike or go on to other turns
-        ("\n\nHuman: a\n\nAssistant: I do", "\n\nHuman: a\n\nAssistant: I don't", "\n\nHuman: a\n\nAssistant:", (" I do", " I don't")),
+        (
+            "\n\nHuman: a\n\nAssistant: I do",
+            "\n\nHuman: a\n\nAssistant: I don't",
+            "\n\nHuman: a\n\nAssistant:",
+            (" I do", " I don't"),
+        ),
         (
             "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
             "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e",
@@ -125,7 +162,9 @@ def test_a_prompt_that_both_answers_begin_with(chosen, rejected, prompt, rest):
     assert (mirrored.prompt, (mirrored.rejected, mirrored.chosen)) == (prompt, rest)
 
 
-words = st.lists(st.sampled_from(["a", "ab", "b", "\n\nHuman:", "\n\nAssistant:", " ", "\n"]), max_size=8).map(" ".join)
+words = st.lists(
+    st.sampled_from(["a", "ab", "b", "\n\nHuman:", "\n\nAssistant:", " ", "\n"]), max_size=8
+).map(" ".join)
 
 
 @given(words, words, words)
@@ -140,21 +179,28 @@ def test_prompt_and_answer_are_the_text_again(prompt, chosen, rejected):
     assert row.prompt.strip() and row.chosen.strip() and row.rejected.strip()
 
 
-# What is accepted decides ---------------------------------------------------------------------------------------------------------------------------
+# What is accepted decides
+# ---------------------------------------------------------------------------------------------------------------------------
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
 
 def test_other_keys_of_a_prompt_become_columns():
     assert parse_row(PAIR, W, (PromptRow,)) == PromptRow("p", {"chosen": "a", "rejected": "b"}, W)
-    assert parse_row({"prompt": "p", "completion": "c"}, W, (PromptRow,)) == PromptRow("p", {"completion": "c"}, W)
+    assert parse_row({"prompt": "p", "completion": "c"}, W, (PromptRow,)) == PromptRow(
+        "p", {"completion": "c"}, W
+    )
     shared = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
     assert parse_row(shared, W, (PromptRow,)) == PromptRow("\n\nHuman: a\n\nAssistant:", shared, W)
 
 
 def test_a_better_format_comes_first():
     assert isinstance(parse_row(PAIR, W, (PromptRow, PreferenceRow)), PreferenceRow)
-    whole = {"prompt": "hi", "messages": [user("hi"), assistant("yes")], **ANSWERS}  # UltraFeedback has it all
+    whole = {
+        "prompt": "hi",
+        "messages": [user("hi"), assistant("yes")],
+        **ANSWERS,
+    }  # UltraFeedback has it all
     assert isinstance(parse_row(whole, W, SFT), ChatRow)
     assert isinstance(parse_row(whole, W, (PreferenceRow,)), PreferenceRow)
     assert isinstance(parse_row(whole, W, (PromptRow,)), PromptRow)
@@ -166,33 +212,69 @@ def test_a_better_format_comes_first():
         (
             PAIR,
             SFT,
-            "found the keys prompt+chosen+rejected where prompt+completion or messages or text is wanted; "
+            "found the keys prompt+chosen+rejected where prompt+completion or messages or text is "
+            "wanted; "
             "give this file to fiducial reward or fiducial dpo, or",
         ),
-        ({"chosen": "a", "rejected": "b"}, SFT, "found the keys chosen+rejected where .* fiducial dpo"),
+        (
+            {"chosen": "a", "rejected": "b"},
+            SFT,
+            "found the keys chosen+rejected where .* fiducial dpo",
+        ),
         (
             {"text": "a"},
             (PreferenceRow,),
-            "found the keys text where prompt+chosen+rejected or chosen+rejected is wanted; give this file to fiducial sft",
+            "found the keys text where prompt+chosen+rejected or chosen+rejected is wanted; give "
+            "this file to fiducial sft",
         ),
         ({"messages": []}, (PreferenceRow,), "found the keys messages .* fiducial sft"),
-        ({"prompt": "p", "completion": "c"}, (PreferenceRow,), "found the keys prompt+completion .* fiducial sft"),
-        ({"prompt": "p"}, SFT, "found the keys prompt where .* is wanted; give this file to fiducial ppo"),
-        ({"prompt": "p", "completions": ["c"], "labels": [True]}, SFT, "found the keys prompt.completions.labels where .* wanted; give .* to fiducial prm"),
-        ({"prompt": "p", "completion": "c", "label": False}, SFT, "key 'label' marks the completion as bad"),
+        (
+            {"prompt": "p", "completion": "c"},
+            (PreferenceRow,),
+            "found the keys prompt+completion .* fiducial sft",
+        ),
+        (
+            {"prompt": "p"},
+            SFT,
+            "found the keys prompt where .* is wanted; give this file to fiducial ppo",
+        ),
+        (
+            {"prompt": "p", "completions": ["c"], "labels": [True]},
+            SFT,
+            "found the keys prompt.completions.labels where .* wanted; give .* to fiducial prm",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "label": False},
+            SFT,
+            "key 'label' marks the completion as bad",
+        ),
         (
             {"prompt": "p", "chosen": "a"},
             (PreferenceRow,),
-            r"key 'rejected' is missing \(found: 'prompt', 'chosen'; wanted: prompt+chosen+rejected or",
+            r"key 'rejected' is missing \(found: 'prompt', 'chosen'; wanted: "
+            r"prompt+chosen+rejected or",
         ),
         ({"chosen": "a"}, (PreferenceRow,), "key 'rejected' is missing"),
         ({"prompt": "p", "completions": ["a"]}, (StepsRow,), "key 'labels' is missing"),
         ({"prompt": "p", "label": True}, (LabelledRow,), "key 'completion' is missing .*; add it"),
         ({"completion": "c"}, SFT, "key 'prompt' is missing"),
-        ({"promt": "p", "completion": "c"}, SFT, "key 'prompt' is missing .*; rename 'promt' to 'prompt'"),
+        (
+            {"promt": "p", "completion": "c"},
+            SFT,
+            "key 'prompt' is missing .*; rename 'promt' to 'prompt'",
+        ),
         ({"Text": "p"}, SFT, "key 'text' is missing .*; rename 'Text' to 'text'"),
-        ({}, (PromptRow,), r"the keys of a row are missing \(found: none; wanted: prompt or chosen+rejected\)"),
-        ({"foo": 1}, SFT, r"the keys of a row are missing \(found: 'foo'; wanted: prompt+completion or messages or text\)"),
+        (
+            {},
+            (PromptRow,),
+            r"the keys of a row are missing \(found: none; wanted: prompt or chosen+rejected\)",
+        ),
+        (
+            {"foo": 1},
+            SFT,
+            r"the keys of a row are missing \(found: 'foo'; wanted: prompt+completion or messages "
+            r"or text\)",
+        ),
     ],
 )
 def test_keys_that_do_not_fit(record, accept, message):
@@ -200,7 +282,8 @@ def test_keys_that_do_not_fit(record, accept, message):
         parse_row(record, W, accept)
 
 
-# Every row of the table in the design's section on input --------------------------------------------------------------------------------------------
+# Every row of the table in the design's section on input
+# --------------------------------------------------------------------------------------------
 
 GOOD = b'{"prompt": "p", "completion": "c"}\n'
 
@@ -229,7 +312,10 @@ CHAT = b'{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ye
 
 BAD = {
     # not JSON, not text
-    "torn line": (b'{"prompt": "p", "compl', "the text is torn: it ends before its JSON does; write the row again"),
+    "torn line": (
+        b'{"prompt": "p", "compl',
+        "the text is torn: it ends before its JSON does; write the row again",
+    ),
     "torn before a value": (b'{"prompt": ', "the text is torn"),
     "not JSON": (b"prompt: p", r"not JSON at column 1 \(Expecting value\); write"),
     "two objects": (b'{"text": "a"} {"text": "b"}', r"not JSON at column 15 \(Extra data\)"),
@@ -238,11 +324,23 @@ BAD = {
     "not UTF-8": (b'{"text": "caf\xe9"}', r"byte offset 13 \(0xe9\) is not UTF-8; save"),
     "an encoded surrogate": (b'{"text": "\xed\xa0\x80"}', r"byte offset 10 \(0xed\) is not UTF-8"),
     "raw NUL": (b'{"text": "a\0b"}', "a raw NUL byte at byte offset 11; remove it"),
-    "lone surrogate": (rb'{"text": "a\ud800b"}', r"key 'text' holds a lone surrogate \('\\ud800'\)"),
-    "lone low surrogate, deep": (rb'{"text": "a", "meta": {"b": [1, "\udc00"]}}', "key 'meta' holds a lone surrogate"),
+    "lone surrogate": (
+        rb'{"text": "a\ud800b"}',
+        r"key 'text' holds a lone surrogate \('\\ud800'\)",
+    ),
+    "lone low surrogate, deep": (
+        rb'{"text": "a", "meta": {"b": [1, "\udc00"]}}',
+        "key 'meta' holds a lone surrogate",
+    ),
     "lone surrogate in a key": (rb'{"text": "a", "\udfff": 1}', "key '.*' holds a lone surrogate"),
-    "duplicate key": (b'{"text": "a", "text": "a"}', "key 'text' stands twice in one object; keep one"),
-    "duplicate key, deep": (messages(b'{"role": "user", "content": "a", "role": "user"}'), "key 'role' stands twice"),
+    "duplicate key": (
+        b'{"text": "a", "text": "a"}',
+        "key 'text' stands twice in one object; keep one",
+    ),
+    "duplicate key, deep": (
+        messages(b'{"role": "user", "content": "a", "role": "user"}'),
+        "key 'role' stands twice",
+    ),
     "deep nesting": (b'{"text": ' + b"[" * 100_000, "lists or objects are nested too deeply"),
     "a huge integer": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "an integer is too long"),
     "not an object: list": (b'["a"]', "the row is a list where an object belongs"),
@@ -251,24 +349,54 @@ BAD = {
     "a BOM that is not at the start": (b'\xef\xbb\xbf{"text": "a"}', "not JSON at column 1"),
     # keys and types
     "missing key": (b'{"prompt": "p"}', "found the keys prompt where"),
-    "a number for text": (b'{"text": 5}', "key 'text' is a number where text belongs; write a string"),
+    "a number for text": (
+        b'{"text": 5}',
+        "key 'text' is a number where text belongs; write a string",
+    ),
     "a boolean for text": (b'{"text": true}', "key 'text' is a boolean where"),
     "null for text": (b'{"text": null}', "key 'text' is null where"),
     "a list for text": (b'{"text": ["a"]}', "key 'text' is a list where text belongs"),
-    "an object for a prompt": (completion(prompt=b"{}"), "key 'prompt' is an object where text belongs"),
-    "a number for a completion": (completion(answer=b"1.5"), "key 'completion' is a number where text"),
+    "an object for a prompt": (
+        completion(prompt=b"{}"),
+        "key 'prompt' is an object where text belongs",
+    ),
+    "a number for a completion": (
+        completion(answer=b"1.5"),
+        "key 'completion' is a number where text",
+    ),
     "null for chosen": (pair(chosen=b"null"), "key 'chosen' is null where text"),
-    "text for messages": (b'{"messages": "a"}', "key 'messages' is text where a list of messages belongs"),
-    "text for a message": (messages(b'"a"'), r"key 'messages\[0\]' is text where a message belongs"),
-    "a message with no role": (messages(b'{"from": "human", "content": "a"}'), r"key 'messages\[0\].role' is missing"),
-    "a message with no content": (messages(CHAT + b', {"role": "user"}'), r"key 'messages\[2\].content' is missing"),
-    "null content": (messages(b'{"role": "user", "content": null}'), r"key 'messages\[0\].content' is null where text"),
-    "content in parts": (messages(b'{"role": "user", "content": [{"text": "a"}]}'), r"key 'messages\[0\].content' is a list where"),
+    "text for messages": (
+        b'{"messages": "a"}',
+        "key 'messages' is text where a list of messages belongs",
+    ),
+    "text for a message": (
+        messages(b'"a"'),
+        r"key 'messages\[0\]' is text where a message belongs",
+    ),
+    "a message with no role": (
+        messages(b'{"from": "human", "content": "a"}'),
+        r"key 'messages\[0\].role' is missing",
+    ),
+    "a message with no content": (
+        messages(CHAT + b', {"role": "user"}'),
+        r"key 'messages\[2\].content' is missing",
+    ),
+    "null content": (
+        messages(b'{"role": "user", "content": null}'),
+        r"key 'messages\[0\].content' is null where text",
+    ),
+    "content in parts": (
+        messages(b'{"role": "user", "content": [{"text": "a"}]}'),
+        r"key 'messages\[0\].content' is a list where",
+    ),
     "unknown role": (
         messages(CHAT + b', {"role": "human", "content": "a"}'),
         r"key 'messages\[2\].role' is the unknown role 'human'; use one of system, user",
     ),
-    "unknown role, upper case": (completion(b'[{"role": "User", "content": "a"}]'), r"key 'prompt\[0\].role' is the unknown role 'User'"),
+    "unknown role, upper case": (
+        completion(b'[{"role": "User", "content": "a"}]'),
+        r"key 'prompt\[0\].role' is the unknown role 'User'",
+    ),
     "tool calls": (
         messages(CHAT + b', {"role": "assistant", "content": "a", "tool_calls": [{}]}'),
         r"key 'messages\[2\].tool_calls' is not supported",
@@ -282,10 +410,22 @@ BAD = {
     "empty rejected": (pair(rejected=b'""'), "key 'rejected' is empty"),
     "empty messages": (messages(b""), "key 'messages' is an empty list where"),
     "empty list for a prompt": (completion(prompt=b"[]"), "key 'prompt' is an empty list where"),
-    "empty system prompt alone": (completion(prompt=b'[{"role": "system", "content": " "}]'), "key 'prompt' is empty"),
-    "empty user message": (messages(b'{"role": "user", "content": " "}'), r"key 'messages\[0\].content' is empty"),
-    "empty answer message": (pair(chosen=b'[{"role": "assistant", "content": ""}]'), r"key 'chosen\[0\].content' is empty"),
-    "no assistant message": (messages(b'{"role": "user", "content": "a"}'), "key 'messages' has no assistant message"),
+    "empty system prompt alone": (
+        completion(prompt=b'[{"role": "system", "content": " "}]'),
+        "key 'prompt' is empty",
+    ),
+    "empty user message": (
+        messages(b'{"role": "user", "content": " "}'),
+        r"key 'messages\[0\].content' is empty",
+    ),
+    "empty answer message": (
+        pair(chosen=b'[{"role": "assistant", "content": ""}]'),
+        r"key 'chosen\[0\].content' is empty",
+    ),
+    "no assistant message": (
+        messages(b'{"role": "user", "content": "a"}'),
+        "key 'messages' has no assistant message",
+    ),
     "no common beginning": (
         b'{"chosen": "a b", "rejected": "c d"}',
         "key 'prompt' is missing, and chosen and rejected have no common .* empty; add it",
@@ -303,47 +443,93 @@ BAD = {
         "key 'prompt' is missing, and the messages",
     ),
     "answers to different questions": (
-        b'{"chosen": [{"role": "system", "content": "s"}, ' + CHAT + b'], "rejected": [{"role": "system", "content": "s"}, '
+        b'{"chosen": [{"role": "system", "content": "s"}, '
+        + CHAT
+        + b'], "rejected": [{"role": "system", "content": "s"}, '
         b'{"role": "user", "content": "ho"}, {"role": "assistant", "content": "yes"}]}',
         "key 'chosen' does not begin and end with an assistant message",
     ),
-    "text against messages": (b'{"chosen": "a", "rejected": [' + CHAT + b"]}", "key 'rejected' is not of one form with 'chosen'"),
+    "text against messages": (
+        b'{"chosen": "a", "rejected": [' + CHAT + b"]}",
+        "key 'rejected' is not of one form with 'chosen'",
+    ),
     # shapes of a chat
-    "a prompt that is answered": (completion(prompt=b"[" + CHAT + b"]"), "key 'prompt' ends with an assistant message"),
-    "an answer that ends with a question": (completion(answer=b'[{"role": "user", "content": "a"}]'), "key 'completion' does not begin and end with"),
+    "a prompt that is answered": (
+        completion(prompt=b"[" + CHAT + b"]"),
+        "key 'prompt' ends with an assistant message",
+    ),
+    "an answer that ends with a question": (
+        completion(answer=b'[{"role": "user", "content": "a"}]'),
+        "key 'completion' does not begin and end with",
+    ),
     "a text prompt and a long answer": (
-        completion(answer=b'[{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]'),
+        completion(
+            answer=b'[{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]'
+        ),
         "key 'completion' is several messages where the prompt is text",
     ),
     # preferences
-    "chosen equal to rejected": (pair(chosen=b'"b"'), "key 'chosen' is equal to 'rejected', .*; remove the row"),
-    "equal once normalised": (pair(rejected=b'[{"role": "assistant", "content": "a"}]'), "key 'chosen' is equal to 'rejected'"),
-    "equal without a prompt": (b'{"chosen": "a b", "rejected": "a b"}', "key 'chosen' is equal to 'rejected'"),
+    "chosen equal to rejected": (
+        pair(chosen=b'"b"'),
+        "key 'chosen' is equal to 'rejected', .*; remove the row",
+    ),
+    "equal once normalised": (
+        pair(rejected=b'[{"role": "assistant", "content": "a"}]'),
+        "key 'chosen' is equal to 'rejected'",
+    ),
+    "equal without a prompt": (
+        b'{"chosen": "a b", "rejected": "a b"}',
+        "key 'chosen' is equal to 'rejected'",
+    ),
     "the question under another name": (
         b'{"question": "q", "chosen": "I do", "rejected": "I do not"}',
         "key 'prompt' is missing, .* rename 'question' to 'prompt'",
     ),
     "NaN margin": (pair(rest=b', "margin": NaN'), "key 'margin': NaN is not a finite number"),
-    "infinite margin": (pair(rest=b', "margin": -Infinity'), "key 'margin': -Infinity is not a finite number"),
-    "overflowing margin": (pair(rest=b', "margin": 1e999'), "key 'margin': 1e999 is not a finite number"),
-    "huge integer margin": (pair(rest=b', "margin": 1' + b"0" * 400), "key 'margin' is 1000.* where a finite number belongs"),
-    "boolean margin": (pair(rest=b', "margin": true'), "key 'margin' is a boolean where a number belongs"),
+    "infinite margin": (
+        pair(rest=b', "margin": -Infinity'),
+        "key 'margin': -Infinity is not a finite number",
+    ),
+    "overflowing margin": (
+        pair(rest=b', "margin": 1e999'),
+        "key 'margin': 1e999 is not a finite number",
+    ),
+    "huge integer margin": (
+        pair(rest=b', "margin": 1' + b"0" * 400),
+        "key 'margin' is 1000.* where a finite number belongs",
+    ),
+    "boolean margin": (
+        pair(rest=b', "margin": true'),
+        "key 'margin' is a boolean where a number belongs",
+    ),
     "text margin": (pair(rest=b', "margin": "1"'), "key 'margin' is text where a number belongs"),
-    "NaN in another column": (b'{"text": "a", "score": [NaN]}', "key 'score': NaN is not a finite number"),
+    "NaN in another column": (
+        b'{"text": "a", "score": [NaN]}',
+        "key 'score': NaN is not a finite number",
+    ),
     "NaN before a tear": (b'{"score": NaN, "text": ', "NaN is not a finite number"),
     # labels
     "NaN label": (labelled(b"NaN"), "key 'label': NaN is not a finite number"),
-    "null label": (labelled(b"null"), r"key 'label' is null \(None\) where true or false belongs; write true, false, 1 or 0"),
+    "null label": (
+        labelled(b"null"),
+        r"key 'label' is null \(None\) where true or false belongs; write true, false, 1 or 0",
+    ),
     "text label": (labelled(b'"true"'), r"key 'label' is text \('true'\) where"),
     "float label": (labelled(b"1.0"), r"key 'label' is a number \(1.0\) where"),
     "label 2": (labelled(b"2"), r"key 'label' is a number \(2\) where"),
     "label -1": (labelled(b"-1"), "key 'label' is a number"),
     "text for steps": (steps(b'"a"', b"[true]"), "key 'completions' is text where a list"),
     "no steps": (steps(b"[]", b"[]"), "key 'completions' is an empty list"),
-    "a number for a step": (steps(b'["a", 1]', b"[true, true]"), r"key 'completions\[1\]' is a number where text"),
+    "a number for a step": (
+        steps(b'["a", 1]', b"[true, true]"),
+        r"key 'completions\[1\]' is a number where text",
+    ),
     "an empty step": (steps(b'["a", ""]', b"[true, true]"), r"key 'completions\[1\]' is empty"),
     "a missing label": (steps(b'["a", "b"]', b"[true]"), "key 'labels' has 1 entries for 2 steps"),
-    "a bad label among steps": (steps(b'["a", "b"]', b"[true, 0.5]"), r"key 'labels\[1\]' is a number \(0.5\)"),
+    "a bad label among steps": (
+        steps(b'["a", "b"]', b"[true, 0.5]"),
+        r"key 'labels\[1\]' is a number \(0.5\)",
+    ),
 }
 ACCEPT = (*SFT, PreferenceRow, LabelledRow, StepsRow)
 
@@ -353,7 +539,9 @@ ACCEPT = (*SFT, PreferenceRow, LabelledRow, StepsRow)
 def test_a_bad_row_is_refused_at_its_line(tmp_path, name, ending):
     line, message = BAD[name]
     path = tmp_path / "f.jsonl"
-    path.write_bytes(GOOD + b"\n  \r\n" + GOOD + line + ending)  # two lines, the second and third, are blank
+    path.write_bytes(
+        GOOD + b"\n  \r\n" + GOOD + line + ending
+    )  # two lines, the second and third, are blank
     with pytest.raises(InputError) as caught:
         read_rows(str(path), ACCEPT)
     assert re.match(re.escape(f"{path}:5: ") + message, str(caught.value)), str(caught.value)
@@ -376,8 +564,13 @@ def test_a_bad_row_can_be_skipped_and_the_rest_read(tmp_path, name):
 
 def test_what_is_harmless_is_accepted(tmp_path):
     path = tmp_path / "f.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf\r\n\r\n{"text": "\xe2\x80\xa8caf\xc3\xa9 \\ud83d\\ude00 \\u0000"}\r\n{"text": "b", "score": -1e-3}')
-    assert list(read_rows(str(path), SFT)) == [TextRow("\u2028café 😀 \0", f"{path}:3"), TextRow("b", f"{path}:4")]
+    path.write_bytes(
+        b'\xef\xbb\xbf\r\n\r\n{"text": "\xe2\x80\xa8caf\xc3\xa9 \\ud83d\\ude00 \\u0000"}\r\n{"text": "b", "score": -1e-3}'
+    )
+    assert list(read_rows(str(path), SFT)) == [
+        TextRow("\u2028café 😀 \0", f"{path}:3"),
+        TextRow("b", f"{path}:4"),
+    ]
 
 
 def test_the_byte_offset_counts_the_byte_order_mark(tmp_path):
@@ -399,7 +592,10 @@ def test_an_empty_file(tmp_path, content, on_error):
 def test_skipping_everything_is_an_error(tmp_path):
     path, skipped = tmp_path / "f.jsonl", tmp_path / "skipped.jsonl"
     path.write_bytes(b"{}\n{\n")
-    with pytest.raises(InputError, match=r"all 2 rows were skipped, the first because: .*f.jsonl:1: the keys of a row are missing"):
+    with pytest.raises(
+        InputError,
+        match=r"all 2 rows were skipped, the first because: .*f.jsonl:1: the keys of a row are missing",
+    ):
         read_rows(str(path), SFT, on_error="skip", skipped=skipped)
     assert len(skipped.read_text().splitlines()) == 2
 
@@ -427,18 +623,30 @@ def test_an_error_shows_little_of_a_hostile_row(tmp_path):
     assert str(caught.value).isprintable() and len(str(caught.value)) < 300 + len(str(path))
 
 
-# Round trip -----------------------------------------------------------------------------------------------------------------------------------------
+# Round trip
+# -----------------------------------------------------------------------------------------------------------------------------------------
 
 texts = st.text()
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
     max_leaves=12,
 )
 objects = st.dictionaries(texts, values, max_size=5)
 
 
-@given(st.lists(st.tuples(objects, st.booleans(), st.sampled_from([b"\n", b"\r\n", b"\n\n", b"\r\n \n"])), min_size=1, max_size=5), st.booleans())
+@given(
+    st.lists(
+        st.tuples(objects, st.booleans(), st.sampled_from([b"\n", b"\r\n", b"\n\n", b"\r\n \n"])),
+        min_size=1,
+        max_size=5,
+    ),
+    st.booleans(),
+)
 @settings(deadline=None)
 def test_what_is_written_as_json_lines_is_read_equal(tmp_path_factory, lines, bom):
     path = tmp_path_factory.getbasetemp() / "round.jsonl"

@@ -1,4 +1,6 @@
-"""Each kind of source against the library that defines it (json, csv, pyarrow, gzip), and every way to break one."""
+"""Each kind of source against the library that defines it (json, csv, pyarrow, gzip), and every way
+to break one.
+"""
 
 import csv
 import gzip
@@ -16,7 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fiducial.data import sources
-from fiducial.data.rows import ChatRow, CompletionRow, LabelledRow, Message, PreferenceRow, PromptRow, StepsRow, TextRow, read_rows
+from fiducial.data.rows import (
+    ChatRow,
+    CompletionRow,
+    LabelledRow,
+    Message,
+    PreferenceRow,
+    PromptRow,
+    StepsRow,
+    TextRow,
+    read_rows,
+)
 from fiducial.errors import InputError
 
 SFT = (TextRow, ChatRow, CompletionRow)
@@ -36,11 +48,14 @@ def refused(source, accept=SFT, **options):
     return str(caught.value).removeprefix(source)
 
 
-# JSON arrays ----------------------------------------------------------------------------------------------------------------------------------------
+# JSON arrays
+# ----------------------------------------------------------------------------------------------------------------------------------------
 
 texts = st.text(st.sampled_from('a"\\[]{},: \né'), max_size=8)
 values = st.recursive(
-    st.none() | st.integers() | texts, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=8
+    st.none() | st.integers() | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
 )
 
 
@@ -59,9 +74,15 @@ class Drip(io.BytesIO):
 )
 @settings(deadline=None)
 def test_an_array_is_cut_where_json_cuts_it(array, step, indent, ascii_only):
-    file = Drip(b"\xef\xbb\xbf" + json.dumps(array, indent=indent, ensure_ascii=ascii_only).encode() + b" \n")
+    file = Drip(
+        b"\xef\xbb\xbf"
+        + json.dumps(array, indent=indent, ensure_ascii=ascii_only).encode()
+        + b" \n"
+    )
     file.step = step
-    assert [json.loads(item) for item in sources._array_items(file, Path("f.json"), "f.json")] == array
+    assert [
+        json.loads(item) for item in sources._array_items(file, Path("f.json"), "f.json")
+    ] == array
 
 
 def test_an_array_across_real_chunks(tmp_path):
@@ -84,7 +105,10 @@ def test_rows_of_an_array_are_numbered_from_one(tmp_path):
         (b'[{"text": "a", "x": NaN}]', ":row 1: key 'x': NaN is not a finite number"),
         (b'[{"text": "\xff"}]', r":row 1: byte offset 10 \(0xff\) is not UTF-8"),
         (b'[{"text": "a"}, 5]', ":row 2: the row is a number where an object belongs"),
-        (b'[{"text": "a"}, {"text"', ":row 2: the file is torn: it ends before its JSON array does"),
+        (
+            b'[{"text": "a"}, {"text"',
+            ":row 2: the file is torn: it ends before its JSON array does",
+        ),
         (b'[{"text": "a"}', ":row 1: the file is torn"),
         (b'[{"text": "a"},', ":row 2: the file is torn"),
         (b"[", ":row 1: the file is torn"),
@@ -99,7 +123,10 @@ def test_rows_of_an_array_are_numbered_from_one(tmp_path):
         (b"[]", ":1: the file is empty"),
         (b" \n\t ", ":1: the file is empty"),
         (b"", ":1: the file is empty"),
-        (b'{"text": "a"}\n{"text": "b"}\n', ":1: the file is not one JSON array of objects, .* rename it to f.jsonl$"),
+        (
+            b'{"text": "a"}\n{"text": "b"}\n',
+            ":1: the file is not one JSON array of objects, .* rename it to f.jsonl$",
+        ),
         (b'"a"', r":1: the file is not one JSON array of objects, between \[ and \]$"),
     ],
 )
@@ -109,13 +136,16 @@ def test_a_broken_array(tmp_path, content, message):
 
 def test_a_broken_array_is_not_read_on_when_rows_are_skipped(tmp_path):
     """Behind a syntax error, where a row begins is a guess: here the text of a row would become one."""
-    source = write(tmp_path / "f.json", b'[{"text": "a"}, {"text": "b}, {"text": "c"}, {"text": "d"}]')
+    source = write(
+        tmp_path / "f.json", b'[{"text": "a"}, {"text": "b}, {"text": "c"}, {"text": "d"}]'
+    )
     assert ":row" in refused(source, on_error="skip")
     source = write(tmp_path / "f.json", b'[{"text": "a"}, {text: "b"}, {"text": "c"}]')
     assert refused(source, on_error="skip").startswith(":row 2: not JSON at column 3")
 
 
-# Long rows ------------------------------------------------------------------------------------------------------------------------------------------
+# Long rows
+# ------------------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_limit_of_a_row():
@@ -135,14 +165,18 @@ def test_a_row_at_the_limit_passes_and_a_longer_one_does_not(tmp_path, monkeypat
 
     slack = 1 if name == "f.json" else 0  # no newline
     assert len(read_rows(write(tmp_path / name, content(slack)), SFT)) == 1
-    assert "the row is longer than 0.001 MB; split it" in refused(write(tmp_path / name, content(slack + 2)))
+    assert "the row is longer than 0.001 MB; split it" in refused(
+        write(tmp_path / name, content(slack + 2))
+    )
 
 
 @pytest.mark.parametrize("name", ["f.jsonl", "f.jsonl.gz", "f.json"])
 def test_an_overlong_row_is_never_held_and_can_be_skipped(tmp_path, monkeypatch, name):
     monkeypatch.setattr(sources, "MAX_ROW_BYTES", 10_000)
     rows = [b'{"text": "a"}', b'{"text": "' + b"x" * 20_000_000 + b'"}', b'{"text": "c"}']
-    source = write(tmp_path / name, b"[" + b",".join(rows) + b"]" if name == "f.json" else b"\n".join(rows))
+    source = write(
+        tmp_path / name, b"[" + b",".join(rows) + b"]" if name == "f.json" else b"\n".join(rows)
+    )
     del rows
     tracemalloc.start()
     read = read_rows(source, SFT, on_error="skip", skipped=tmp_path / "skipped.jsonl")
@@ -156,40 +190,67 @@ def test_an_overlong_row_is_never_held_and_can_be_skipped(tmp_path, monkeypatch,
     assert entry["line"] == '{"text": "' + "x" * 1990
 
 
-# CSV ------------------------------------------------------------------------------------------------------------------------------------------------
+# CSV
+# ------------------------------------------------------------------------------------------------------------------------------------------------
 
-cells = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1).map(lambda text: "c" + text)
+cells = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1).map(
+    lambda text: "c" + text
+)
 
 
-@given(st.lists(st.tuples(cells, cells), min_size=1, max_size=4), st.sampled_from(["\n", "\r\n"]), st.booleans())
+@given(
+    st.lists(st.tuples(cells, cells), min_size=1, max_size=4),
+    st.sampled_from(["\n", "\r\n"]),
+    st.booleans(),
+)
 @settings(deadline=None)
 def test_what_the_csv_module_writes_is_read_equal(tmp_path_factory, table, ending, bom):
     path = tmp_path_factory.getbasetemp() / "round.csv"
     with path.open("w", encoding="utf-8-sig" if bom else "utf-8", newline="") as file:
         csv.writer(file, lineterminator=ending).writerows([("prompt", "completion"), *table])
-    expected = [CompletionRow(*pair, f"{path}:row {number}") for number, pair in enumerate(table, 1)]
+    expected = [
+        CompletionRow(*pair, f"{path}:row {number}") for number, pair in enumerate(table, 1)
+    ]
     assert list(read_rows(str(path), SFT)) == expected
 
 
 @pytest.mark.parametrize(
     ("content", "row"),
     [
-        ('messages\n"[{""role"": ""user"", ""content"": ""hi""}, {""role"": ""assistant"", ""content"": ""yes""}]"\n',
-         ChatRow((Message("user", "hi"), Message("assistant", "yes")), "W")),
-        ('prompt,chosen,rejected,margin\np,"[{""role"": ""assistant"", ""content"": ""a""}]",b,1.5\n',
-         PreferenceRow((Message("user", "p"),), (Message("assistant", "a"),), (Message("assistant", "b"),), 1.5, "W")),
+        (
+            'messages\n"[{""role"": ""user"", ""content"": ""hi""}, {""role"": ""assistant"", ""content"": ""yes""}]"\n',
+            ChatRow((Message("user", "hi"), Message("assistant", "yes")), "W"),
+        ),
+        (
+            'prompt,chosen,rejected,margin\np,"[{""role"": ""assistant"", ""content"": ""a""}]",b,1.5\n',
+            PreferenceRow(
+                (Message("user", "p"),),
+                (Message("assistant", "a"),),
+                (Message("assistant", "b"),),
+                1.5,
+                "W",
+            ),
+        ),
         ("prompt,chosen,rejected,margin\np,a,b,\n", PreferenceRow("p", "a", "b", None, "W")),
         ("prompt,completion,label\np,5,True\n", LabelledRow("p", "5", True, "W")),
         ("prompt,completion,label\np,[1],0\n", LabelledRow("p", "[1]", False, "W")),
-        ('prompt,completions,labels\np,"[""a"", ""b""]","[true, 0]"\n', StepsRow("p", ("a", "b"), (True, False), "W")),
+        (
+            'prompt,completions,labels\np,"[""a"", ""b""]","[true, 0]"\n',
+            StepsRow("p", ("a", "b"), (True, False), "W"),
+        ),
         ("prompt,labels,n\np,x,7\n", PromptRow("p", {"labels": "x", "n": "7"}, "W")),
         ('\n\nprompt,n\n\n"a\n\nb",7\n', PromptRow("a\n\nb", {"n": "7"}, "W")),
     ],
-)  # fmt: skip
+)
 def test_cells(tmp_path, content, row):
     source = write(tmp_path / "f.csv", content.encode())
     (read,) = read_rows(source, ALL)
-    assert read == type(row)(*[f"{source}:row 1" if (value := getattr(row, name)) == "W" else value for name in row.__slots__])
+    assert read == type(row)(
+        *[
+            f"{source}:row 1" if (value := getattr(row, name)) == "W" else value
+            for name in row.__slots__
+        ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,30 +262,49 @@ def test_cells(tmp_path, content, row):
         (b'prompt,completion\np,"c"d\n', ":row 1: broken CSV"),
         (b"prompt,completion,prompt\np,c,d\n", ":1: key 'prompt' names two columns"),
         (b"prompt,completion\np,c\np,\n", ":row 2: key 'completion' is empty"),
-        (b"prompt,completion\np,caf\xe9\n", r":row 1: key 'completion': byte offset 3 of the cell \(0xe9\) is not UTF-8"),
+        (
+            b"prompt,completion\np,caf\xe9\n",
+            r":row 1: key 'completion': byte offset 3 of the cell \(0xe9\) is not UTF-8",
+        ),
         (b"prompt,completion\np,a\0b\n", ":row 1: key 'completion' holds a raw NUL at character 1"),
         (b"prompt,completion\n", ":1: the file is empty"),
         (b"\n\n", ":1: the file is empty"),
         (b"question,completion\nq,c\n", ":row 1: key 'prompt' is missing"),
         (b"messages\n[{'role': 'user'}]\n", ":row 1: key 'messages': not JSON at column"),
         (b"messages\nhello\n", ":row 1: key 'messages' is text where a list of messages belongs"),
-        (b'messages\n"[{""role"": ""user"", ""role"": ""user""}]"\n', ":row 1: key 'messages': key 'role' stands twice"),
+        (
+            b'messages\n"[{""role"": ""user"", ""role"": ""user""}]"\n',
+            ":row 1: key 'messages': key 'role' stands twice",
+        ),
         (b"prompt,completion,label\np,c,yes\n", r":row 1: key 'label' is text \('yes'\)"),
         (b"prompt,completion,label\np,c,nan\n", ":row 1: key 'label' is text"),
         (b"prompt,completion,label\np,c,\n", ":row 1: key 'label' is text"),
-        (b"prompt,chosen,rejected,margin\np,a,b,nan\n", ":row 1: key 'margin' is nan where a finite number"),
-        (b"prompt,chosen,rejected,margin\np,a,b,1_0\n", ":row 1: key 'margin' is text where a number"),
+        (
+            b"prompt,chosen,rejected,margin\np,a,b,nan\n",
+            ":row 1: key 'margin' is nan where a finite number",
+        ),
+        (
+            b"prompt,chosen,rejected,margin\np,a,b,1_0\n",
+            ":row 1: key 'margin' is text where a number",
+        ),
     ],
 )
 def test_a_broken_table(tmp_path, content, message):
-    assert re.match(message, refused(write(tmp_path / "f.csv", content), (CompletionRow, PreferenceRow, LabelledRow, ChatRow)))
+    assert re.match(
+        message,
+        refused(
+            write(tmp_path / "f.csv", content), (CompletionRow, PreferenceRow, LabelledRow, ChatRow)
+        ),
+    )
 
 
 def test_a_bad_cell_is_skipped_and_a_broken_quote_is_not(tmp_path):
     source = write(tmp_path / "f.csv", b'prompt,completion\np,caf\xe9\np,"a\nb"\nq\np,c\n')
     rows = read_rows(source, SFT, on_error="skip")
     assert [row.where for row in rows] == [f"{source}:row 2", f"{source}:row 4"]
-    assert "broken CSV" in refused(write(tmp_path / "g.csv", b'prompt,completion\np,c\np,"c"d\np,c\n'), on_error="skip")
+    assert "broken CSV" in refused(
+        write(tmp_path / "g.csv", b'prompt,completion\np,c\np,"c"d\np,c\n'), on_error="skip"
+    )
 
 
 def test_a_cell_longer_than_the_csv_module_allows_by_default(tmp_path):
@@ -232,7 +312,8 @@ def test_a_cell_longer_than_the_csv_module_allows_by_default(tmp_path):
     assert len(row.text) == 500_000
 
 
-# Parquet --------------------------------------------------------------------------------------------------------------------------------------------
+# Parquet
+# --------------------------------------------------------------------------------------------------------------------------------------------
 
 
 def parquet(path, columns, **options):
@@ -240,33 +321,54 @@ def parquet(path, columns, **options):
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), buffer, **options)
+    pq.write_table(
+        columns if isinstance(columns, pa.Table) else pa.table(columns), buffer, **options
+    )
     return write(path, buffer.getvalue())
 
 
 @pytest.mark.parametrize("name", ["f.parquet", "f.parquet.gz"])
 def test_parquet(tmp_path, name):
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", "tool_calls": None}]
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes", "tool_calls": None},
+    ]
     source = parquet(tmp_path / name, {"messages": [turns] * 2500}, row_group_size=700)
     rows = read_rows(source, SFT)
     assert len(rows) == 2500
-    assert rows.rows[-1] == ChatRow((Message("user", "hi"), Message("assistant", "yes")), f"{source}:row 2500")
+    assert rows.rows[-1] == ChatRow(
+        (Message("user", "hi"), Message("assistant", "yes")), f"{source}:row 2500"
+    )
 
 
 def test_parquet_types_and_gaps(tmp_path):
-    source = parquet(tmp_path / "f.parquet", {"prompt": ["p", "p", None], "completion": ["c", " ", "c"], "label": [True, False, True]})
-    assert refused(source, (LabelledRow,)) == ":row 2: key 'completion' is empty; fill it in or remove the row"
+    source = parquet(
+        tmp_path / "f.parquet",
+        {"prompt": ["p", "p", None], "completion": ["c", " ", "c"], "label": [True, False, True]},
+    )
+    assert (
+        refused(source, (LabelledRow,))
+        == ":row 2: key 'completion' is empty; fill it in or remove the row"
+    )
     skipped = tmp_path / "skipped.jsonl"
     rows = read_rows(source, (LabelledRow,), on_error="skip", skipped=skipped)
     assert list(rows) == [LabelledRow("p", "c", True, f"{source}:row 1")]
     entries = [json.loads(line) for line in skipped.read_text().splitlines()]
-    assert entries[1]["error"].startswith(f"{source}:row 3: key 'prompt' is null where text belongs")
+    assert entries[1]["error"].startswith(
+        f"{source}:row 3: key 'prompt' is null where text belongs"
+    )
     assert json.loads(entries[1]["line"]) == {"prompt": None, "completion": "c", "label": True}
 
 
-@pytest.mark.parametrize(("margin", "message"), [(float("nan"), "is nan where a finite number belongs"), (float("inf"), "is inf where")])
+@pytest.mark.parametrize(
+    ("margin", "message"),
+    [(float("nan"), "is nan where a finite number belongs"), (float("inf"), "is inf where")],
+)
 def test_parquet_margins(tmp_path, margin, message):
-    source = parquet(tmp_path / "f.parquet", {"prompt": ["p"], "chosen": ["a"], "rejected": ["b"], "margin": [margin]})
+    source = parquet(
+        tmp_path / "f.parquet",
+        {"prompt": ["p"], "chosen": ["a"], "rejected": ["b"], "margin": [margin]},
+    )
     assert f":row 1: key 'margin' {message}" in refused(source, (PreferenceRow,))
 
 
@@ -293,12 +395,15 @@ def test_parquet_with_two_columns_of_one_name(tmp_path):
     assert refused(source) == ": key 'text' names two columns; rename one of them"
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1", b"hello world, no parquet", b"PAR1" + b"\xff" * 40 + b"PAR1"])
+@pytest.mark.parametrize(
+    "content", [b"", b"PAR1", b"hello world, no parquet", b"PAR1" + b"\xff" * 40 + b"PAR1"]
+)
 def test_a_broken_parquet_file(tmp_path, content):
     assert "cannot be read as Parquet" in refused(write(tmp_path / "f.parquet", content))
 
 
-# Paths and archives ---------------------------------------------------------------------------------------------------------------------------------
+# Paths and archives
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 ONE = {
     ".jsonl": b'{"text": "a"}\n',
@@ -325,7 +430,9 @@ def test_a_torn_archive(tmp_path, ending, on_error):
         path = tmp_path / f"f{ending}.gz"
         path.write_bytes(torn)
         message = refused(str(path), on_error=on_error)
-        if torn != content[:-4] or ending != ".json":  # what follows the array is seen before the tear
+        if (
+            torn != content[:-4] or ending != ".json"
+        ):  # what follows the array is seen before the tear
             assert ": the gzip file is torn or not gzip" in message
 
 
@@ -340,13 +447,30 @@ def test_a_flipped_bit_in_an_archive(tmp_path):
 def test_a_path_that_does_not_exist(tmp_path, monkeypatch):
     write(tmp_path / "train.jsonl", ONE[".jsonl"])
     write(tmp_path / "other.csv", ONE[".csv"])
-    assert refused(str(tmp_path / "trian.jsonl")) == f": there is no such file; the nearest is {tmp_path / 'train.jsonl'}"
-    assert refused(str(tmp_path / "Train.json")).endswith(f"the nearest is {tmp_path / 'train.jsonl'}")
+    assert (
+        refused(str(tmp_path / "trian.jsonl"))
+        == f": there is no such file; the nearest is {tmp_path / 'train.jsonl'}"
+    )
+    assert refused(str(tmp_path / "Train.json")).endswith(
+        f"the nearest is {tmp_path / 'train.jsonl'}"
+    )
     assert refused(str(tmp_path / "zzzzzzzz.parquet")) == ": there is no such file; check the path"
-    assert refused(str(tmp_path / "no" / "train.jsonl")) == f": there is no such file, nor a folder {tmp_path / 'no'}"
+    assert (
+        refused(str(tmp_path / "no" / "train.jsonl"))
+        == f": there is no such file, nor a folder {tmp_path / 'no'}"
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    for source in ("train.jsonlx/", "../up/x", "trai.jsonl", "a/b/c", "data/train", "bad name", "C:\\rows.jsonl", "~/none.jsonl"):
+    for source in (
+        "train.jsonlx/",
+        "../up/x",
+        "trai.jsonl",
+        "a/b/c",
+        "data/train",
+        "bad name",
+        "C:\\rows.jsonl",
+        "~/none.jsonl",
+    ):
         message = refused(source)
         assert message.startswith(": there is no such file") and "Hub" not in message
 
@@ -355,7 +479,9 @@ def test_a_directory_and_an_unknown_ending(tmp_path):
     assert refused(str(tmp_path)) == ": is a directory; name one file in it"
     path = write(tmp_path / "train.jsonl", ONE[".jsonl"])
     assert refused(str(tmp_path)) == f": is a directory; name one file in it, such as {path}"
-    assert refused(write(tmp_path / "f.txt", b"a")).startswith(": is not .jsonl, .json, .csv, .parquet or one of these with .gz")
+    assert refused(write(tmp_path / "f.txt", b"a")).startswith(
+        ": is not .jsonl, .json, .csv, .parquet or one of these with .gz"
+    )
     assert refused(write(tmp_path / "f.gz", b"a")).startswith(": is not .jsonl")
 
 
@@ -366,15 +492,24 @@ def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    assert refused(source) == ": cannot be read (Permission denied); check the file and its permissions"
+    assert (
+        refused(source)
+        == ": cannot be read (Permission denied); check the file and its permissions"
+    )
 
 
-# The Hub --------------------------------------------------------------------------------------------------------------------------------------------
+# The Hub
+# --------------------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("source", "name", "split"),
-    [("org/some-data", "org/some-data", "train"), ("data", "data", "train"), ("org/d:test", "org/d", "test"), ("d:train[:10%]", "d", "train[:10%]")],
+    [
+        ("org/some-data", "org/some-data", "train"),
+        ("data", "data", "train"),
+        ("org/d:test", "org/d", "test"),
+        ("d:train[:10%]", "d", "train[:10%]"),
+    ],
 )
 def test_a_hub_name(monkeypatch, source, name, split):
     import datasets
@@ -385,7 +520,10 @@ def test_a_hub_name(monkeypatch, source, name, split):
 
     expected = (name, split)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert list(read_rows(source, SFT)) == [TextRow("a", f"{source}:row 1"), TextRow("b", f"{source}:row 2")]
+    assert list(read_rows(source, SFT)) == [
+        TextRow("a", f"{source}:row 1"),
+        TextRow("b", f"{source}:row 2"),
+    ]
 
 
 def test_a_hub_that_does_not_answer(tmp_path):
@@ -398,16 +536,33 @@ for source in "nobody/nothing:test", "train":
     except ValueError as error:
         print(error)
 """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(sources.__file__).parents[2]), "HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120, check=True)
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(Path(sources.__file__).parents[2]),
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=120,
+        check=True,
+    )
     first, second = done.stdout.splitlines()
     assert re.match(
-        r"nobody/nothing:test: there is no such file, and the Hub dataset nobody/nothing \(split test\) cannot be loaded \(\w+: .*\); check", first
+        r"nobody/nothing:test: there is no such file, and the Hub dataset nobody/nothing \(split "
+        r"test\) cannot be loaded \(\w+: .*\); check",
+        first,
     )
-    assert second.startswith("train: there is no such file") and second.endswith("or give a file; the nearest is train.jsonl")
+    assert second.startswith("train: there is no such file") and second.endswith(
+        "or give a file; the nearest is train.jsonl"
+    )
 
 
-# Anything at all ------------------------------------------------------------------------------------------------------------------------------------
+# Anything at all
+# ------------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", [*ONE, ".parquet", ".jsonl.gz", ".parquet.gz"])

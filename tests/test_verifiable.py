@@ -1,4 +1,6 @@
-"""Rewards that anyone can verify: cases worked by hand, hostile ones, real solutions with their labels, and the way from a row's column to a run."""
+"""Rewards that anyone can verify: cases worked by hand, hostile ones, real solutions with their
+labels, and the way from a row's column to a run.
+"""
 
 import json
 import math
@@ -17,7 +19,15 @@ from fiducial.config import OptimizerSettings, RunSettings
 from fiducial.data.rows import PromptRow
 from fiducial.errors import InputError, RunError
 from fiducial.rewards.load import FunctionReward, Responses, load_reward, load_rewards
-from fiducial.rewards.verifiable import VERIFIABLE, ColumnFault, exact_match, final_number, format, length, numeric_answer
+from fiducial.rewards.verifiable import (
+    VERIFIABLE,
+    ColumnFault,
+    exact_match,
+    final_number,
+    format,
+    length,
+    numeric_answer,
+)
 from fiducial.train.processes import Processes
 
 SHARED = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -53,29 +63,81 @@ SHARED = ROOT.parent / "shared" / "data" / "gsm8k"
         ("A: none of 7 works\nso we say 8", 7),
         ("no marker: 12 and then 3.50 in all.", Fraction(7, 2)),
         ("FAQ: 3 then 4", 4),
-        ("A: -5", -5), ("A: \u22125", -5), ("A: -$5", -5), ("A: $-5", -5), ("A: +5", 5), ("x = -5.", -5),
-        ("16-3", 3), ("(16)-3", 3), ("range--3", 3),
-        ("A: .5", Fraction(1, 2)), ("A: 5.", 5), ("A: $.50", Fraction(1, 2)), ("A: 0.10", Fraction(1, 10)),
-        ("A: 3/4", Fraction(3, 4)), ("A: 3 / 4", Fraction(3, 4)), ("A: 1 3/4", Fraction(7, 4)),
-        (r"A: -1\frac{1}{2}", Fraction(-3, 2)), ("A: 1.5/2", Fraction(3, 4)),
-        ("A: 1.5e-3", Fraction(3, 2000)), ("A: 2E3", 2000), (r"A: 2.5 \times 10^{3}", 2500), ("A: 2.5 \u00d7 10^-1", Fraction(1, 4)),
-        ("A: 50%", 50), ("A: 12 %", 12), ("A: 7.5kg", Fraction(15, 2)),
-        ("A: 1,2345", 1), ("1,234,56", 56), ("1,23", 23),
-        ("A: \u0661\u0668", 18), ("A: \uff11\uff18", 18), ("A: 10\u00b2", 10), ("共有18个", 18),
-        ("CO2", None), ("", None), ("A:", None), (r"\boxed{", None), (r"\boxed{}", None), ("A: x1", None), ("eighteen", None),
-        ("1/0", None), ("A: 1/0", None), (r"18 \frac{1}{0}", None), ("A: 5/.0", None),
-        ("1e999999999", None), ("18, no, 1e-999999999", None), ("A: 1e" + "9" * 9999, None), ("9" * 100_000, None), ("0." + "3" * 100_000, None),
-        ("A: 1e1000", 10**1000), ("A: 1e1001", None), ("A: inf", None), ("nan", None), ("A: 5_000", 5),
+        ("A: -5", -5),
+        ("A: \u22125", -5),
+        ("A: -$5", -5),
+        ("A: $-5", -5),
+        ("A: +5", 5),
+        ("x = -5.", -5),
+        ("16-3", 3),
+        ("(16)-3", 3),
+        ("range--3", 3),
+        ("A: .5", Fraction(1, 2)),
+        ("A: 5.", 5),
+        ("A: $.50", Fraction(1, 2)),
+        ("A: 0.10", Fraction(1, 10)),
+        ("A: 3/4", Fraction(3, 4)),
+        ("A: 3 / 4", Fraction(3, 4)),
+        ("A: 1 3/4", Fraction(7, 4)),
+        (r"A: -1\frac{1}{2}", Fraction(-3, 2)),
+        ("A: 1.5/2", Fraction(3, 4)),
+        ("A: 1.5e-3", Fraction(3, 2000)),
+        ("A: 2E3", 2000),
+        (r"A: 2.5 \times 10^{3}", 2500),
+        ("A: 2.5 \u00d7 10^-1", Fraction(1, 4)),
+        ("A: 50%", 50),
+        ("A: 12 %", 12),
+        ("A: 7.5kg", Fraction(15, 2)),
+        ("A: 1,2345", 1),
+        ("1,234,56", 56),
+        ("1,23", 23),
+        ("A: \u0661\u0668", 18),
+        ("A: \uff11\uff18", 18),
+        ("A: 10\u00b2", 10),
+        ("共有18个", 18),
+        ("CO2", None),
+        ("", None),
+        ("A:", None),
+        (r"\boxed{", None),
+        (r"\boxed{}", None),
+        ("A: x1", None),
+        ("eighteen", None),
+        ("1/0", None),
+        ("A: 1/0", None),
+        (r"18 \frac{1}{0}", None),
+        ("A: 5/.0", None),
+        ("1e999999999", None),
+        ("18, no, 1e-999999999", None),
+        ("A: 1e" + "9" * 9999, None),
+        ("9" * 100_000, None),
+        ("0." + "3" * 100_000, None),
+        ("A: 1e1000", 10**1000),
+        ("A: 1e1001", None),
+        ("A: inf", None),
+        ("nan", None),
+        ("A: 5_000", 5),
     ],
-)  # fmt: skip
+)
 def test_the_final_number_by_hand(text, number):
     assert final_number(text) == number
 
 
 def test_what_is_right_is_right_exactly_and_no_float_is_between():
-    cases = [("A: 0.1", "1/10", 1), ("A: 0.3333333333333333", "1/3", 0), ("A: 10000000000000001", 10**16, 0), ("A: 0.30", 0.3, 1), ("A: 3e-1", 0.1 + 0.2, 0),
-             ("A: 26.000", "26", 1), ("A: -0", 0, 1), ("A: 1e1000", "10e999", 1), ("A: 18", "... 9 * 2 = 18\n#### 18", 1), ("A: 72", "72 cm^2", 1)]  # fmt: skip
-    assert numeric_answer([""] * len(cases), [c for c, _, _ in cases], answer=[a for _, a, _ in cases]) == [r for _, _, r in cases]
+    cases = [
+        ("A: 0.1", "1/10", 1),
+        ("A: 0.3333333333333333", "1/3", 0),
+        ("A: 10000000000000001", 10**16, 0),
+        ("A: 0.30", 0.3, 1),
+        ("A: 3e-1", 0.1 + 0.2, 0),
+        ("A: 26.000", "26", 1),
+        ("A: -0", 0, 1),
+        ("A: 1e1000", "10e999", 1),
+        ("A: 18", "... 9 * 2 = 18\n#### 18", 1),
+        ("A: 72", "72 cm^2", 1),
+    ]
+    assert numeric_answer(
+        [""] * len(cases), [c for c, _, _ in cases], answer=[a for _, a, _ in cases]
+    ) == [r for _, _, r in cases]
 
 
 def test_a_written_fraction_is_read_back_whatever_its_form():
@@ -83,18 +145,52 @@ def test_a_written_fraction_is_read_back_whatever_its_form():
     for _ in range(500):
         whole, cents = rng.randrange(-(10 ** rng.randrange(1, 12)), 10**7), rng.randrange(100)
         value = Fraction(whole) + Fraction(cents, 100) * (1 if whole >= 0 else -1)
-        forms = [f"{whole:,}.{cents:02}", f"{whole}.{cents:02}", f"{value.numerator}/{value.denominator}", f"{int(f'{whole}{cents:02}')}e-2",
-                 rf"\boxed{{\frac{{{value.numerator}}}{{{value.denominator}}}}}"]  # fmt: skip
+        forms = [
+            f"{whole:,}.{cents:02}",
+            f"{whole}.{cents:02}",
+            f"{value.numerator}/{value.denominator}",
+            f"{int(f'{whole}{cents:02}')}e-2",
+            rf"\boxed{{\frac{{{value.numerator}}}{{{value.denominator}}}}}",
+        ]
         if whole == 0:
             continue
         marker = rng.choice(["A: ", "so 17 and 3\n#### ", "the answer is $", "Answer: ", ""])
-        assert {final_number(marker + f + rng.choice(["", ".", " eggs", "\nA:", "%"])) for f in forms} == {value}
+        assert {
+            final_number(marker + f + rng.choice(["", ".", " eggs", "\nA:", "%"])) for f in forms
+        } == {value}
 
 
 ADVERSARIES = [
-    "A:", "1,", ",111", "=", " ", "\\boxed{", "{", "9", "1 ", "1/", "1 1/", "<think>", "</think><answer>", "<", " </think>\n", "1 +", "$", "-", ".5", "1e",
-    ".1,111", "1 x 10^{", "answer", "answer is", "*", "#", "\\frac{1", "\n", "answer ",
-]  # fmt: skip
+    "A:",
+    "1,",
+    ",111",
+    "=",
+    " ",
+    "\\boxed{",
+    "{",
+    "9",
+    "1 ",
+    "1/",
+    "1 1/",
+    "<think>",
+    "</think><answer>",
+    "<",
+    " </think>\n",
+    "1 +",
+    "$",
+    "-",
+    ".5",
+    "1e",
+    ".1,111",
+    "1 x 10^{",
+    "answer",
+    "answer is",
+    "*",
+    "#",
+    "\\frac{1",
+    "\n",
+    "answer ",
+]
 FRAMES = ("{}", "A: x{}", "<think>{}")
 
 
@@ -114,10 +210,27 @@ def test_no_text_makes_it_hang():
 
 
 def test_exact_match_folds_white_space_and_nothing_else():
-    right = [("yes", "yes"), (" yes\n", "yes"), ("a  b\tc\n\nd", "a b c d"), ("18", 18), ("0.5", 0.5), ("", ""), ("x", "\u00a0x ")]
-    wrong = [("Yes", "yes"), ("yes.", "yes"), ("18.0", 18), ("e\u0301", "\u00e9"), ("ab", "a b"), ("", "x")]
+    right = [
+        ("yes", "yes"),
+        (" yes\n", "yes"),
+        ("a  b\tc\n\nd", "a b c d"),
+        ("18", 18),
+        ("0.5", 0.5),
+        ("", ""),
+        ("x", "\u00a0x "),
+    ]
+    wrong = [
+        ("Yes", "yes"),
+        ("yes.", "yes"),
+        ("18.0", 18),
+        ("e\u0301", "\u00e9"),
+        ("ab", "a b"),
+        ("", "x"),
+    ]
     for cases, reward in ((right, 1.0), (wrong, 0.0)):
-        assert exact_match([""] * len(cases), [c for c, _ in cases], answer=[a for _, a in cases]) == [reward] * len(cases)
+        assert exact_match(
+            [""] * len(cases), [c for c, _ in cases], answer=[a for _, a in cases]
+        ) == [reward] * len(cases)
 
 
 @pytest.mark.parametrize(
@@ -152,14 +265,21 @@ def test_length_counts_words_and_either_end_may_be_open():
     assert length(texts, texts, min_words=[1] * 4, max_words=[3] * 4) == [0, 1, 1, 0]
     assert length(texts, texts, min_words=[3] * 4) == [0, 0, 1, 1]
     assert length(texts, texts, max_words=[0] * 4) == [1, 0, 0, 0]
-    assert length(texts, texts, min_words=[None, 1, 3, 4], max_words=[0, None, 3, 4]) == [1, 1, 1, 1]
+    assert length(texts, texts, min_words=[None, 1, 3, 4], max_words=[0, None, 3, 4]) == [
+        1,
+        1,
+        1,
+        1,
+    ]
 
 
 def test_messages_are_read_as_text_is():
     def said(*texts):
         return [{"role": "assistant", "content": t} for t in texts]
 
-    assert numeric_answer([[]] * 4, [said("A: 5"), said("A: 5", "A: 6"), said(None), []], answer=["5"] * 4) == [1, 0, 0, 0]
+    assert numeric_answer(
+        [[]] * 4, [said("A: 5"), said("A: 5", "A: 6"), said(None), []], answer=["5"] * 4
+    ) == [1, 0, 0, 0]
     assert exact_match([[]], [said("yes ")], answer=["yes"]) == [1]
     assert length([[]], [said("a b")], max_words=[2]) == [1]
     assert format([[]], [said("ab")], pattern=["a."]) == [1]
@@ -195,10 +315,22 @@ def test_a_column_that_cannot_be_used_is_named_with_its_row(name, columns, row, 
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the GSM8K files are not on this machine")
-@pytest.mark.parametrize("marker", [r"A: {}", r"#### {}", r"The answer is ${}.", r"So \boxed{{{}}} dollars", "</think><answer>{}</answer>", "So {} in all."])
+@pytest.mark.parametrize(
+    "marker",
+    [
+        r"A: {}",
+        r"#### {}",
+        r"The answer is ${}.",
+        r"So \boxed{{{}}} dollars",
+        "</think><answer>{}</answer>",
+        "So {} in all.",
+    ],
+)
 def test_every_real_solution_is_judged_as_its_label_says(marker):
     def rows(name):
-        return [json.loads(line) for line in (SHARED / name).read_text(encoding="utf-8").splitlines()]
+        return [
+            json.loads(line) for line in (SHARED / name).read_text(encoding="utf-8").splitlines()
+        ]
 
     answers = {r["prompt"]: r["answer"] for r in rows("questions.jsonl")}
     solutions = rows("labelled.jsonl")
@@ -219,7 +351,10 @@ def test_a_name_is_loaded_and_a_near_miss_lists_what_there_is(tmp_path, monkeypa
         reward = load_reward(name, RunSettings(), processes)
         assert isinstance(reward, FunctionReward) and reward.function is function
     for wrong in ("numeric_anwser", "numeric-answer", "Exact_Match", "formats", "lenght"):
-        with pytest.raises(InputError, match=r"--score: there is no .* did you mean .*exact_match, numeric_answer, format, length.*folder.*file.py:function"):
+        with pytest.raises(
+            InputError,
+            match=r"--score: there is no .* did you mean .*exact_match, numeric_answer, format, length.*folder.*file.py:function",
+        ):
             load_reward(wrong, RunSettings(), processes, "--score")
     with pytest.raises(InputError, match="numeric_answer"):
         load_rewards((), None, RunSettings(), processes)
@@ -230,35 +365,67 @@ def test_a_name_is_loaded_and_a_near_miss_lists_what_there_is(tmp_path, monkeypa
 
 
 def responses(rows: list[PromptRow], texts: list[str]) -> Responses:
-    return Responses([r.prompt for r in rows], texts, [r.columns for r in rows], None, None, [r.where for r in rows])  # type: ignore[arg-type]
+    return Responses(
+        [r.prompt for r in rows],
+        texts,
+        [r.columns for r in rows],
+        None,
+        None,
+        [r.where for r in rows],
+    )  # type: ignore[arg-type]
 
 
 def test_a_fault_names_file_and_line_before_the_work_and_during_it():
-    rows = [PromptRow("a", {"answer": "1"}, "f.jsonl:1"), PromptRow("b", {"anwser": "2", "completions": ["x"]}, "f.jsonl:2")]
+    rows = [
+        PromptRow("a", {"answer": "1"}, "f.jsonl:1"),
+        PromptRow("b", {"anwser": "2", "completions": ["x"]}, "f.jsonl:2"),
+    ]
     reward = load_rewards(("numeric_answer", "exact_match"), None, RunSettings(), Processes())
     with pytest.raises(InputError, match=r"^f.jsonl:2: numeric_answer needs the column 'answer'"):
         reward.check_rows(rows)
     with pytest.raises(RunError, match=r"^f.jsonl:2: numeric_answer needs the column 'answer'"):
         reward(responses(rows, ["1", "2"]))
     reward.check_rows(rows[:1])
-    assert reward(responses(rows[:1], ["A: 1"])).parts == {"numeric_answer": [1.0], "exact_match": [0.0]}
+    assert reward(responses(rows[:1], ["A: 1"])).parts == {
+        "numeric_answer": [1.0],
+        "exact_match": [0.0],
+    }
 
 
 def test_a_users_function_is_not_called_ahead_of_the_work(tmp_path):
-    (tmp_path / "mine.py").write_text("def f(prompts, completions, **columns):\n    raise ValueError('called')\n")
-    load_rewards((f"{tmp_path}/mine.py:f",), None, RunSettings(), Processes()).check_rows([PromptRow("a", {}, "f:1")])
+    (tmp_path / "mine.py").write_text(
+        "def f(prompts, completions, **columns):\n    raise ValueError('called')\n"
+    )
+    load_rewards((f"{tmp_path}/mine.py:f",), None, RunSettings(), Processes()).check_rows(
+        [PromptRow("a", {}, "f:1")]
+    )
 
 
 def test_columns_that_are_called_like_the_arguments_do_no_harm():
-    row = PromptRow("a", {"answer": "1", "prompts": "x", "completions": ["y"], "labels": [True]}, "f:1")
-    assert load_reward("numeric_answer", RunSettings(), Processes())(responses([row], ["1"])) == [1.0]
+    row = PromptRow(
+        "a", {"answer": "1", "prompts": "x", "completions": ["y"], "labels": [True]}, "f:1"
+    )
+    assert load_reward("numeric_answer", RunSettings(), Processes())(responses([row], ["1"])) == [
+        1.0
+    ]
 
 
 @pytest.mark.parametrize("run", [generate, collect])
 def test_a_row_without_its_column_is_refused_before_anything_is_sampled(tmp_path, models, run):
-    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "the cat", "answer": 1}, {"prompt": "a"}])
-    common = {"model": models["llama"], "prompts": prompts, "out": str(tmp_path / "o.jsonl"), "max_new_tokens": 4}
-    settings = Generate(**common, best_of=2, score="numeric_answer") if run is generate else Collect(**common, judge="numeric_answer")
+    prompts = write_jsonl(
+        tmp_path / "p.jsonl", [{"prompt": "the cat", "answer": 1}, {"prompt": "a"}]
+    )
+    common = {
+        "model": models["llama"],
+        "prompts": prompts,
+        "out": str(tmp_path / "o.jsonl"),
+        "max_new_tokens": 4,
+    }
+    settings = (
+        Generate(**common, best_of=2, score="numeric_answer")
+        if run is generate
+        else Collect(**common, judge="numeric_answer")
+    )
     with pytest.raises(InputError, match=r"p.jsonl:2: numeric_answer needs the column 'answer'"):
         run(settings)
     assert not (tmp_path / "o.jsonl").exists()
@@ -266,15 +433,39 @@ def test_a_row_without_its_column_is_refused_before_anything_is_sampled(tmp_path
 
 def small(**changes):
     base = {"steps": 2, "batch_size": 4, "epochs": 1, "max_new_tokens": 6, "learning_rate": 1e-3}
-    return base | {"optimizer": OptimizerSettings(), "run": RunSettings(samples=2, eval_every=0, checkpoint_every=0)} | changes
+    return (
+        base
+        | {
+            "optimizer": OptimizerSettings(),
+            "run": RunSettings(samples=2, eval_every=0, checkpoint_every=0),
+        }
+        | changes
+    )
 
 
 def test_ppo_learns_from_a_verifiable_reward_end_to_end(tmp_path, models):
-    """Two rewards by name, one of which this model can earn; what the run wrote is what the functions say of its samples."""
-    rows = [{"prompt": p, "answer": a, "min_words": 2} for p, a in (("the cat", "12"), ("on the mat", 3), ("a", "1/2"), ("say", 7))]
+    """Two rewards by name, one of which this model can earn; what the run wrote is what the
+    functions say of its samples.
+    """
+    rows = [
+        {"prompt": p, "answer": a, "min_words": 2}
+        for p, a in (("the cat", "12"), ("on the mat", 3), ("a", "1/2"), ("say", 7))
+    ]
     data = write_jsonl(tmp_path / "p.jsonl", rows)
-    run = fd.ppo(fd.PPO(model=models["llama"], data=data, reward=("numeric_answer", "length"), out=str(tmp_path / "run"), **small()))
-    steps = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines() if "reward/length" in line]
+    run = fd.ppo(
+        fd.PPO(
+            model=models["llama"],
+            data=data,
+            reward=("numeric_answer", "length"),
+            out=str(tmp_path / "run"),
+            **small(),
+        )
+    )
+    steps = [
+        json.loads(line)
+        for line in (run.path / "metrics.jsonl").read_text().splitlines()
+        if "reward/length" in line
+    ]
     assert len(steps) == 2
     for s in steps:
         assert s["reward/numeric_answer"] == 0  # its vocabulary has no digit
@@ -286,6 +477,22 @@ def test_ppo_learns_from_a_verifiable_reward_end_to_end(tmp_path, models):
 
 
 def test_ppo_refuses_rows_that_its_reward_cannot_read(tmp_path, models):
-    data = write_jsonl(tmp_path / "p.jsonl", [*({"prompt": "the cat", "answer": "1"} for _ in range(5)), {"prompt": "a", "answer": "none"}])
-    with pytest.raises(InputError, match=r"p.jsonl:6: numeric_answer: the column 'answer' holds 'none'"):
-        fd.ppo(fd.PPO(model=models["llama"], data=data, reward=("numeric_answer",), out=str(tmp_path / "run"), **small()))
+    data = write_jsonl(
+        tmp_path / "p.jsonl",
+        [
+            *({"prompt": "the cat", "answer": "1"} for _ in range(5)),
+            {"prompt": "a", "answer": "none"},
+        ],
+    )
+    with pytest.raises(
+        InputError, match=r"p.jsonl:6: numeric_answer: the column 'answer' holds 'none'"
+    ):
+        fd.ppo(
+            fd.PPO(
+                model=models["llama"],
+                data=data,
+                reward=("numeric_answer",),
+                out=str(tmp_path / "run"),
+                **small(),
+            )
+        )

@@ -1,8 +1,8 @@
 """Align language models on one machine, with every method held against a known optimum.
 
     import fiducial as fd
-    loss, metrics = fd.losses.dpo(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1)
-    run = fd.ppo(fd.PPO(model="...", data="prompts.jsonl", reward=("reward.py:score",)))
+    loss, metrics = fd.losses.dpo(policy_chosen, policy_rejected, ref_chosen, ref_rejected,
+    beta=0.1) run = fd.ppo(fd.PPO(model="...", data="prompts.jsonl", reward=("reward.py:score",)))
 
 Names are loaded when they are used: `import fiducial` itself imports nothing heavy.
 """

@@ -19,19 +19,49 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "demo": Verb("demo.pipeline:Demo:demo", "the whole pipeline on an embedded world, in minutes on a CPU; prints where the page is"),
+    "demo": Verb(
+        "demo.pipeline:Demo:demo",
+        "the whole pipeline on an embedded world, in minutes on a CPU; prints where the page is",
+    ),
     "sft": Verb("methods.sft:SFT:sft", "supervised fine-tuning on demonstrations"),
-    "reward": Verb("methods.reward_model:RewardModel:reward", "a Bradley-Terry reward model from comparisons"),
-    "prm": Verb("methods.prm:PRM:prm", "a process reward model from solutions with labelled steps, or from their outcomes alone"),
-    "ppo": Verb("methods.ppo:PPO:ppo", "sample, score and improve, with a critic and a KL penalty to a frozen reference"),
-    "reinforce": Verb("methods.reinforce:Reinforce:reinforce", "the same without a critic: RLOO, ReMax, REINFORCE++, a running mean or no baseline"),
-    "grpo": Verb("methods.grpo:GRPO:grpo", "the same against the other responses to a prompt: GRPO, Dr. GRPO, DAPO, GSPO, CISPO"),
+    "reward": Verb(
+        "methods.reward_model:RewardModel:reward", "a Bradley-Terry reward model from comparisons"
+    ),
+    "prm": Verb(
+        "methods.prm:PRM:prm",
+        "a process reward model from solutions with labelled steps, or from their outcomes alone",
+    ),
+    "ppo": Verb(
+        "methods.ppo:PPO:ppo",
+        "sample, score and improve, with a critic and a KL penalty to a frozen reference",
+    ),
+    "reinforce": Verb(
+        "methods.reinforce:Reinforce:reinforce",
+        "the same without a critic: RLOO, ReMax, REINFORCE++, a running mean or no baseline",
+    ),
+    "grpo": Verb(
+        "methods.grpo:GRPO:grpo",
+        "the same against the other responses to a prompt: GRPO, Dr. GRPO, DAPO, GSPO, CISPO",
+    ),
     "dpo": Verb("methods.dpo:DPO:dpo", "learn from comparisons without a reward model"),
-    "distill": Verb("methods.distill:Distill:distill", "learn from a teacher on samples of one's own: the reverse KL, token by token"),
-    "collect": Verb("collect.pairs:Collect:collect", "sample responses, have a judge compare them, write preference rows"),
+    "distill": Verb(
+        "methods.distill:Distill:distill",
+        "learn from a teacher on samples of one's own: the reverse KL, token by token",
+    ),
+    "collect": Verb(
+        "collect.pairs:Collect:collect",
+        "sample responses, have a judge compare them, write preference rows",
+    ),
     "generate": Verb("collect.generate:Generate:generate", "answer a file of prompts"),
-    "eval": Verb("collect.evaluate:Evaluate:evaluate", "win rate, score, KL and length of a model, with intervals"),
-    "lab": Verb("lab.command:Lab:lab", "every method against the exactly known optimum of small worlds, and a page with the derivations and their numbers"),
+    "eval": Verb(
+        "collect.evaluate:Evaluate:evaluate",
+        "win rate, score, KL and length of a model, with intervals",
+    ),
+    "lab": Verb(
+        "lab.command:Lab:lab",
+        "every method against the exactly known optimum of small worlds, and a page with the "
+        "derivations and their numbers",
+    ),
     "report": Verb("report.command:Report:report", "write the page of a run again"),
 }
 
@@ -59,14 +89,19 @@ Exit codes: 0 done, 1 failed while running (what was trained is saved), 2 refuse
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    # threads that wait should sleep, not spin: on a busy machine spinning costs ten times the work (read when torch is first loaded)
+    # threads that wait should sleep, not spin: on a busy machine spinning costs ten times the work
+    # (read when torch is first loaded)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
     if not args or args[0] in ("-h", "--help", "help"):
         width = max(map(len, VERBS))
-        print(HELP.format(verbs="\n".join(f"  {name:<{width}}  {verb.line}" for name, verb in VERBS.items())))
+        print(
+            HELP.format(
+                verbs="\n".join(f"  {name:<{width}}  {verb.line}" for name, verb in VERBS.items())
+            )
+        )
         return 0
     if args[0] == "--version":
         from . import __version__
@@ -91,7 +126,10 @@ def _run(name: str, args: list[str]) -> int:
         import difflib
 
         near = difflib.get_close_matches(name, VERBS, n=1)
-        raise InputError(f"there is no verb {name!r}{f': did you mean {near[0]}?' if near else ''} (fiducial --help lists them)")
+        raise InputError(
+            f"there is no verb {name!r}{f': did you mean {near[0]}?' if near else ''} (fiducial "
+            "--help lists them)"
+        )
     from .config import parse
 
     module, settings_name, function_name = VERBS[name].where.split(":")

@@ -1,6 +1,8 @@
-"""Settings: a YAML file and flags become frozen, validated objects. An unknown key is an error that offers the nearest name.
+"""Settings: a YAML file and flags become frozen, validated objects. An unknown key is an error that
+offers the nearest name.
 
-Order of precedence: flags, then the file, then the defaults in the classes. This module imports nothing heavy.
+Order of precedence: flags, then the file, then the defaults in the classes. This module imports
+nothing heavy.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class Settings(BaseModel):
             if not _parsing:
                 raise
             command, whole = _parsing[-1]
-            section = next((f"{n}." for n, f in whole.model_fields.items() if f.annotation is type(self)), "")
+            section = next(
+                (f"{n}." for n, f in whole.model_fields.items() if f.annotation is type(self)), ""
+            )
             raise _Refused(explain(error, command, section)) from None
 
 
@@ -51,7 +55,9 @@ class RowSettings(Settings):
     max_length: int | None = Field(None, gt=1)
     """Tokens of a row, prompt and response together. Default: the model's context."""
     on_long: Literal["truncate", "error"] = "truncate"
-    """A response beyond max_length is cut at its end, and counted, or is an error. A prompt that leaves no room for a label is always one."""
+    """A response beyond max_length is cut at its end, and counted, or is an error. A prompt that
+    leaves no room for a label is always one.
+    """
     on_error: Literal["stop", "skip"] = "stop"
     """A bad row stops the command with its file:line, or is counted and written to skipped.jsonl."""
     train_on: Literal["all", "last"] = "all"
@@ -61,7 +67,9 @@ class RowSettings(Settings):
     eos_token: str | None = None
     """The token that ends a response, if it is not the tokenizer's EOS."""
     held_out: float = Field(0.1, ge=0, lt=1)
-    """Share of the prompts that is kept for evaluation and never trained on. Ours. ppo, reinforce and grpo train on all of them: judge them by eval."""
+    """Share of the prompts that is kept for evaluation and never trained on. Ours. ppo, reinforce
+    and grpo train on all of them: judge them by eval.
+    """
     eval_data: str | None = None
     """Rows for evaluation, instead of held_out."""
 
@@ -104,7 +112,9 @@ class RunSettings(Settings):
     keep_checkpoints: int = Field(2, gt=0)
     """How many of the newest stay."""
     eval_every: int = Field(50, ge=0)
-    """Steps from one evaluation on held-out rows to the next, where a method keeps some; 0: at the end only."""
+    """Steps from one evaluation on held-out rows to the next, where a method keeps some; 0: at the
+    end only.
+    """
     samples: int = Field(8, ge=0)
     """Prompts that are answered before and after, for the page."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -124,11 +134,15 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        raise InputError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {getattr(error, 'problem', error)}") from error
+        raise InputError(
+            f"{path}:{mark.line + 1 if mark else 1}: not YAML: {getattr(error, 'problem', error)}"
+        ) from error
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise InputError(f"{path}:1: expected settings as `name: value` lines, got a {type(data).__name__}")
+        raise InputError(
+            f"{path}:1: expected settings as `name: value` lines, got a {type(data).__name__}"
+        )
     return data
 
 
@@ -143,13 +157,19 @@ def build(cls: type[S], values: Mapping[str, Any], *, source: str = "settings") 
 
 def explain(error: ValidationError, source: str, section: str = "") -> str:
     """The first fault of a pydantic error as one sentence."""
-    first = min(error.errors(), key=lambda e: e["type"] == "missing")  # what is wrong before what is not there
+    first = min(
+        error.errors(), key=lambda e: e["type"] == "missing"
+    )  # what is wrong before what is not there
     name = section + ".".join(str(p) for p in first["loc"]) or "settings"
     if first["type"] == "missing":
         return f"{source}: {name} is required: give --{name.replace('_', '-')}"
     message = first["msg"].removeprefix("Value error, ")
     flag = f"--{name.replace('_', '-')}"
-    return f"{source}: {flag}: {message[0].lower() + message[1:]}, not {first['input']!r}" if first["type"] != "value_error" else f"{source}: {message}"
+    return (
+        f"{source}: {flag}: {message[0].lower() + message[1:]}, not {first['input']!r}"
+        if first["type"] != "value_error"
+        else f"{source}: {message}"
+    )
 
 
 def _known(cls: type[BaseModel], values: Mapping[str, Any], source: str, prefix: str) -> None:
@@ -157,14 +177,24 @@ def _known(cls: type[BaseModel], values: Mapping[str, Any], source: str, prefix:
         field = cls.model_fields.get(key)
         if field is None:
             near = difflib.get_close_matches(str(key), list(cls.model_fields), n=1, cutoff=0.5)
-            hint = f": did you mean {prefix}{near[0]}?" if near else f"; there are {', '.join(cls.model_fields)}"
+            hint = (
+                f": did you mean {prefix}{near[0]}?"
+                if near
+                else f"; there are {', '.join(cls.model_fields)}"
+            )
             raise InputError(f"{source}: unknown setting {prefix}{key}{hint}")
-        if isinstance(value, Mapping) and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if (
+            isinstance(value, Mapping)
+            and isinstance(field.annotation, type)
+            and issubclass(field.annotation, BaseModel)
+        ):
             _known(field.annotation, value, source, f"{prefix}{key}.")
 
 
 def parse(cls: type[S], args: Sequence[str], *, command: str) -> S:
-    """Settings of one command from its flags, over `--config FILE`, over the defaults. `--help` and a wrong flag exit by themselves (0 and 2)."""
+    """Settings of one command from its flags, over `--config FILE`, over the defaults. `--help` and
+    a wrong flag exit by themselves (0 and 2).
+    """
     import tyro
 
     args, file = _take_config(list(args))
@@ -183,23 +213,36 @@ def parse(cls: type[S], args: Sequence[str], *, command: str) -> S:
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
-                cls, prog=f"fiducial {command}", default=default, args=args, config=(tyro.conf.AvoidSubcommands,), description=_description(cls)
+                cls,
+                prog=f"fiducial {command}",
+                default=default,
+                args=args,
+                config=(tyro.conf.AvoidSubcommands,),
+                description=_description(cls),
             )
     except _Refused as refused:
         raise InputError(str(refused)) from None
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise InputError(f"{command}: {_sentence(said.getvalue())} (fiducial {command} --help explains it)") from None
+        raise InputError(
+            f"{command}: {_sentence(said.getvalue())} (fiducial {command} --help explains it)"
+        ) from None
     finally:
         _parsing.pop()
 
 
 def _sentence(box: str) -> str:
-    """What the flag parser says in a box, as one sentence: what stands between its title and its next rule, drawn in lines or, in a plain terminal, dashes."""
+    """What the flag parser says in a box, as one sentence: what stands between its title and its
+    next rule, drawn in lines or, in a plain terminal, dashes.
+    """
     lines = [line.strip(" │|") for line in box.splitlines()]
     rules = [i for i, line in enumerate(lines) if line.startswith(("╭", "╰", "─", "--", "+-"))]
-    told = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines).strip().removesuffix(".")
+    told = (
+        " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines)
+        .strip()
+        .removesuffix(".")
+    )
     return told[:1].lower() + told[1:]
 
 
@@ -210,13 +253,24 @@ def _check_flags(cls: type[Settings], args: Sequence[str], default: Settings, co
     known = {name for flag in _flags(cls) for name in (flag, "no-" + flag)}
     given = {a[2:].split("=", 1)[0].replace("_", "-") for a in args if a.startswith("--")}
     for flag in sorted(given - known):
-        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5) or [k for k in sorted(known) if k.endswith(f".{flag}")][:1]
-        raise InputError(f"{command}: there is no flag --{flag}{f': did you mean --{near[0]}?' if near else ''} (fiducial {command} --help lists them)")
+        near = (
+            difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+            or [k for k in sorted(known) if k.endswith(f".{flag}")][:1]
+        )
+        raise InputError(
+            f"{command}: there is no flag --{flag}{f': did you mean --{near[0]}?' if near else ''} "
+            f"(fiducial {command} --help lists them)"
+        )
     for name in cls.model_fields:
         flag = name.replace("_", "-")
-        positional = any(m is tyro.conf.Positional or "Positional" in repr(m) for m in cls.model_fields[name].metadata)
+        positional = any(
+            m is tyro.conf.Positional or "Positional" in repr(m)
+            for m in cls.model_fields[name].metadata
+        )
         if getattr(default, name) is tyro.MISSING and flag not in given and not positional:
-            raise InputError(f"{command}: --{flag} is required (fiducial {command} --help explains it)")
+            raise InputError(
+                f"{command}: --{flag} is required (fiducial {command} --help explains it)"
+            )
 
 
 def _flags(cls: type[BaseModel], prefix: str = "") -> list[str]:
@@ -229,7 +283,9 @@ def _flags(cls: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _description(cls: type[Settings]) -> str:
-    return (cls.__doc__ or "") + "\n\n--config FILE reads any of these from a YAML file first; flags win."
+    return (
+        cls.__doc__ or ""
+    ) + "\n\n--config FILE reads any of these from a YAML file first; flags win."
 
 
 def _take_config(args: list[str]) -> tuple[list[str], str | None]:
@@ -244,7 +300,9 @@ def _take_config(args: list[str]) -> tuple[list[str], str | None]:
 
 
 def _partial(cls: type[Settings], values: Mapping[str, Any], source: str) -> Any:
-    """An instance with what the file gives, defaults elsewhere, and a mark where a flag must still come."""
+    """An instance with what the file gives, defaults elsewhere, and a mark where a flag must still
+    come.
+    """
     import tyro
 
     _known(cls, values, source, "")
@@ -252,7 +310,11 @@ def _partial(cls: type[Settings], values: Mapping[str, Any], source: str) -> Any
     for name, field in cls.model_fields.items():
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, Settings):
-            fields[name] = build(annotation, {**field.get_default().model_dump(), **values.get(name, {})}, source=f"{source}: {name}")
+            fields[name] = build(
+                annotation,
+                {**field.get_default().model_dump(), **values.get(name, {})},
+                source=f"{source}: {name}",
+            )
         elif name in values:
             value = values[name]
             fields[name] = tuple(value) if isinstance(value, list) else value
@@ -262,18 +324,26 @@ def _partial(cls: type[Settings], values: Mapping[str, Any], source: str) -> Any
     try:
         cls(**given)
     except ValidationError as error:
-        if values and any(e["type"] != "missing" and e["loc"] for e in error.errors()):  # two settings that do not fit: a flag may still mend it
+        if values and any(
+            e["type"] != "missing" and e["loc"] for e in error.errors()
+        ):  # two settings that do not fit: a flag may still mend it
             raise InputError(explain(error, source)) from None
     return cls.model_construct(**fields)
 
 
 def dump_yaml(settings: Settings, method: str) -> str:
     """The resolved settings as YAML that `--config` reads back."""
-    return yaml.safe_dump({"method": method, **settings.model_dump(mode="json")}, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(
+        {"method": method, **settings.model_dump(mode="json")}, sort_keys=False, allow_unicode=True
+    )
 
 
 def command_line() -> str:
     """The command as it was typed."""
     import shlex
 
-    return shlex.join(["fiducial", *sys.argv[1:]]) if Path(sys.argv[0]).name.startswith(("fiducial", "__main__")) else shlex.join(sys.argv)
+    return (
+        shlex.join(["fiducial", *sys.argv[1:]])
+        if Path(sys.argv[0]).name.startswith(("fiducial", "__main__"))
+        else shlex.join(sys.argv)
+    )

@@ -2,8 +2,12 @@
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: refused before any work, exit code 2. One sentence that names the place, the reason and the remedy."""
+    """What the user gave cannot be used: refused before any work, exit code 2. One sentence that
+    names the place, the reason and the remedy.
+    """
 
 
 class RunError(RuntimeError):
-    """A run failed on the way: what was computed is saved, exit code 1. One sentence that names the step, the reason and how to go on."""
+    """A run failed on the way: what was computed is saved, exit code 1. One sentence that names the
+    step, the reason and how to go on.
+    """

@@ -1,1 +1,3 @@
-"""Use a model on a file of prompts: write its answers, have a judge compare them, or measure one model against another."""
+"""Use a model on a file of prompts: write its answers, have a judge compare them, or measure one
+model against another.
+"""

@@ -1,4 +1,6 @@
-"""Best of n: draw n responses for each answer and keep the one with the highest score. Nothing is trained, and how far it goes from the model is known."""
+"""Best of n: draw n responses for each answer and keep the one with the highest score. Nothing is
+trained, and how far it goes from the model is known.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,12 @@ from ..train.processes import Processes
 
 
 def best_rows(scores: Sequence[float], n: int) -> list[int]:
-    """Of each n scores in a row the place of the highest; of equal ones the first drawn, so that among them the model's own proportions stay."""
-    return [max(range(start, start + n), key=scores.__getitem__) for start in range(0, len(scores), n)]
+    """Of each n scores in a row the place of the highest; of equal ones the first drawn, so that
+    among them the model's own proportions stay.
+    """
+    return [
+        max(range(start, start + n), key=scores.__getitem__) for start in range(0, len(scores), n)
+    ]
 
 
 @dataclass
@@ -38,11 +44,18 @@ class BestOf:
     """The prompt's number of each that was kept."""
 
     @staticmethod
-    def open(n: int | None, score: str | None, aggregate: Aggregate | None, temperature: float, processes: Processes) -> BestOf | None:
+    def open(
+        n: int | None,
+        score: str | None,
+        aggregate: Aggregate | None,
+        temperature: float,
+        processes: Processes,
+    ) -> BestOf | None:
         """What --best-of, --score and --aggregate ask for; None where none of them is given.
 
         Raises:
-            InputError: one is given without the other, the score only compares, or the n would all be the same.
+            InputError: one is given without the other, the score only compares, or the n would all
+                be the same.
         """
         if n is None and score is None and aggregate is None:
             return None
@@ -51,15 +64,27 @@ class BestOf:
             forms = f"a reward model's folder, file.py:function, or one of {', '.join(VERIFIABLE)}"
             raise InputError(f"{flag} needs --score, by which the best is chosen: {forms}")
         if n is None:
-            raise InputError("--score chooses the best of several and needs --best-of N: how many are drawn for each answer")
+            raise InputError(
+                "--score chooses the best of several and needs --best-of N: how many are drawn for "
+                "each answer"
+            )
         if n > 1 and temperature == 0:
-            raise InputError(f"--best-of {n} with --temperature 0: all {n} would be the one most likely response; sample, at --temperature 1 say")
+            raise InputError(
+                f"--best-of {n} with --temperature 0: all {n} would be the one most likely "
+                "response; sample, at --temperature 1 say"
+            )
         scorer = load_reward(score, RunSettings(), processes, "--score")
         if isinstance(scorer, FunctionReward) and {"first", "second"} <= scorer.takes:
-            raise InputError(f"--score: {score} compares two responses where each needs a score: give one with TRL's signature, (prompts, completions)")
+            raise InputError(
+                f"--score: {score} compares two responses where each needs a score: give one with "
+                "TRL's signature, (prompts, completions)"
+            )
         if aggregate is not None:
             if not isinstance(scorer, ProcessReward):
-                raise InputError(f"--aggregate {aggregate} makes one score of those of the steps, and --score {score} is no process reward model")
+                raise InputError(
+                    f"--aggregate {aggregate} makes one score of those of the steps, and --score "
+                    f"{score} is no process reward model"
+                )
             scorer.how = aggregate
         return BestOf(n, score, scorer, temperature)
 
@@ -76,7 +101,9 @@ class BestOf:
         """
         scores = self.scorer(responses)
         if any(not math.isfinite(s) for s in scores):
-            raise RunError(f"{self.name} gave a score that is not finite: there is no best among such")
+            raise RunError(
+                f"{self.name} gave a score that is not finite: there is no best among such"
+            )
         best = best_rows(scores, self.n)
         self.drawn += scores
         self.kept += [scores[i] for i in best]
@@ -86,7 +113,9 @@ class BestOf:
     def means(self) -> dict[str, dict[str, float]]:
         """Mean score with its interval, of all that were drawn and of those that were kept."""
         return {
-            "drawn_score": intervals.mean(self.drawn, [p for p in self.prompts for _ in range(self.n)]),
+            "drawn_score": intervals.mean(
+                self.drawn, [p for p in self.prompts for _ in range(self.n)]
+            ),
             "kept_score": intervals.mean(self.kept, self.prompts),
         }
 
@@ -103,6 +132,7 @@ class BestOf:
 
         means = self.means()
         return (
-            f"mean score {shown(means['drawn_score'])} of all {len(self.drawn):,} drawn, {shown(means['kept_score'])} of the {len(self.kept):,} kept; "
+            f"mean score {shown(means['drawn_score'])} of all {len(self.drawn):,} drawn, "
+            f"{shown(means['kept_score'])} of the {len(self.kept):,} kept; "
             f"{self.bound()}"
         )

@@ -1,4 +1,6 @@
-"""Preferences from a model's own responses: sample K a prompt, let a judge compare them, write preference rows; with --steps, rows of labelled steps."""
+"""Preferences from a model's own responses: sample K a prompt, let a judge compare them, write
+preference rows; with --steps, rows of labelled steps.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,12 @@ from .steps import collect_steps
 
 
 class Collect(Settings):
-    """Collect preferences: sample responses, have a judge compare them, write rows with prompt, chosen, rejected.
+    """Collect preferences: sample responses, have a judge compare them, write rows with prompt,
+    chosen, rejected.
 
-    With --steps N, collect steps instead: cut each response into steps, complete it N times from the end of each, have the judge score every
-    completion, and write rows with prompt, completions, labels and rates for `fiducial prm`. A step is labelled right if any of the N ends right: the
+    With --steps N, collect steps instead: cut each response into steps, complete it N times from
+    the end of each, have the judge score every completion, and write rows with prompt, completions,
+    labels and rates for `fiducial prm`. A step is labelled right if any of the N ends right: the
     model can recover from there, which does not say that the step is valid.
     """
 
@@ -32,7 +36,8 @@ class Collect(Settings):
     prompts: str
     """Rows with a prompt: a file or a Hub name."""
     judge: str
-    """A reward model's folder, file.py:function with TRL's reward signature, one that compares: (prompts, first, second) -> list of true or false; or
+    """A reward model's folder, file.py:function with TRL's reward signature, one that compares:
+    (prompts, first, second) -> list of true or false; or
     exact_match, numeric_answer, format, length, which read the row's columns."""
     out: str
     """The file to write, .jsonl."""
@@ -41,11 +46,15 @@ class Collect(Settings):
     pairs: Literal["all", "extremes"] = "all"
     """Of K responses all K(K-1)/2 pairs, or the best against the worst."""
     steps: int = Field(0, ge=0)
-    """Completions from the end of each step, to label the steps. 0: collect preferences. Math-Shepherd (Wang et al. 2024): 8."""
+    """Completions from the end of each step, to label the steps. 0: collect preferences.
+    Math-Shepherd (Wang et al. 2024): 8.
+    """
     separator: str = "\n"
     """What ends a step. Lightman et al. 2023: a new line."""
     threshold: float = 0.5
-    """The judge's score from which a completion counts as right. 0.5 fits scores of 0 and 1, and probabilities; for a reward model 0 is its usual response."""
+    """The judge's score from which a completion counts as right. 0.5 fits scores of 0 and 1, and
+    probabilities; for a reward model 0 is its usual response.
+    """
     max_new_tokens: int = Field(64, gt=0)
     """Tokens of a response, at most."""
     temperature: float = Field(1.0, gt=0)
@@ -58,7 +67,9 @@ class Collect(Settings):
 
 
 def collect(settings: Collect) -> dict[str, Any]:
-    """Write the rows; returns counts: prompts, responses, pairs, ties and duplicates that were left out; with --steps those of `collect_steps`."""
+    """Write the rows; returns counts: prompts, responses, pairs, ties and duplicates that were left
+    out; with --steps those of `collect_steps`.
+    """
     processes = Processes()
     out = Path(settings.out)
     if out.suffix != ".jsonl":
@@ -67,20 +78,31 @@ def collect(settings: Collect) -> dict[str, Any]:
         raise InputError(f"--out: {out} exists already: choose another file, or remove it")
     judge = Judge(settings.judge, RunSettings(), processes)
     if judge.compare is not None and settings.pairs == "extremes":
-        raise InputError("--pairs extremes needs scores, and this judge only compares two responses: use --pairs all")
+        raise InputError(
+            "--pairs extremes needs scores, and this judge only compares two responses: use "
+            "--pairs all"
+        )
     if settings.steps and not settings.separator:
         raise InputError(
-            "--separator '' with --steps: every token would be a step, and rows of text cannot say where tokens end. Give what ends a step, or train "
+            "--separator '' with --steps: every token would be a step, and rows of text cannot say "
+            "where tokens end. Give what ends a step, or train "
             "`fiducial prm --separator ''` on outcomes (rows with prompt, completion, label)"
         )
-    model = Model.open(settings.model, settings.prompts, settings.rows, processes, reserve=settings.max_new_tokens)
+    model = Model.open(
+        settings.model, settings.prompts, settings.rows, processes, reserve=settings.max_new_tokens
+    )
     judge.check_rows(model.rows)
     out.parent.mkdir(parents=True, exist_ok=True)
     if settings.steps:
         return collect_steps(settings, model, judge, out)
     counts = {"prompts": len(model.rows), "responses": 0, "pairs": 0, "ties": 0, "duplicates": 0}
     for numbers, responses in model.answer(
-        settings.samples, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, stop=settings.stop, seed=settings.seed, title="collect"
+        settings.samples,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        stop=settings.stop,
+        seed=settings.seed,
+        title="collect",
     ):
         rows = judged(responses, numbers, judge, settings, counts)
         counts["responses"] += len(numbers)
@@ -89,14 +111,30 @@ def collect(settings: Collect) -> dict[str, Any]:
             with open(out, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if processes.main:
-        left = f" ({counts['ties']:,} ties and {counts['duplicates']:,} pairs of equal text left out)" if counts["ties"] + counts["duplicates"] else ""
-        say(f"collect: {counts['pairs']:,} pairs from {counts['responses']:,} responses to {counts['prompts']:,} prompts in {out}{left}")
+        left = (
+            f" ({counts['ties']:,} ties and {counts['duplicates']:,} pairs of equal text left out)"
+            if counts["ties"] + counts["duplicates"]
+            else ""
+        )
+        say(
+            f"collect: {counts['pairs']:,} pairs from {counts['responses']:,} responses to "
+            f"{counts['prompts']:,} prompts in {out}{left}"
+        )
         if not counts["pairs"]:
-            raise InputError(f"the judge {settings.judge} told no two responses apart: there is nothing to learn from")
+            raise InputError(
+                f"the judge {settings.judge} told no two responses apart: there is nothing to "
+                "learn from"
+            )
     return counts
 
 
-def judged(responses: Responses, numbers: list[int], judge: Judge, settings: Collect, counts: dict[str, Any]) -> list[dict[str, Any]]:
+def judged(
+    responses: Responses,
+    numbers: list[int],
+    judge: Judge,
+    settings: Collect,
+    counts: dict[str, Any],
+) -> list[dict[str, Any]]:
     """Preference rows of one block."""
     texts, rows = responses.completions, []
     scores = judge.scores(responses)
@@ -105,7 +143,9 @@ def judged(responses: Responses, numbers: list[int], judge: Judge, settings: Col
     for group in groups:
         if settings.pairs == "extremes":
             assert scores is not None
-            candidates.append((max(group, key=lambda i: scores[i]), min(group, key=lambda i: scores[i])))
+            candidates.append(
+                (max(group, key=lambda i: scores[i]), min(group, key=lambda i: scores[i]))
+            )
         else:
             candidates += itertools.combinations(group, 2)
     usable = []
@@ -115,7 +155,11 @@ def judged(responses: Responses, numbers: list[int], judge: Judge, settings: Col
         else:
             usable.append((a, b))
     if scores is None:
-        first = judge.prefers_first([responses.prompts[a] for a, _ in usable], [texts[a] for a, _ in usable], [texts[b] for _, b in usable])
+        first = judge.prefers_first(
+            [responses.prompts[a] for a, _ in usable],
+            [texts[a] for a, _ in usable],
+            [texts[b] for _, b in usable],
+        )
     for k, (a, b) in enumerate(usable):
         if scores is not None and scores[a] == scores[b]:
             counts["ties"] += 1
@@ -123,7 +167,11 @@ def judged(responses: Responses, numbers: list[int], judge: Judge, settings: Col
         a_wins = first[k] if scores is None else scores[a] > scores[b]
         won, lost = (a, b) if a_wins else (b, a)
         prompt = messages_of(responses.prompts[a])
-        row: dict[str, Any] = {"prompt": prompt, "chosen": _as(prompt, texts[won]), "rejected": _as(prompt, texts[lost])}
+        row: dict[str, Any] = {
+            "prompt": prompt,
+            "chosen": _as(prompt, texts[won]),
+            "rejected": _as(prompt, texts[lost]),
+        }
         if scores is not None:
             row |= {"chosen_score": scores[won], "rejected_score": scores[lost]}
         rows.append(row)

@@ -1,1 +1,3 @@
-"""Pure tensor mathematics: log-probabilities, reductions, KL estimators, advantages. Imports torch and nothing of the package."""
+"""Pure tensor mathematics: log-probabilities, reductions, KL estimators, advantages. Imports torch
+and nothing of the package.
+"""

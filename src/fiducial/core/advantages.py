@@ -1,11 +1,15 @@
-r"""Advantages from rewards: with a critic, or against a baseline that needs none. Column t speaks of token t: its reward, the value of the state before it.
+r"""Advantages from rewards: with a critic, or against a baseline that needs none. Column t speaks
+of token t: its reward, the value of the state before it.
 
-The mask [B, T] marks the tokens the policy chose. Gaps (a prompt in front, padding behind, a tool's answer in between) are stepped over: the
-state after a token is the one in which the policy chooses next, and after its last token there is none, so the value there is 0.
+The mask [B, T] marks the tokens the policy chose. Gaps (a prompt in front, padding behind, a tool's
+answer in between) are stepped over: the state after a token is the one in which the policy chooses
+next, and after its last token there is none, so the value there is 0.
 
-Without a critic a response is one arm of a bandit: its return, less a baseline, is the credit of every token of it. A baseline takes nothing from the
-expected gradient as long as it does not depend on the response itself. The functions of groups take returns [N] of whole responses, or [N, T] from each
-token on; groups [N] are ids, in any order and of any size, so that nothing hangs on where a row stands.
+Without a critic a response is one arm of a bandit: its return, less a baseline, is the credit of
+every token of it. A baseline takes nothing from the expected gradient as long as it does not depend
+on the response itself. The functions of groups take returns [N] of whole responses, or [N, T] from
+each token on; groups [N] are ids, in any order and of any size, so that nothing hangs on where a
+row stands.
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ from torch import Tensor
 from .reductions import same_shape, select, whiten
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
     r"""Generalized advantage estimation: Schulman et al. 2015, arXiv 1506.02438, eq. 16.
 
     .. math:: \delta_t = r_t + \gamma V_{t+1} - V_t, \qquad A_t = \sum_k (\gamma\lambda)^k \delta_{t+k}, \qquad \hat R_t = A_t + V_t
@@ -64,10 +70,11 @@ def whole(rewards: Tensor, mask: Tensor) -> Tensor:
 
 
 def to_go(rewards: Tensor, mask: Tensor) -> Tensor:
-    r"""[N, T] the reward from each token on, :math:`\sum_{k\ge t} r_k`; 0 outside the mask. What came before a token is not its doing.
+    r"""[N, T] the reward from each token on, :math:`\sum_{k\ge t} r_k`; 0 outside the mask. What
+    came before a token is not its doing.
 
-    The expected gradient is that of :func:`whole`. Where rewards come before the end (a KL paid token by token, a step's) the variance is another, as a rule
-    the smaller one.
+    The expected gradient is that of :func:`whole`. Where rewards come before the end (a KL paid
+    token by token, a step's) the variance is another, as a rule the smaller one.
 
     Raises:
         ValueError: shapes differ.
@@ -81,7 +88,8 @@ def to_go(rewards: Tensor, mask: Tensor) -> Tensor:
 
 
 def leave_one_out(returns: Tensor, groups: Tensor) -> Tensor:
-    r"""RLOO: the mean of the *others* in the group as the baseline. Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740, eq. 8.
+    r"""RLOO: the mean of the *others* in the group as the baseline. Kool et al. 2019; Ahmadian et
+    al. 2024, arXiv 2402.14740, eq. 8.
 
     .. math:: A_i = R_i - \frac1{G-1}\sum_{j\ne i} R_j = \frac{G}{G-1}(R_i - \bar R)
 
@@ -95,7 +103,9 @@ def leave_one_out(returns: Tensor, groups: Tensor) -> Tensor:
     """
     size = _size(returns, groups)
     if bool((size < 2).any()):
-        raise ValueError("leave-one-out needs two responses a group: one alone has no others to be compared with")
+        raise ValueError(
+            "leave-one-out needs two responses a group: one alone has no others to be compared with"
+        )
     return (returns - _mean(returns, groups)) * size / (size - 1)
 
 
@@ -104,7 +114,8 @@ def group_mean(returns: Tensor, groups: Tensor) -> Tensor:
 
     .. math:: A_i = R_i - \bar R
 
-    The mean holds the response itself, so for groups of G the expected gradient is exactly (G - 1) / G of the true one: the direction is right.
+    The mean holds the response itself, so for groups of G the expected gradient is exactly (G - 1)
+    / G of the true one: the direction is right.
 
     Args:
         returns: [N] or [N, T]. groups: [N] ids. A response alone in its group gets 0.
@@ -113,15 +124,19 @@ def group_mean(returns: Tensor, groups: Tensor) -> Tensor:
 
 
 def group_normalised(returns: Tensor, groups: Tensor, *, eps: float = 1e-4) -> Tensor:
-    r"""GRPO: mean and deviation of the group. Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, section 4.1.2.
+    r"""GRPO: mean and deviation of the group. Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300,
+    section 4.1.2.
 
     .. math:: A_i = \frac{R_i - \bar R}{\sigma + \epsilon}
 
-    The deviation is that of a sample (division by G - 1), as in the code that people compare with. Dividing by it weighs prompts up whose responses
-    hardly differ, and makes the scale of the rewards, and with it beta, mean something else in every group: the direction is biased (Liu et al. 2025).
+    The deviation is that of a sample (division by G - 1), as in the code that people compare with.
+    Dividing by it weighs prompts up whose responses hardly differ, and makes the scale of the
+    rewards, and with it beta, mean something else in every group: the direction is biased (Liu et
+    al. 2025).
 
     Args:
-        returns: [N] or [N, T]. groups: [N] ids. A response alone in its group, and a group of equal returns, get 0.
+        returns: [N] or [N, T]. groups: [N] ids. A response alone in its group, and a group of equal
+            returns, get 0.
         eps: TRL's and OpenRLHF's 1e-4.
     """
     size, centred = _size(returns, groups), group_mean(returns, groups)
@@ -130,7 +145,8 @@ def group_normalised(returns: Tensor, groups: Tensor, *, eps: float = 1e-4) -> T
 
 
 def against_greedy(returns: Tensor, greedy: Tensor) -> Tensor:
-    """ReMax: the score of the greedy response to the same prompt as the baseline, which no sampled response has a part in. Li et al. 2023, arXiv 2310.10505.
+    """ReMax: the score of the greedy response to the same prompt as the baseline, which no sampled
+    response has a part in. Li et al. 2023, arXiv 2310.10505.
 
     Args:
         returns: [N] or [N, T]. greedy: [N] score of the most likely response to each row's prompt.
@@ -139,7 +155,9 @@ def against_greedy(returns: Tensor, greedy: Tensor) -> Tensor:
         ValueError: not one greedy score a row.
     """
     if greedy.shape != returns.shape[:1]:
-        raise ValueError(f"one greedy score a row: got {list(greedy.shape)} for {list(returns.shape)}")
+        raise ValueError(
+            f"one greedy score a row: got {list(greedy.shape)} for {list(returns.shape)}"
+        )
     return returns - (greedy if returns.dim() == 1 else greedy[:, None])
 
 
@@ -151,14 +169,22 @@ def whitened(returns: Tensor, mask: Tensor) -> Tensor:
     Args:
         returns: [N, T] from each token on. mask: [N, T] true at the policy's tokens.
     """
-    return whiten(returns.double(), mask).to(returns.dtype)  # in float64 equal returns have no deviation, in float32 a rounding error for one
+    return whiten(returns.double(), mask).to(
+        returns.dtype
+    )  # in float64 equal returns have no deviation, in float32 a rounding error for one
 
 
 def spread(returns: Tensor, groups: Tensor) -> Tensor:
-    """[N] true where the responses of a row's group [N] do not all have one return [N]: groups without spread teach nothing."""
+    """[N] true where the responses of a row's group [N] do not all have one return [N]: groups
+    without spread teach nothing.
+    """
     number, sizes = _numbered(returns, groups)
-    low, high = (torch.zeros(len(sizes), dtype=returns.dtype, device=returns.device).scatter_reduce(0, number, returns, reduce=r, include_self=False)
-                 for r in ("amin", "amax"))  # fmt: skip
+    low, high = (
+        torch.zeros(len(sizes), dtype=returns.dtype, device=returns.device).scatter_reduce(
+            0, number, returns, reduce=r, include_self=False
+        )
+        for r in ("amin", "amax")
+    )
     return (high - low > 1e-6 * (1 + torch.maximum(high.abs(), low.abs())))[number]
 
 
@@ -177,7 +203,11 @@ def _size(x: Tensor, groups: Tensor) -> Tensor:
 
 
 def _mean(x: Tensor, groups: Tensor) -> Tensor:
-    """The mean over a row's group, for each row of `x` [N, ...]. Added up in float64: equal returns must differ from their mean by nothing."""
+    """The mean over a row's group, for each row of `x` [N, ...]. Added up in float64: equal returns
+    must differ from their mean by nothing.
+    """
     number, sizes = _numbered(x, groups)
-    total = torch.zeros((len(sizes), *x.shape[1:]), dtype=torch.float64, device=x.device).index_add(0, number, x.double())
+    total = torch.zeros((len(sizes), *x.shape[1:]), dtype=torch.float64, device=x.device).index_add(
+        0, number, x.double()
+    )
     return (total / sizes.view(-1, *[1] * (x.dim() - 1)))[number].to(x.dtype)

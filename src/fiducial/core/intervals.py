@@ -9,7 +9,9 @@ Z = 1.959963984540054
 
 
 def wilson(successes: float, n: int) -> dict[str, float]:
-    """Share of successes with the score interval of Wilson 1927, which stays inside [0, 1] and is honest at both ends."""
+    """Share of successes with the score interval of Wilson 1927, which stays inside [0, 1] and is
+    honest at both ends.
+    """
     if n == 0:
         return {"value": math.nan, "low": 0.0, "high": 1.0, "n": 0}
     p = successes / n
@@ -18,8 +20,11 @@ def wilson(successes: float, n: int) -> dict[str, float]:
     return {"value": p, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}
 
 
-def ratio(sums: Sequence[float], counts: Sequence[float], clusters: Sequence[Hashable] | None = None) -> dict[str, float]:
-    """Total of `sums` over total of `counts` (nats over tokens) with its normal interval, linearised (the delta method): long rows count for more.
+def ratio(
+    sums: Sequence[float], counts: Sequence[float], clusters: Sequence[Hashable] | None = None
+) -> dict[str, float]:
+    """Total of `sums` over total of `counts` (nats over tokens) with its normal interval,
+    linearised (the delta method): long rows count for more.
 
     n is the number of rows; rows of one cluster are not taken for independent ones.
     """
@@ -33,7 +38,9 @@ def ratio(sums: Sequence[float], counts: Sequence[float], clusters: Sequence[Has
 
 
 def mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> dict[str, float]:
-    """Mean with its normal interval; values of one cluster (pairs of one prompt) are not taken for independent ones."""
+    """Mean with its normal interval; values of one cluster (pairs of one prompt) are not taken for
+    independent ones.
+    """
     n = len(values)
     if n == 0:
         return {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0}

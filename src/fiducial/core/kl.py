@@ -1,9 +1,12 @@
-r"""KL to the reference: estimators per token, where each may act, and the controller of its coefficient.
+r"""KL to the reference: estimators per token, where each may act, and the controller of its
+coefficient.
 
-With y sampled from the policy, :math:`l_t = \log\pi(y_t) - \log\pi_{ref}(y_t)` and :math:`r = \pi_{ref}/\pi = e^{-l}`:
-k1 = l, k2 = l²/2, k3 = r - 1 - log r (Schulman 2020, "Approximating KL divergence"). As *values*, k1 and k3 are unbiased for KL(π‖π_ref), k2 is not.
-As *losses* they differ: the gradient of a sampled k1 is zero in expectation, that of k2 is the gradient of KL(π‖π_ref) (at sequence level, on
-policy), that of k3 is the gradient of the *forward* KL(π_ref‖π). As a detached reward k1 is exact, and k2 and k3 are not.
+With y sampled from the policy, :math:`l_t = \log\pi(y_t) - \log\pi_{ref}(y_t)` and :math:`r =
+\pi_{ref}/\pi = e^{-l}`: k1 = l, k2 = l²/2, k3 = r - 1 - log r (Schulman 2020, "Approximating KL
+divergence"). As *values*, k1 and k3 are unbiased for KL(π‖π_ref), k2 is not. As *losses* they
+differ: the gradient of a sampled k1 is zero in expectation, that of k2 is the gradient of
+KL(π‖π_ref) (at sequence level, on policy), that of k3 is the gradient of the *forward* KL(π_ref‖π).
+As a detached reward k1 is exact, and k2 and k3 are not.
 """
 
 from __future__ import annotations
@@ -20,16 +23,39 @@ Placement = Literal["reward", "loss"]
 Penalty = Literal["k1", "k2", "k3", "k2_tokens", "weighted_k3", "forward_k3"]
 
 REFUSED = {
-    ("loss", "k1"): "k1 as a loss has an expected gradient of zero: it holds nothing. Use k1 in the reward, or k2 as a loss",
-    ("loss", "k3"): "k3 as a loss has the gradient of the forward KL(ref, policy), not of KL(policy, ref). If that is meant, as in GRPO's paper, ask for it "
+    (
+        "loss",
+        "k1",
+    ): "k1 as a loss has an expected gradient of zero: it holds nothing. Use k1 in the reward, or k2 as a loss",
+    (
+        "loss",
+        "k3",
+    ): "k3 as a loss has the gradient of the forward KL(ref, policy), not of KL(policy, ref). If that is meant, as in GRPO's paper, ask for it "
     "by its name, forward_k3; else use k1 in the reward, or k2 as a loss",
-    ("reward", "k2"): "k2 is biased as a value, and so is a reward with it. Use k1 in the reward, or k2 as a loss",
-    ("reward", "k3"): "k3 in the reward has the gradient of KL(policy, ref) - KL(ref, policy). Use k1 in the reward",
-    ("reward", "k2_tokens"): "k2_tokens is differentiated, so it belongs into the loss. Use k1 in the reward",
-    ("reward", "weighted_k3"): "weighted_k3 is differentiated, so it belongs into the loss. Use k1 in the reward",
-    ("reward", "forward_k3"): "forward_k3 is differentiated, so it belongs into the loss. Use k1 in the reward",
+    (
+        "reward",
+        "k2",
+    ): "k2 is biased as a value, and so is a reward with it. Use k1 in the reward, or k2 as a loss",
+    (
+        "reward",
+        "k3",
+    ): "k3 in the reward has the gradient of KL(policy, ref) - KL(ref, policy). Use k1 in the reward",
+    (
+        "reward",
+        "k2_tokens",
+    ): "k2_tokens is differentiated, so it belongs into the loss. Use k1 in the reward",
+    (
+        "reward",
+        "weighted_k3",
+    ): "weighted_k3 is differentiated, so it belongs into the loss. Use k1 in the reward",
+    (
+        "reward",
+        "forward_k3",
+    ): "forward_k3 is differentiated, so it belongs into the loss. Use k1 in the reward",
 }
-"""Combinations whose gradient is known to be wrong, with the reason (Tang and Munos 2025, arXiv 2506.09477; Liu et al. 2025, arXiv 2510.01555)."""
+"""Combinations whose gradient is known to be wrong, with the reason (Tang and Munos 2025, arXiv
+2506.09477; Liu et al. 2025, arXiv 2510.01555).
+"""
 
 
 def check(placement: Placement | None, estimator: Penalty | None) -> None:
@@ -38,13 +64,19 @@ def check(placement: Placement | None, estimator: Penalty | None) -> None:
     Raises:
         ValueError: with the reason and what to use.
     """
-    if placement is not None and estimator is not None and (reason := REFUSED.get((placement, estimator))):
+    if (
+        placement is not None
+        and estimator is not None
+        and (reason := REFUSED.get((placement, estimator)))
+    ):
         raise ValueError(f"--kl.placement {placement} with --kl.estimator {estimator}: {reason}")
     if placement is None and estimator == "k3":
         raise ValueError(f"--kl.estimator k3: as a value it is fine, but {REFUSED['loss', 'k3']}")
 
 
-def resolve(placement: Placement | None, estimator: Penalty | None, default: Penalty = "k1") -> tuple[Placement, Penalty]:
+def resolve(
+    placement: Placement | None, estimator: Penalty | None, default: Penalty = "k1"
+) -> tuple[Placement, Penalty]:
     """Both of them: what is not given follows from the other, or from the method's own `default`.
 
     Raises:
@@ -61,11 +93,14 @@ def estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Estimator = "
     """Per-token estimate in nats of KL(policy ‖ reference) at tokens drawn from the policy.
 
     Args:
-        logprobs, ref_logprobs: [B, T] log-probabilities of the sampled tokens, both at the sampling temperature.
-        estimator: "k1" (unbiased, signed), "k2" (biased, non-negative), "k3" (unbiased, non-negative; heavy-tailed where the two are far apart).
+        logprobs, ref_logprobs: [B, T] log-probabilities of the sampled tokens, both at the sampling
+            temperature.
+        estimator: "k1" (unbiased, signed), "k2" (biased, non-negative), "k3" (unbiased,
+            non-negative; heavy-tailed where the two are far apart).
 
     Returns:
-        [B, T]. Mask it before it is summed: the sum over a response's tokens estimates the KL of the response.
+        [B, T]. Mask it before it is summed: the sum over a response's tokens estimates the KL of
+        the response.
 
     Raises:
         ValueError: shapes differ, or the estimator is none of the three.
@@ -82,13 +117,15 @@ def estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Estimator = "
 
 
 def exact(logits: Tensor, other: Tensor, *, temperature: float = 1.0) -> Tensor:
-    r"""KL(p || q) of each two distributions over a vocabulary, :math:`\sum_v p_v (\log p_v - \log q_v)`, exactly: nothing is sampled.
+    r"""KL(p || q) of each two distributions over a vocabulary, :math:`\sum_v p_v (\log p_v - \log
+    q_v)`, exactly: nothing is sampled.
 
     Args:
         logits: [..., V] of p. other: [..., V] of q. temperature: divides both.
 
     Returns:
-        [...] in nats, with the gradients of both. A token that p cannot choose (logit -inf) costs nothing; one that q alone cannot makes it infinite.
+        [...] in nats, with the gradients of both. A token that p cannot choose (logit -inf) costs
+        nothing; one that q alone cannot makes it infinite.
 
     Raises:
         ValueError: shapes differ.
@@ -98,11 +135,21 @@ def exact(logits: Tensor, other: Tensor, *, temperature: float = 1.0) -> Tensor:
         logits, other = logits / temperature, other / temperature
     logp, logq = logits.log_softmax(-1), other.log_softmax(-1)
     p = logp.exp()
-    return (p * torch.where(p > 0, logp - logq, torch.zeros((), dtype=logp.dtype, device=logp.device))).sum(-1)
+    return (
+        p * torch.where(p > 0, logp - logq, torch.zeros((), dtype=logp.dtype, device=logp.device))
+    ).sum(-1)
 
 
-def penalty(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, *, estimator: Penalty) -> Tensor:
-    r"""A KL penalty to be differentiated as a term of the loss, summed over tokens, on responses that the policy sampled.
+def penalty(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    old_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    estimator: Penalty,
+) -> Tensor:
+    r"""A KL penalty to be differentiated as a term of the loss, summed over tokens, on responses
+    that the policy sampled.
 
     ============= ============================================ ==============================================================================
     estimator     term                                         its expected gradient, on policy
@@ -111,19 +158,23 @@ def penalty(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, mask: 
     k2_tokens     :math:`\sum_t \tfrac12 l_t^2`                each state's own, the way there taken as given: early tokens do not pay for later
     weighted_k3   :math:`\sum_t \rho_t\,k3_t`                  the same as k2_tokens (DeepSeek-V3.2, arXiv 2512.02556)
     forward_k3    :math:`\sum_t k3_t`                          the forward :math:`KL(\pi_{ref}\|\pi)` of each state, the way there taken as given
-                                                               (GRPO, arXiv 2402.03300, eq. 4): another optimum
+                                                               (GRPO, arXiv 2402.03300, eq. 4):
+                                                               another optimum
     ============= ============================================ ==============================================================================
 
-    In the lab's mild world, at a policy one normal deviation from its reference, the gradient of k2_tokens and weighted_k3 is 19% off that of
-    KL(policy, ref) (relative error, exact by enumeration), that of forward_k3 29% (`fiducial lab`). All four vanish where the policy is the reference.
-    In further epochs over the same responses none is exact.
+    In the lab's mild world, at a policy one normal deviation from its reference, the gradient of
+    k2_tokens and weighted_k3 is 19% off that of KL(policy, ref) (relative error, exact by
+    enumeration), that of forward_k3 29% (`fiducial lab`). All four vanish where the policy is the
+    reference. In further epochs over the same responses none is exact.
 
     Args:
-        logprobs: [B, T] of the policy, with gradient. ref_logprobs: [B, T]. old_logprobs: [B, T] of the policy that sampled, for weighted_k3.
+        logprobs: [B, T] of the policy, with gradient. ref_logprobs: [B, T]. old_logprobs: [B, T] of
+            the policy that sampled, for weighted_k3.
         mask: [B, T] true at the policy's tokens.
 
     Returns:
-        [B, T] in nats, 0 outside the mask; k2, which belongs to the whole response, stands at its last token.
+        [B, T] in nats, 0 outside the mask; k2, which belongs to the whole response, stands at its
+        last token.
 
     Raises:
         ValueError: shapes differ, or the estimator is no loss.
@@ -134,7 +185,9 @@ def penalty(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, mask: 
     log_ratio = select(logprobs, mask) - select(ref_logprobs, mask)
     if estimator == "k2":
         after = mask.flip(1).cumsum(1).flip(1)  # tokens from here on, this one included
-        return select(0.5 * log_ratio.sum(1, keepdim=True).expand_as(log_ratio) ** 2, mask & (after == 1))
+        return select(
+            0.5 * log_ratio.sum(1, keepdim=True).expand_as(log_ratio) ** 2, mask & (after == 1)
+        )
     if estimator == "k2_tokens":
         return 0.5 * log_ratio**2
     k3 = (-log_ratio).expm1() + log_ratio
@@ -142,18 +195,23 @@ def penalty(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, mask: 
         return k3
     if estimator == "weighted_k3":
         return torch.exp(select(logprobs, mask) - select(old_logprobs, mask).detach()) * k3
-    raise ValueError(f"a KL penalty in the loss must be k2, k2_tokens, weighted_k3 or forward_k3, not {estimator!r}")
+    raise ValueError(
+        "a KL penalty in the loss must be k2, k2_tokens, weighted_k3 or forward_k3, not "
+        f"{estimator!r}"
+    )
 
 
 def adapt(beta: float, kl: float, *, target: float, episodes: int, horizon: int = 10_000) -> float:
-    """The next KL coefficient: a proportional controller on the *sequence* KL. Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
+    """The next KL coefficient: a proportional controller on the *sequence* KL. Ziegler et al. 2019
+    (arXiv 1909.08593), section 2.2.
 
     Args:
         beta: the coefficient now.
         kl: mean over responses of the KL summed over their tokens, in nats.
         target: where that mean should be, in nats a response.
         episodes: responses sampled since the last call.
-        horizon: responses in which an error of 20% or more changes beta by a factor of about 1.2; the paper's code: 10,000.
+        horizon: responses in which an error of 20% or more changes beta by a factor of about 1.2;
+            the paper's code: 10,000.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return beta * (1.0 + error * episodes / horizon)

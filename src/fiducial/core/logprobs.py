@@ -1,4 +1,5 @@
-r"""Log-probabilities of chosen tokens from hidden states, in chunks: the whole [B, T, V] of logits is never held.
+r"""Log-probabilities of chosen tokens from hidden states, in chunks: the whole [B, T, V] of logits
+is never held.
 
 Shapes: N labelled tokens, H hidden size, V vocabulary.
 """
@@ -17,7 +18,9 @@ from . import kl
 from .reductions import select
 
 CHUNK_BYTES = 32 * 2**20
-"""Logits held at a time. A vocabulary that fits a whole micro-batch into this is done in one piece and nothing is computed twice."""
+"""Logits held at a time. A vocabulary that fits a whole micro-batch into this is done in one piece
+and nothing is computed twice.
+"""
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [n, H] to logits [n, V]."""
@@ -33,9 +36,11 @@ def chosen_logprobs(
     entropy: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor | None]:
-    r"""Log-probability of each label, :math:`\log\mathrm{softmax}(z/\tau)_y`, computed in float32 whatever the type of the hidden states.
+    r"""Log-probability of each label, :math:`\log\mathrm{softmax}(z/\tau)_y`, computed in float32
+    whatever the type of the hidden states.
 
-    Where more than one chunk is needed and gradients are on, a chunk's logits are computed again in the backward pass instead of being kept.
+    Where more than one chunk is needed and gradients are on, a chunk's logits are computed again in
+    the backward pass instead of being kept.
 
     Args:
         hidden: [N, H] states from which each label is predicted.
@@ -46,7 +51,8 @@ def chosen_logprobs(
         entropy: also return the entropy of each distribution, without gradient.
 
     Returns:
-        logprobs [N] and entropies [N] (or None), both float32 (float64 for a float64 model), in nats.
+        logprobs [N] and entropies [N] (or None), both float32 (float64 for a float64 model), in
+        nats.
     """
     n = hidden.shape[0]
     if n == 0:
@@ -56,14 +62,23 @@ def chosen_logprobs(
     recompute = n > size and torch.is_grad_enabled()
     pieces = []
     for start in range(0, n, size):
-        args = (hidden[start : start + size], labels[start : start + size], head, temperature, entropy)
-        pieces.append(checkpoint(_piece, *args, use_reentrant=False) if recompute else _piece(*args))
+        args = (
+            hidden[start : start + size],
+            labels[start : start + size],
+            head,
+            temperature,
+            entropy,
+        )
+        pieces.append(
+            checkpoint(_piece, *args, use_reentrant=False) if recompute else _piece(*args)
+        )
     logprobs, entropies = zip(*pieces, strict=True)
     return torch.cat(logprobs), (torch.cat(entropies) if entropy else None)
 
 
 class Compared(NamedTuple):
-    """Two models at the same N states, [N] each, in nats: KL(first || second) over the whole vocabulary, both log-probabilities of the label, and the
+    """Two models at the same N states, [N] each, in nats: KL(first || second) over the whole
+    vocabulary, both log-probabilities of the label, and the
     entropy of the first. The KL and the first log-probability carry a gradient, the others none."""
 
     kl: Tensor
@@ -83,10 +98,12 @@ def compared(
     temperature: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Compared:
-    """The exact KL of two models over one vocabulary, state by state, in chunks as :func:`chosen_logprobs`. The second model is a fixed mark.
+    """The exact KL of two models over one vocabulary, state by state, in chunks as
+    :func:`chosen_logprobs`. The second model is a fixed mark.
 
     Args:
-        hidden: [N, H] states of the model that learns. other: [N, H'] states of the other one, whose width may be another.
+        hidden: [N, H] states of the model that learns. other: [N, H'] states of the other one,
+            whose width may be another.
         labels: [N] token ids.
         head, other_head: their vocabulary projections, to V logits each.
         vocabulary: V, from which the size of a chunk follows.
@@ -102,21 +119,32 @@ def compared(
     for start in range(0, n, size):
         here = slice(start, start + size)
         args = (hidden[here], other[here].detach(), labels[here], head, other_head, temperature)
-        pieces.append(checkpoint(_compared, *args, use_reentrant=False) if recompute else _compared(*args))
+        pieces.append(
+            checkpoint(_compared, *args, use_reentrant=False) if recompute else _compared(*args)
+        )
     return Compared(*(torch.cat(p) for p in zip(*pieces, strict=True)))
 
 
-def _compared(hidden: Tensor, other: Tensor, labels: Tensor, head: Head, other_head: Head, temperature: float) -> Compared:
+def _compared(
+    hidden: Tensor, other: Tensor, labels: Tensor, head: Head, other_head: Head, temperature: float
+) -> Compared:
     logits = head(hidden).to(_precision(hidden)) / temperature
     with torch.no_grad():
         theirs = other_head(other).to(logits.dtype) / temperature
         logp = logits.log_softmax(-1)
         entropy = -select(logp, logp > -torch.inf).mul(logp.exp()).sum(-1)
         other_logprobs = -F.cross_entropy(theirs, labels, reduction="none")
-    return Compared(kl.exact(logits, theirs), -F.cross_entropy(logits, labels, reduction="none"), other_logprobs, entropy)
+    return Compared(
+        kl.exact(logits, theirs),
+        -F.cross_entropy(logits, labels, reduction="none"),
+        other_logprobs,
+        entropy,
+    )
 
 
-def _piece(hidden: Tensor, labels: Tensor, head: Head, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+def _piece(
+    hidden: Tensor, labels: Tensor, head: Head, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
     logits = head(hidden).to(_precision(hidden))
     if temperature != 1.0:
         logits = logits / temperature

@@ -1,7 +1,9 @@
-"""Masked reductions. A mask selects, it never multiplies: what stands on padding cannot matter, NaN and infinity included.
+"""Masked reductions. A mask selects, it never multiplies: what stands on padding cannot matter, NaN
+and infinity included.
 
-Shapes: B rows, T positions. Every mean over a batch that is split (micro-batches, processes) is a sum here, divided once, in the loop, by the
-global count: a mean of means weighs a token by the company it keeps.
+Shapes: B rows, T positions. Every mean over a batch that is split (micro-batches, processes) is a
+sum here, divided once, in the loop, by the global count: a mean of means weighs a token by the
+company it keeps.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ def same_shape(**tensors: Tensor) -> None:
 def select(x: Tensor, mask: Tensor) -> Tensor:
     """`x` where the mask is true and 0 elsewhere, with exactly zero gradient there.
 
-    Apply it to the inputs of a formula, not to its result: the gradient of `where(mask, f(x), 0)` is NaN at padding whenever `f'(x)` is.
+    Apply it to the inputs of a formula, not to its result: the gradient of `where(mask, f(x), 0)`
+    is NaN at padding whenever `f'(x)` is.
     """
     return torch.where(mask.bool(), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
@@ -32,7 +35,9 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `x` [B, T] over the true positions of `mask` [B, T]; ValueError if there is none, for 0/0 is no mean."""
+    """Mean of `x` [B, T] over the true positions of `mask` [B, T]; ValueError if there is none, for
+    0/0 is no mean.
+    """
     count = mask.bool().sum()
     if count == 0:
         raise ValueError("the mask selects nothing: a mean over no token is undefined")
@@ -40,10 +45,12 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """`x` [B, T] scaled to standard deviation 1 (and shifted to mean 0) over the true positions of `mask`; 0 elsewhere.
+    """`x` [B, T] scaled to standard deviation 1 (and shifted to mean 0) over the true positions of
+    `mask`; 0 elsewhere.
 
-    The variance is the population one, as in Ziegler et al. 2019 (arXiv 1909.08593). Statistics are over the whole batch given: hand it all
-    the rows of an optimizer step, not a micro-batch, for its result depends on its company.
+    The variance is the population one, as in Ziegler et al. 2019 (arXiv 1909.08593). Statistics are
+    over the whole batch given: hand it all the rows of an optimizer step, not a micro-batch, for
+    its result depends on its company.
     """
     mean = masked_mean(x, mask)
     var = masked_mean((select(x, mask) - mean) ** 2, mask)
@@ -51,15 +58,21 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-
     return select(scaled if shift_mean else scaled + mean, mask)
 
 
-# ---- how much a token counts in a step: weights [N, T] that sum to 1 (or nearly), for all the rows of an optimizer step ----
+# ---- how much a token counts in a step: weights [N, T] that sum to 1 (or nearly), for all the rows
+# of an optimizer step ----
 
 
 def by_response(mask: Tensor) -> Tensor:
-    r"""GRPO: :math:`\frac1N\sum_i\frac1{|y_i|}`, every response counts the same, so a token of a short one counts for more. arXiv 2402.03300, eq. 3."""
+    r"""GRPO: :math:`\frac1N\sum_i\frac1{|y_i|}`, every response counts the same, so a token of a
+    short one counts for more. arXiv 2402.03300, eq. 3.
+    """
     mask = mask.bool()
     each = mask.sum(1, keepdim=True)
     rows = (each > 0).sum().clamp(min=1)
-    return select(torch.ones(mask.shape, dtype=torch.float64, device=mask.device) / each.clamp(min=1) / rows, mask)
+    return select(
+        torch.ones(mask.shape, dtype=torch.float64, device=mask.device) / each.clamp(min=1) / rows,
+        mask,
+    )
 
 
 def by_token(mask: Tensor) -> Tensor:
@@ -68,5 +81,7 @@ def by_token(mask: Tensor) -> Tensor:
 
 
 def by_constant(mask: Tensor, length: int) -> Tensor:
-    r"""Dr. GRPO: :math:`1/(N\,L)` with the constant L, the longest a response may be: the sum over tokens but for the scale. arXiv 2503.20783."""
+    r"""Dr. GRPO: :math:`1/(N\,L)` with the constant L, the longest a response may be: the sum over
+    tokens but for the scale. arXiv 2503.20783.
+    """
     return mask.double() / (mask.shape[0] * length)

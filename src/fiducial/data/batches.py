@@ -1,4 +1,5 @@
-"""Which rows make a step, and how a step is cut into micro-batches. Three knobs that never constrain each other:
+"""Which rows make a step, and how a step is cut into micro-batches. Three knobs that never
+constrain each other:
 
 - batch size: rows for one optimizer step, over all processes;
 - tokens: padded tokens of a micro-batch, the memory knob;
@@ -24,7 +25,8 @@ from .render import Rendered
 class Batches:
     """The rows of every step: `batches[step]` gives row numbers, a fresh permutation each epoch.
 
-    Where an epoch is no whole number of batches they are all a little smaller: a last batch of a few rows would move the weights as far as a whole one.
+    Where an epoch is no whole number of batches they are all a little smaller: a last batch of a
+    few rows would move the weights as far as a whole one.
     """
 
     num_rows: int
@@ -43,7 +45,9 @@ class Batches:
 
 
 def stream(num_rows: int, start: int, count: int, seed: int) -> list[tuple[int, int]]:
-    """Items `start` to `start + count` of an endless walk over the rows, each epoch in a fresh order: (row, epoch)."""
+    """Items `start` to `start + count` of an endless walk over the rows, each epoch in a fresh
+    order: (row, epoch).
+    """
     out = []
     orders: dict[int, np.ndarray] = {}
     for i in range(start, start + count):
@@ -55,17 +59,23 @@ def stream(num_rows: int, start: int, count: int, seed: int) -> list[tuple[int, 
 
 
 SIMILAR, ENOUGH = 0.85, 1024
-"""A row under this share of a micro-batch's width begins a new one, once that has so many tokens: computing on padding costs more than one more call."""
+"""A row under this share of a micro-batch's width begins a new one, once that has so many tokens:
+computing on padding costs more than one more call.
+"""
 
 
-def micro_batches(costs: Sequence[Sequence[int]], tokens: int, processes: int = 1) -> list[list[list[int]]]:
+def micro_batches(
+    costs: Sequence[Sequence[int]], tokens: int, processes: int = 1
+) -> list[list[list[int]]]:
     """Cut elements into micro-batches of similar length under a budget of padded tokens.
 
     Args:
-        costs: for each element the lengths of its sequences (one for a row, two for a pair, K for a ranking); an element is never split.
-        tokens: sequences times the longest of them stays at or under this, except for a single element that is larger by itself.
-        processes: every process gets the same number of micro-batches, for the gradient's collectives must match; an empty list is one that
-            takes part with no element.
+        costs: for each element the lengths of its sequences (one for a row, two for a pair, K for a
+            ranking); an element is never split.
+        tokens: sequences times the longest of them stays at or under this, except for a single
+            element that is larger by itself.
+        processes: every process gets the same number of micro-batches, for the gradient's
+            collectives must match; an empty list is one that takes part with no element.
 
     Returns:
         [process][micro-batch][element numbers].
@@ -118,7 +128,8 @@ def pad(rows: Sequence[Rendered], *, pad_id: int = 0) -> Padded:
 
 
 class Fork(NamedTuple):
-    """How the columns of a row hang together when it holds a beginning once and several continuations of it behind one another.
+    """How the columns of a row hang together when it holds a beginning once and several
+    continuations of it behind one another.
 
     positions: [B, T] place of a token in its own sequence.
     branch: [B, T] 0 for the common beginning, k for the k-th continuation, -1 for padding.
@@ -130,7 +141,9 @@ class Fork(NamedTuple):
     previous: Tensor
 
     def attention(self) -> Tensor:
-        """[B, 1, T, T], true where a query (third) may see a key (fourth): what stands before it in its own sequence, and itself."""
+        """[B, 1, T, T], true where a query (third) may see a key (fourth): what stands before it in
+        its own sequence, and itself.
+        """
         own, key = self.branch[:, :, None], self.branch[:, None, :]
         width = self.branch.shape[1]
         causal = torch.ones((width, width), dtype=torch.bool, device=self.branch.device).tril()
@@ -141,13 +154,18 @@ def common(rows: Sequence[Rendered]) -> int:
     """Tokens that the rows begin with alike and that are no labels."""
     shortest = min(row.mask.index(True) if True in row.mask else len(row) for row in rows)
     first = rows[0].ids
-    return next((i for i in range(shortest) if any(row.ids[i] != first[i] for row in rows[1:])), shortest)
+    return next(
+        (i for i in range(shortest) if any(row.ids[i] != first[i] for row in rows[1:])), shortest
+    )
 
 
 def fork(groups: Sequence[Sequence[Rendered]]) -> tuple[Padded, Fork]:
     """One row for each group of sequences with a common beginning: it is read once for all of them."""
     shared = [common(rows) for rows in groups]
-    lengths = [start + sum(len(r) - start for r in rows) for start, rows in zip(shared, groups, strict=True)]
+    lengths = [
+        start + sum(len(r) - start for r in rows)
+        for start, rows in zip(shared, groups, strict=True)
+    ]
     shape = (len(groups), max(lengths))
     ids, positions, previous = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     mask, branch = torch.zeros(shape, dtype=torch.bool), torch.full(shape, -1)

@@ -16,15 +16,22 @@ T = TypeVar("T")
 
 
 def load(
-    source: str, settings: RowSettings, accept: tuple[type, ...], render: Callable[[Any], T], *, skipped: Path | None = None
+    source: str,
+    settings: RowSettings,
+    accept: tuple[type, ...],
+    render: Callable[[Any], T],
+    *,
+    skipped: Path | None = None,
 ) -> tuple[list[T], list[Any], str]:
     """Read and render every row.
 
     Returns:
-        the rendered rows, the rows they came from, and one sentence on what was skipped ("" if nothing was).
+        the rendered rows, the rows they came from, and one sentence on what was skipped ("" if
+        nothing was).
 
     Raises:
-        InputError: with file:line, at the first bad row, unless they are to be skipped; or when none is left.
+        InputError: with file:line, at the first bad row, unless they are to be skipped; or when
+            none is left.
     """
     found = read_rows(source, accept, on_error=settings.on_error, skipped=skipped)
     rendered: list[T] = []
@@ -40,10 +47,17 @@ def load(
             bad += 1
             if skipped is not None:
                 with open(skipped, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"where": row.where, "error": str(error)}, ensure_ascii=False) + "\n")
+                    file.write(
+                        json.dumps({"where": row.where, "error": str(error)}, ensure_ascii=False)
+                        + "\n"
+                    )
     if not rendered:
         raise InputError(f"{source}: no usable row is left of {found.total}")
-    note = f"{bad} of {found.total} rows ({bad / found.total:.1%}) skipped, see {skipped}" if bad else ""
+    note = (
+        f"{bad} of {found.total} rows ({bad / found.total:.1%}) skipped, see {skipped}"
+        if bad
+        else ""
+    )
     return rendered, kept, note
 
 
@@ -57,9 +71,17 @@ def split(keys: Sequence[str], share: float, seed: int) -> tuple[list[int], list
 
 def text_of(content: Content) -> str:
     """A prompt or completion as one string for people and keys."""
-    return content if isinstance(content, str) else "\n".join(f"{m.role}: {m.content}" for m in content)
+    return (
+        content
+        if isinstance(content, str)
+        else "\n".join(f"{m.role}: {m.content}" for m in content)
+    )
 
 
 def messages_of(content: Content) -> Any:
     """A prompt or completion as reward functions know it: a string, or a list of {"role", "content"}."""
-    return content if isinstance(content, str) else [{"role": m.role, "content": m.content} for m in content]
+    return (
+        content
+        if isinstance(content, str)
+        else [{"role": m.role, "content": m.content} for m in content]
+    )

@@ -1,7 +1,9 @@
-"""Token ids and the loss mask, born together. Nothing later derives a mask from pad ids or decodes and encodes again.
+"""Token ids and the loss mask, born together. Nothing later derives a mask from pad ids or decodes
+and encodes again.
 
-A prompt and a completion are tokenized apart and joined as ids: joined as text, a merge across the seam would change both. One BOS where the
-tokenizer has one, and EOS is a label wherever a response ends, also when it is the pad token too.
+A prompt and a completion are tokenized apart and joined as ids: joined as text, a merge across the
+seam would change both. One BOS where the tokenizer has one, and EOS is a label wherever a response
+ends, also when it is the pad token too.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ CHATML = (
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One sequence: `mask[t]` is true where token t is a label, that is, where the model is taught (or asked for) its log-probability."""
+    """One sequence: `mask[t]` is true where token t is a label, that is, where the model is taught
+    (or asked for) its log-probability.
+    """
 
     ids: list[int]
     mask: list[bool]
@@ -50,7 +54,10 @@ class Renderer:
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
-            raise InputError("the tokenizer has no EOS token, so a model could not learn to stop: name one with --rows.eos-token")
+            raise InputError(
+                "the tokenizer has no EOS token, so a model could not learn to stop: name one with "
+                "--rows.eos-token"
+            )
         probe = self.tokenizer("a").input_ids
         bos = self.tokenizer.bos_token_id
         object.__setattr__(self, "_bos", [bos] if bos is not None and probe[:1] == [bos] else [])
@@ -89,12 +96,18 @@ class Renderer:
         else:
             messages = _messages(prompt, "user")
             ids, mask = self._turns(messages, _messages(completion, "assistant"), where)
-        if not prompt_ids:  # no BOS and an empty prompt: the first token has nothing to be predicted from
+        if (
+            not prompt_ids
+        ):  # no BOS and an empty prompt: the first token has nothing to be predicted from
             mask[0] = False
-        return self._fit(prompt_ids + ids, [False] * len(prompt_ids) + mask, where, prompt_length=len(prompt_ids))
+        return self._fit(
+            prompt_ids + ids, [False] * len(prompt_ids) + mask, where, prompt_length=len(prompt_ids)
+        )
 
     def chat(self, row: ChatRow) -> Rendered:
-        """A conversation; the labels are every assistant turn with the token that ends it, or the last one alone."""
+        """A conversation; the labels are every assistant turn with the token that ends it, or the
+        last one alone.
+        """
         first = next(i for i, m in enumerate(row.messages) if m.role == "assistant")
         prompt_ids = self.prompt(row.messages[:first], row.where) if first else []
         ids, mask = self._turns(row.messages[:first], row.messages[first:], row.where)
@@ -103,14 +116,23 @@ class Renderer:
             mask = [m and i > last_false for i, m in enumerate(mask)]
         if not prompt_ids:
             mask[0] = False
-        return self._fit(prompt_ids + ids, [False] * len(prompt_ids) + mask, row.where, prompt_length=len(prompt_ids))
+        return self._fit(
+            prompt_ids + ids,
+            [False] * len(prompt_ids) + mask,
+            row.where,
+            prompt_length=len(prompt_ids),
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _encode(self, text: str, *, first: bool = False) -> list[int]:
-        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) if text else []
+        ids = (
+            list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+            if text
+            else []
+        )
         if first and self._bos and ids[:1] != self._bos:
             return self._bos + ids
         return ids
@@ -119,30 +141,45 @@ class Renderer:
         """With one EOS at the end, also where the text brought its own."""
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
-    def _template(self, messages: Sequence[Message], where: str, *, generation: bool = False) -> str:
+    def _template(
+        self, messages: Sequence[Message], where: str, *, generation: bool = False
+    ) -> str:
         if not self.tokenizer.chat_template:
             raise InputError(
-                f"{where}: this row is made of chat messages and the tokenizer has no chat template: "
-                "pick one with --rows.chat-template chatml or a Jinja file, or give the prompt as plain text"
+                f"{where}: this row is made of chat messages and the tokenizer has no chat "
+                "template: "
+                "pick one with --rows.chat-template chatml or a Jinja file, or give the prompt as "
+                "plain text"
             )
         plain = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            return str(self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generation))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    plain, tokenize=False, add_generation_prompt=generation
+                )
+            )
         except Exception as error:
-            raise InputError(f"{where}: the chat template refuses these messages: {error}") from error
+            raise InputError(
+                f"{where}: the chat template refuses these messages: {error}"
+            ) from error
 
-    def _turns(self, before: tuple[Message, ...], turns: tuple[Message, ...], where: str) -> tuple[list[int], list[bool]]:
+    def _turns(
+        self, before: tuple[Message, ...], turns: tuple[Message, ...], where: str
+    ) -> tuple[list[int], list[bool]]:
         """Ids and mask of `turns` as they continue `before` and its generation prompt."""
         ids: list[int] = []
         mask: list[bool] = []
         done = self._template(before, where, generation=True) if before else ""
         for i, turn in enumerate(turns):
             so_far = before + turns[: i + 1]
-            asks = i + 1 < len(turns) and turns[i + 1].role == "assistant" and turn.role != "assistant"
+            asks = (
+                i + 1 < len(turns) and turns[i + 1].role == "assistant" and turn.role != "assistant"
+            )
             text = self._template(so_far, where, generation=asks)
             if not text.startswith(done):
                 raise InputError(
-                    f"{where}: the chat template rewrites earlier turns when one is added, so the tokens of a turn cannot be told apart: "
+                    f"{where}: the chat template rewrites earlier turns when one is added, so the "
+                    "tokens of a turn cannot be told apart: "
                     "use a template that only appends, with --rows.chat-template"
                 )
             piece = self._encode(text[len(done) :], first=not before and i == 0)
@@ -152,7 +189,9 @@ class Renderer:
                 continue
             last = i + 1 == len(turns)
             end = len(piece) - piece[::-1].index(self.eos) if self.eos in piece else None
-            if last:  # what a template puts behind the end of the last turn is never sampled, so it is not taught
+            # what a template puts behind the end of the last turn is never sampled, so it is not
+            # taught
+            if last:
                 piece = piece[:end] if end is not None else [*piece, self.eos]
                 ids, mask = ids + piece, mask + [True] * len(piece)
             else:
@@ -162,21 +201,26 @@ class Renderer:
 
     def _fit(self, ids: list[int], mask: list[bool], where: str, prompt_length: int) -> Rendered:
         if not any(mask):
-            raise InputError(f"{where}: nothing is left to learn from: the row has no labelled token")
+            raise InputError(
+                f"{where}: nothing is left to learn from: the row has no labelled token"
+            )
         if len(ids) <= self.max_length:
             return Rendered(ids, mask, where)
         if self.on_long == "error" or not any(mask[: self.max_length]):
             part = "the prompt alone" if prompt_length >= self.max_length else "the row"
             have = prompt_length if prompt_length >= self.max_length else len(ids)
             raise InputError(
-                f"{where}: {part} is {have} tokens and the limit is {self.max_length}: shorten it, raise --rows.max-length if the model allows, "
+                f"{where}: {part} is {have} tokens and the limit is {self.max_length}: shorten it, "
+                "raise --rows.max-length if the model allows, "
                 "or leave such rows out with --rows.on-error skip"
             )
         return Rendered(ids[: self.max_length], mask[: self.max_length], where, truncated=True)
 
 
 def same_tokens(one: Renderer, other: Renderer) -> bool:
-    """Whether both make the same ids of the same text or messages. A pad token of `one`'s own is no difference."""
+    """Whether both make the same ids of the same text or messages. A pad token of `one`'s own is no
+    difference.
+    """
     without = one.tokenizer.pad_token
     same = _tokens(one.tokenizer, without) == _tokens(other.tokenizer, without)
     return same and one.tokenizer.chat_template == other.tokenizer.chat_template

@@ -43,39 +43,78 @@ def compare(folder: Path, world: World, samples: int, max_new_tokens: int) -> di
     processes = Processes()
     judge = load_reward(str(folder / "reward" / "model"), RunSettings(), processes)
     assert isinstance(judge, ModelReward)
-    reference = Model.open(str(folder / "sft" / "model"), str(folder / "held_out.jsonl"), RowSettings(), processes, reserve=max_new_tokens)
+    reference = Model.open(
+        str(folder / "sft" / "model"),
+        str(folder / "held_out.jsonl"),
+        RowSettings(),
+        processes,
+        reserve=max_new_tokens,
+    )
     found = {
-        key: answers(folder / key / "model", folder, reference, judge, samples, max_new_tokens, seed=world.seed + number)
+        key: answers(
+            folder / key / "model",
+            folder,
+            reference,
+            judge,
+            samples,
+            max_new_tokens,
+            seed=world.seed + number,
+        )
         for number, key in enumerate(("sft", "ppo", "rloo", "grpo", "dpo", "ppo_no_kl"))
     }
     scale = Scale.between(found["sft"])
     methods = [method(key, folder, one, found["sft"], scale) for key, one in found.items()]
     setting = "learning rate x3, half the steps"
     for row in (m for m in methods if m["key"] in ("ppo", "dpo")):
-        other = answers(folder / f"{row['key']}_fast" / "model", folder, reference, judge, samples, max_new_tokens, seed=world.seed + 10)
+        other = answers(
+            folder / f"{row['key']}_fast" / "model",
+            folder,
+            reference,
+            judge,
+            samples,
+            max_new_tokens,
+            seed=world.seed + 10,
+        )
         divergence = statistics.fmean(other.kl)
-        row["sensitivity"] = [{"setting": setting, "win_rate": intervals.mean(wins(other, found["sft"]), other.numbers), "kl": divergence}]
+        row["sensitivity"] = [
+            {
+                "setting": setting,
+                "win_rate": intervals.mean(wins(other, found["sft"]), other.numbers),
+                "kl": divergence,
+            }
+        ]
     return {
         "methods": methods,
         "reward_model": reward_model(folder, world, judge),
-        "paths": {key: path(folder / key, scale) for key in ("ppo", "rloo", "grpo", "ppo_no_kl")} | {"dpo": ends(found["sft"], found["dpo"], folder, scale)},
+        "paths": {key: path(folder / key, scale) for key in ("ppo", "rloo", "grpo", "ppo_no_kl")}
+        | {"dpo": ends(found["sft"], found["dpo"], folder, scale)},
         "samples": [
             {
                 "prompt": found["sft"].prompts[i * samples],
                 "answers": [
-                    {"key": k, "text": a.texts[i * samples], "gold": a.gold[i * samples], "proxy": scale(a.proxy[i * samples])} for k, a in found.items()
+                    {
+                        "key": k,
+                        "text": a.texts[i * samples],
+                        "gold": a.gold[i * samples],
+                        "proxy": scale(a.proxy[i * samples]),
+                    }
+                    for k, a in found.items()
                 ],
             }
             for i in range(SHOWN)
         ],
         "score_unit": "gold points, 0 to 1",
         "task": (
-            "A prompt asks for a short story about an animal, its trait and its wish. The true value, gold, is the product of: on topic, kind ending, "
-            "whole sentences, no repetition, a length near 36 words. No method sees it: they learn from annotators who follow it noisily."
+            "A prompt asks for a short story about an animal, its trait and its wish. The true "
+            "value, gold, is the product of: on topic, kind ending, "
+            "whole sentences, no repetition, a length near 36 words. No method sees it: they learn "
+            "from annotators who follow it noisily."
         ),
         "notes": [
-            "The proxy is the reward model's score, put on gold's scale: equal mean and deviation over the SFT model's answers to the held-out prompts.",
-            f"Peak memory is that of the whole process, with Python and torch; {samples} responses to each held-out prompt, intervals clustered by prompt.",
+            "The proxy is the reward model's score, put on gold's scale: equal mean and deviation "
+            "over the SFT model's answers to the held-out prompts.",
+            f"Peak memory is that of the whole process, with Python and torch; {samples} responses "
+            "to each held-out prompt, intervals clustered by prompt.",
         ],
     }
 
@@ -97,12 +136,33 @@ class Scale:
         return self.origin + (proxy - self.shift) * self.factor
 
 
-def answers(name: Path, folder: Path, reference: Model, judge: ModelReward, samples: int, max_new_tokens: int, seed: int) -> Answers:
+def answers(
+    name: Path,
+    folder: Path,
+    reference: Model,
+    judge: ModelReward,
+    samples: int,
+    max_new_tokens: int,
+    seed: int,
+) -> Answers:
     """Sample and measure one model."""
-    model = Model.open(str(name), str(folder / "held_out.jsonl"), RowSettings(), reference.processes, reserve=max_new_tokens)
+    model = Model.open(
+        str(name),
+        str(folder / "held_out.jsonl"),
+        RowSettings(),
+        reference.processes,
+        reserve=max_new_tokens,
+    )
     out = Answers([], [], [], [], [], [], [], 0.0)
     entropy = tokens = 0.0
-    for numbers, r in model.answer(samples, max_new_tokens=max_new_tokens, temperature=1.0, stop=(), seed=seed, title=name.parent.name):
+    for numbers, r in model.answer(
+        samples,
+        max_new_tokens=max_new_tokens,
+        temperature=1.0,
+        stop=(),
+        seed=seed,
+        title=name.parent.name,
+    ):
         prompts = [p if isinstance(p, str) else p[-1].content for p in r.prompts]
         out.prompts += prompts
         out.numbers += numbers
@@ -117,9 +177,13 @@ def answers(name: Path, folder: Path, reference: Model, judge: ModelReward, samp
             ids, mask = t.ids[rows, :width], t.mask[rows, :width]
             mine, theirs = model.policy(ids, mask, entropy=True), reference.policy(ids, mask)
             assert mine.entropy is not None
-            return select(kl.estimate(mine.logprobs, theirs.logprobs), mask).sum(1), mine.entropy.sum(1)
+            return select(kl.estimate(mine.logprobs, theirs.logprobs), mask).sum(
+                1
+            ), mine.entropy.sum(1)
 
-        divergence, spread = model.processes.map_rows([[int(n)] for n in t.lengths], RunSettings().tokens, None, look)
+        divergence, spread = model.processes.map_rows(
+            [[int(n)] for n in t.lengths], RunSettings().tokens, None, look
+        )
         out.kl += divergence.tolist()
         entropy += float(spread.sum())
         tokens += float(t.mask.sum())
@@ -133,7 +197,12 @@ HELD = {
     "ppo_no_kl": ["policy", "reference", "critic", "reward model"],
     "rloo": ["policy", "reference", "reward model"],
     "grpo": ["policy", "reference", "reward model"],
-    "dpo": ["policy"],  # the reference is the policy before its first step: its log-probabilities are computed once and kept, not its weights
+    "dpo": [
+        "policy"
+        # the reference is the policy before its first step: its log-probabilities are computed once
+        # and
+        # kept, not its weights
+    ],
 }
 
 
@@ -165,7 +234,9 @@ def method(key: str, folder: Path, mine: Answers, sft: Answers, scale: Scale) ->
 
 def wins(mine: Answers, sft: Answers) -> list[float]:
     """1 where an answer is worth more than SFT's, by gold, one half at a tie."""
-    return [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(mine.gold, sft.gold, strict=True)]
+    return [
+        1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(mine.gold, sft.gold, strict=True)
+    ]
 
 
 def distinct(texts: Sequence[str]) -> float:
@@ -175,9 +246,16 @@ def distinct(texts: Sequence[str]) -> float:
 
 
 def reward_model(folder: Path, world: World, judge: ModelReward) -> dict[str, Any]:
-    """Held-out accuracy beside the best that any model could reach on labels this noisy, and how far its confidence can be trusted."""
-    evaluation = json.loads((folder / "reward" / "summary.json").read_text(encoding="utf-8"))["evaluation"]
-    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Held-out accuracy beside the best that any model could reach on labels this noisy, and how
+    far its confidence can be trusted.
+    """
+    evaluation = json.loads((folder / "reward" / "summary.json").read_text(encoding="utf-8"))[
+        "evaluation"
+    ]
+    rows = [
+        json.loads(line)
+        for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     from ..data.prepare import split, text_of
     from ..data.rows import Message
 
@@ -186,9 +264,16 @@ def reward_model(folder: Path, world: World, judge: ModelReward) -> dict[str, An
     names = [list(dict.fromkeys(keys))[i] for i in held]
     mine = [r for r, k in zip(rows, keys, strict=True) if k in set(names)]
     asked = annotator(world.seed)
-    triples = [(r["prompt"][-1]["content"], r["chosen"][-1]["content"], r["rejected"][-1]["content"]) for r in mine]
+    triples = [
+        (r["prompt"][-1]["content"], r["chosen"][-1]["content"], r["rejected"][-1]["content"])
+        for r in mine
+    ]
     scores = judge.score_ids(
-        [judge.renderer.completion((Message("user", p),), (Message("assistant", text),), "").ids for p, *both in triples for text in both]
+        [
+            judge.renderer.completion((Message("user", p),), (Message("assistant", text),), "").ids
+            for p, *both in triples
+            for text in both
+        ]
     )
     gaps = [scores[i] - scores[i + 1] for i in range(0, len(scores), 2)]
     length_only = next(v for k, v in evaluation.items() if k.startswith("length"))
@@ -203,7 +288,9 @@ def reward_model(folder: Path, world: World, judge: ModelReward) -> dict[str, An
 
 
 def reliability(gaps: Sequence[float], bins: int = 8) -> list[dict[str, float]]:
-    """Predicted against observed preference, from the gaps chosen - rejected. By symmetry only p >= 1/2 is shown: a pair says p of one order."""
+    """Predicted against observed preference, from the gaps chosen - rejected. By symmetry only p >=
+    1/2 is shown: a pair says p of one order.
+    """
     groups: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
     for gap in gaps:
         p = 1 / (1 + math.exp(-abs(gap)))
@@ -212,18 +299,31 @@ def reliability(gaps: Sequence[float], bins: int = 8) -> list[dict[str, float]]:
     for group in groups:
         if group:
             observed = intervals.wilson(sum(o for _, o in group), len(group))
-            out.append({
-                "predicted": statistics.fmean(p for p, _ in group), "observed": observed["value"], "low": observed["low"], "high": observed["high"],
-                "n": len(group),
-            })  # fmt: skip
+            out.append(
+                {
+                    "predicted": statistics.fmean(p for p, _ in group),
+                    "observed": observed["value"],
+                    "low": observed["low"],
+                    "high": observed["high"],
+                    "n": len(group),
+                }
+            )
     return out
 
 
 def path(run: Path, scale: Scale) -> list[dict[str, float]]:
     """A PPO run from step to step: KL, proxy and gold of the responses it learned from."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [
-        {"step": r["step"], "kl": max(0.0, r["objective/kl"]), "proxy": scale(r["reward/model"]), "gold": r["reward/gold"]}
+        {
+            "step": r["step"],
+            "kl": max(0.0, r["objective/kl"]),
+            "proxy": scale(r["reward/model"]),
+            "gold": r["reward/gold"],
+        }
         for r in lines
         if "objective/kl" in r
     ]
@@ -233,7 +333,12 @@ def ends(sft: Answers, mine: Answers, folder: Path, scale: Scale) -> list[dict[s
     """DPO samples nothing while it trains: its way is known at its two ends."""
     steps = json.loads((folder / "dpo" / "summary.json").read_text(encoding="utf-8"))["steps"]
     return [
-        {"step": step, "kl": k, "proxy": scale(statistics.fmean(a.proxy)), "gold": statistics.fmean(a.gold)}
+        {
+            "step": step,
+            "kl": k,
+            "proxy": scale(statistics.fmean(a.proxy)),
+            "gold": statistics.fmean(a.gold),
+        }
         for step, k, a in ((0, 0.0, sft), (steps, max(0.0, statistics.fmean(mine.kl)), mine))
     ]
 

@@ -1,8 +1,10 @@
-"""The language of the demo's world: prompts, and short stories made of sentences that a person can read.
+"""The language of the demo's world: prompts, and short stories made of sentences that a person can
+read.
 
-A story is a row of sentences, each filled from a template below: an opening, a wish, a meeting, some help, an ending. What makes a story
-good or bad (its topic, how it ends, what it repeats, how long it is) is visible in its sentences, so that `fiducial.demo.world.gold` can
-tell it exactly, without a model.
+A story is a row of sentences, each filled from a template below: an opening, a wish, a meeting,
+some help, an ending. What makes a story good or bad (its topic, how it ends, what it repeats, how
+long it is) is visible in its sentences, so that `fiducial.demo.world.gold` can tell it exactly,
+without a model.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ GRANTED = {  # wish, as in "wants ..." and "wanted ...", and how a story says th
     "to swim": "could swim",
 }
 WISHES = tuple(GRANTED)
-HELPERS = ("goose", "turtle", "badger", "deer")  # never the hero: "which animal is it about" has one answer
+HELPERS = (
+    "goose",
+    "turtle",
+    "badger",
+    "deer",
+)  # never the hero: "which animal is it about" has one answer
 PLACES = ("by the river", "under a tree", "on a hill", "in the forest", "near a lake")
 FOODS = ("bread", "soup", "berries", "honey")
 
@@ -69,19 +76,34 @@ UNKIND_ENDINGS = (
 )
 FAULTS = ("off_topic", "unkind", "no_ending", "repetition", "short", "long")
 
-_SLOTS = {"trait": TRAITS, "animal": ANIMALS, "helper": HELPERS, "wish": WISHES, "granted": tuple(GRANTED.values()), "place": PLACES, "food": FOODS}
+_SLOTS = {
+    "trait": TRAITS,
+    "animal": ANIMALS,
+    "helper": HELPERS,
+    "wish": WISHES,
+    "granted": tuple(GRANTED.values()),
+    "place": PLACES,
+    "food": FOODS,
+}
 
 
 def _pattern(templates: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for exactly the sentences that the templates can make, each slot with any of its fillings."""
+    """A pattern for exactly the sentences that the templates can make, each slot with any of its
+    fillings.
+    """
     slots = {name: "(?:" + "|".join(values) + ")" for name, values in _SLOTS.items()}
-    return re.compile("|".join(template.replace(".", r"\.").format(**slots) for template in templates))
+    return re.compile(
+        "|".join(template.replace(".", r"\.").format(**slots) for template in templates)
+    )
 
 
 _KNOWN = _pattern((*OPENINGS, *WANTS, *MEETINGS, *HELP, *WEATHER, *KIND_ENDINGS, *UNKIND_ENDINGS))
 _KIND = _pattern(KIND_ENDINGS)
 _UNKIND = _pattern(UNKIND_ENDINGS)
-_REQUEST = re.compile(rf"Tell me about a (?P<trait>{'|'.join(TRAITS)}) (?P<animal>{'|'.join(ANIMALS)}) who wants (?P<wish>{'|'.join(WISHES)})\.")
+_REQUEST = re.compile(
+    rf"Tell me about a (?P<trait>{'|'.join(TRAITS)}) (?P<animal>{'|'.join(ANIMALS)}) who wants "
+    rf"(?P<wish>{'|'.join(WISHES)})\."
+)
 
 
 @dataclass(frozen=True)
@@ -106,13 +128,17 @@ class Prompt:
         """
         match = _REQUEST.fullmatch(text.strip())
         if match is None:
-            raise ValueError(f'not a request of the demo world, such as "Tell me about a shy fox who wants a friend.": {text!r}')
+            raise ValueError(
+                f'not a request of the demo world, such as "Tell me about a shy fox who wants a friend.": {text!r}'
+            )
         return cls(**match.groupdict())
 
 
 def all_prompts() -> list[Prompt]:
     """Every prompt there is, in a fixed order."""
-    return [Prompt(trait, animal, wish) for trait in TRAITS for animal in ANIMALS for wish in WISHES]
+    return [
+        Prompt(trait, animal, wish) for trait in TRAITS for animal in ANIMALS for wish in WISHES
+    ]
 
 
 def words(text: str) -> list[str]:
@@ -121,7 +147,9 @@ def words(text: str) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, each up to and with its full stop; what follows the last full stop is one too."""
+    """The sentences of a text, each up to and with its full stop; what follows the last full stop
+    is one too.
+    """
     return [part.strip() for part in re.findall(r"[^.]*\.|[^.]+$", text) if part.strip()]
 
 
@@ -141,13 +169,15 @@ def is_unkind_ending(sentence: str) -> bool:
 
 
 def tell(prompt: Prompt, rng: random.Random, faults: Collection[str] = ()) -> str:
-    """A story for the prompt, of 34 to 59 words without a fault and 13 to 80 at all, with the named faults and no others.
+    """A story for the prompt, of 34 to 59 words without a fault and 13 to 80 at all, with the named
+    faults and no others.
 
     Args:
         prompt: what to tell about.
         rng: where the choices come from.
-        faults: any of `FAULTS`. ``off_topic`` changes one to three of trait, animal and wish; ``unkind`` and ``no_ending`` spoil the
-            ending; ``repetition`` says one sentence twice; ``short`` leaves the middle out; ``long`` goes on and on.
+        faults: any of `FAULTS`. ``off_topic`` changes one to three of trait, animal and wish;
+            ``unkind`` and ``no_ending`` spoil the ending; ``repetition`` says one sentence twice;
+            ``short`` leaves the middle out; ``long`` goes on and on.
     """
     unknown = set(faults) - set(FAULTS)
     if unknown:
@@ -187,7 +217,9 @@ def _other(prompt: Prompt, rng: random.Random) -> Prompt:
     """A prompt that differs from this one in one to three of its parts."""
     parts = {"trait": TRAITS, "animal": ANIMALS, "wish": WISHES}
     changed = rng.sample(sorted(parts), k=rng.choice((1, 2, 2, 3)))
-    return replace(prompt, **{name: _another(parts[name], getattr(prompt, name), rng) for name in changed})
+    return replace(
+        prompt, **{name: _another(parts[name], getattr(prompt, name), rng) for name in changed}
+    )
 
 
 def _another(choices: Sequence[str], taken: str, rng: random.Random) -> str:

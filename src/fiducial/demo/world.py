@@ -1,7 +1,8 @@
-"""The demo's world: prompts, texts to learn from, the gold value of an answer, and annotators who follow gold only noisily.
+"""The demo's world: prompts, texts to learn from, the gold value of an answer, and annotators who
+follow gold only noisily.
 
-Everything is made from a seed, with `random.Random` and SHA-256 only, so that every machine and process makes the same. The language is in
-`fiducial.demo.grammar`.
+Everything is made from a seed, with `random.Random` and SHA-256 only, so that every machine and
+process makes the same. The language is in `fiducial.demo.grammar`.
 """
 
 from __future__ import annotations
@@ -25,24 +26,43 @@ __all__ = ["Annotator", "Prompt", "World", "annotator", "build_tokenizer", "gold
 HELD_OUT = 96  # of the 384 prompts
 IDEAL_WORDS, WORDS_REACH = 36, 24
 
-# How often each fault comes in a text, each drawn by itself. Demonstrations have the faults of an ordinary writer, so that a model trained on
-# them samples answers of every quality. None of them goes on and on: "longer is better" then looks true to a reward model that has seen nothing
-# else. The corpus keeps to its topic more often than not because that is what teaches a model to look at the request.
-CORPUS_FAULTS = {"off_topic": 0.1, "unkind": 0.35, "no_ending": 0.15, "repetition": 0.3, "short": 0.3, "long": 0.15}
-DEMONSTRATION_FAULTS = {"off_topic": 0.25, "unkind": 0.25, "no_ending": 0.15, "repetition": 0.25, "short": 0.35, "long": 0.0}
+# How often each fault comes in a text, each drawn by itself. Demonstrations have the faults of an
+# ordinary writer, so that a model trained on
+# them samples answers of every quality. None of them goes on and on: "longer is better" then looks
+# true to a reward model that has seen nothing
+# else. The corpus keeps to its topic more often than not because that is what teaches a model to
+# look at the request.
+CORPUS_FAULTS = {
+    "off_topic": 0.1,
+    "unkind": 0.35,
+    "no_ending": 0.15,
+    "repetition": 0.3,
+    "short": 0.3,
+    "long": 0.15,
+}
+DEMONSTRATION_FAULTS = {
+    "off_topic": 0.25,
+    "unkind": 0.25,
+    "no_ending": 0.15,
+    "repetition": 0.25,
+    "short": 0.35,
+    "long": 0.0,
+}
 
 
 @dataclass(frozen=True)
 class World:
-    """One world of prompts and texts. A seed gives the same in every process, and the first texts do not depend on how many are asked for."""
+    """One world of prompts and texts. A seed gives the same in every process, and the first texts
+    do not depend on how many are asked for.
+    """
 
     seed: int
 
     def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         """Training and held-out prompts: 288 and 96 of the 384 combinations, each list in a seeded order.
 
-        Every trait, animal and wish stands in training prompts, and so does every pair of them: what is new in a held-out prompt is the
-        combination of three.
+        Every trait, animal and wish stands in training prompts, and so does every pair of them:
+        what is new in a held-out prompt is the combination of three.
         """
         rng = random.Random(f"{self.seed}/prompts")
         while True:
@@ -54,10 +74,12 @@ class World:
                 return training, held_out
 
     def corpus(self, n: int) -> list[str]:
-        """`n` documents to pretrain on: stories of mixed quality, nine in ten of them below the request that they answer, well or badly.
+        """`n` documents to pretrain on: stories of mixed quality, nine in ten of them below the
+        request that they answer, well or badly.
 
-        The request is there because a model that saw stories alone would have to learn from the demonstrations both how to answer and that an
-        answer keeps to its question. Requests are training prompts only.
+        The request is there because a model that saw stories alone would have to learn from the
+        demonstrations both how to answer and that an answer keeps to its question. Requests are
+        training prompts only.
         """
         training, _ = self.prompts()
         documents = []
@@ -69,7 +91,9 @@ class World:
         return documents
 
     def demonstrations(self, n: int) -> list[tuple[Prompt, str]]:
-        """`n` training prompts with an answer each, going through all of them again and again: decent answers, not excellent ones."""
+        """`n` training prompts with an answer each, going through all of them again and again:
+        decent answers, not excellent ones.
+        """
         training, _ = self.prompts()
         rows = []
         for i in range(n):
@@ -80,34 +104,44 @@ class World:
 
 
 def gold(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-    """The known value of each answer, in [0, 1]. A reward function with TRL's signature; other columns are ignored.
+    """The known value of each answer, in [0, 1]. A reward function with TRL's signature; other
+    columns are ignored.
 
     It is the product of the five parts of `gold_parts`::
 
         gold = on_topic * kind_ending * sentences * no_repetition * length
 
-    A good story has about 0.9 to 1. A product, so that no part can be bought with another: a text that pleases by one and lacks one is worth little.
+    A good story has about 0.9 to 1. A product, so that no part can be bought with another: a text
+    that pleases by one and lacks one is worth little.
 
     Args:
-        prompts: requests, each a text or a list of messages (dicts or objects with ``role`` and ``content``) of which the last by the user counts.
+        prompts: requests, each a text or a list of messages (dicts or objects with ``role`` and
+            ``content``) of which the last by the user counts.
         completions: answers, each a text or a list of messages of which the last counts.
 
     Raises:
         ValueError: the two differ in length, or a prompt is not one of this world's.
     """
     pairs = zip(prompts, completions, strict=True)
-    return [math.prod(gold_parts(_text(prompt, "user"), _text(completion, None)).values()) for prompt, completion in pairs]
+    return [
+        math.prod(gold_parts(_text(prompt, "user"), _text(completion, None)).values())
+        for prompt, completion in pairs
+    ]
 
 
 def gold_parts(prompt_text: str, completion: str) -> dict[str, float]:
     """What gold is made of, each in [0, 1].
 
-    - ``on_topic``: the mean over trait, animal and wish of the share that the asked one has among all the traits (animals, wishes) that
-      the answer names; 0 where it names none. A wish is named by "wanted ..." or by its coming true ("had a friend").
-    - ``kind_ending``: 1 when the last sentence is a kind ending of the grammar, 0.25 when it is an unkind one, 0.5 when it is neither.
+    - ``on_topic``: the mean over trait, animal and wish of the share that the asked one has among
+      all the traits (animals, wishes) that the answer names; 0 where it names none. A wish is named
+      by "wanted ..." or by its coming true ("had a friend").
+    - ``kind_ending``: 1 when the last sentence is a kind ending of the grammar, 0.25 when it is an
+      unkind one, 0.5 when it is neither.
     - ``sentences``: the share of the words that stand in whole sentences of the grammar.
-    - ``no_repetition``: the cubed share of different ones among the runs of three words; 0 with fewer than three words.
-    - ``length``: ``1 - ((words - 36) / 24)^4``, not below 0: 1 at 36 words, 0.94 at 24 and 48, 0.52 at 16 and 56, 0 up to 12 and from 60 on.
+    - ``no_repetition``: the cubed share of different ones among the runs of three words; 0 with
+      fewer than three words.
+    - ``length``: ``1 - ((words - 36) / 24)^4``, not below 0: 1 at 36 words, 0.94 at 24 and 48, 0.52
+      at 16 and 56, 0 up to 12 and from 60 on.
     """
     prompt = Prompt.parse(prompt_text)
     words, sentences = grammar.words(completion), grammar.sentences(completion)
@@ -116,12 +150,21 @@ def gold_parts(prompt_text: str, completion: str) -> dict[str, float]:
     named = (
         {trait: _count(flat, trait) for trait in grammar.TRAITS},
         {animal: _count(flat, animal) for animal in grammar.ANIMALS},
-        {wish: _count(flat, f"wanted {wish}") + _count(flat, granted) for wish, granted in grammar.GRANTED.items()},
+        {
+            wish: _count(flat, f"wanted {wish}") + _count(flat, granted)
+            for wish, granted in grammar.GRANTED.items()
+        },
     )
-    known = sum(len(grammar.words(sentence)) for sentence in sentences if grammar.is_known(sentence))
+    known = sum(
+        len(grammar.words(sentence)) for sentence in sentences if grammar.is_known(sentence)
+    )
     runs = list(zip(words, words[1:], words[2:], strict=False))
     return {
-        "on_topic": sum(counts[one] / max(1, sum(counts.values())) for one, counts in zip(asked, named, strict=True)) / 3,
+        "on_topic": sum(
+            counts[one] / max(1, sum(counts.values()))
+            for one, counts in zip(asked, named, strict=True)
+        )
+        / 3,
         "kind_ending": _ending(sentences),
         "sentences": known / max(1, len(words)),
         "no_repetition": (len(set(runs)) / max(1, len(runs))) ** 3,
@@ -131,11 +174,13 @@ def gold_parts(prompt_text: str, completion: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Annotator:
-    """A simulated crowd that compares two answers: it follows gold, but noisily, and likes longer answers a little too much, as people do.
+    """A simulated crowd that compares two answers: it follows gold, but noisily, and likes longer
+    answers a little too much, as people do.
 
     The probability that it prefers a to b is::
 
-        flip + (1 - 2 flip) * sigmoid(scale * (gold(a) - gold(b)) + length_bias * (words(a) - words(b)) / 10)
+        flip + (1 - 2 flip) * sigmoid(scale * (gold(a) - gold(b)) + length_bias * (words(a) -
+        words(b)) / 10)
     """
 
     seed: int
@@ -147,7 +192,9 @@ class Annotator:
     """Share of answers given by mistake, the wrong way round."""
 
     def __call__(self, prompt: str, a: str, b: str, key: int | str) -> bool:
-        """Whether a is preferred. The same question under the same key has the same answer, in any order of calls and with a and b exchanged."""
+        """Whether a is preferred. The same question under the same key has the same answer, in any
+        order of calls and with a and b exchanged.
+        """
         if a > b:
             return not self(prompt, b, a, key)
         return _uniform(self.seed, key, prompt, a, b) < self.prefer_probability(prompt, a, b)
@@ -160,14 +207,18 @@ class Annotator:
         return self.flip + (1 - 2 * self.flip) * 0.5 * (1 + math.tanh(logit / 2))
 
     def bayes_accuracy(self, pairs: Iterable[tuple[str, str, str]]) -> float:
-        """The accuracy, on its own labels for these (prompt, a, b), that no model can be expected to exceed: the mean of max(p, 1 - p)."""
+        """The accuracy, on its own labels for these (prompt, a, b), that no model can be expected
+        to exceed: the mean of max(p, 1 - p).
+        """
         probabilities = [self.prefer_probability(*pair) for pair in pairs]
         if not probabilities:
             raise ValueError("bayes_accuracy needs at least one pair")
         return sum(max(p, 1 - p) for p in probabilities) / len(probabilities)
 
 
-def annotator(seed: int, *, scale: float = 10.0, length_bias: float = 0.5, flip: float = 0.05) -> Annotator:
+def annotator(
+    seed: int, *, scale: float = 10.0, length_bias: float = 0.5, flip: float = 0.05
+) -> Annotator:
     """The judge of the demo's comparisons: ``judge(prompt, a, b, key) -> bool``. See `Annotator`."""
     return Annotator(seed, scale, length_bias, flip)
 
@@ -183,10 +234,12 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on these texts, with a chat template; `save_pretrained` and `AutoTokenizer` need nothing of ours.
+    """A byte-level BPE trained on these texts, with a chat template; `save_pretrained` and
+    `AutoTokenizer` need nothing of ours.
 
-    All 256 bytes are in the vocabulary, so that any text comes back exactly, also one that a user types. Encoding adds no token by itself: the
-    beginning-of-text token is in the chat template, as with Llama, and whoever pretrains on a document adds both ends to it.
+    All 256 bytes are in the vocabulary, so that any text comes back exactly, also one that a user
+    types. Encoding adds no token by itself: the beginning-of-text token is in the chat template, as
+    with Llama, and whoever pretrains on a document adds both ends to it.
 
     Args:
         texts: what to train on, such as a world's corpus.
@@ -202,7 +255,9 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTo
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[pad, bos, eos, *roles],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # it comes in another order in every process
+        initial_alphabet=sorted(
+            pre_tokenizers.ByteLevel.alphabet()
+        ),  # it comes in another order in every process
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -244,7 +299,11 @@ def _draw(faults: Mapping[str, float], rng: random.Random) -> list[str]:
 
 
 def _pairs(prompt: Prompt) -> Iterator[tuple[str, str]]:
-    yield from ((prompt.trait, prompt.animal), (prompt.trait, prompt.wish), (prompt.animal, prompt.wish))
+    yield from (
+        (prompt.trait, prompt.animal),
+        (prompt.trait, prompt.wish),
+        (prompt.animal, prompt.wish),
+    )
 
 
 def _uniform(*keys: object) -> float:

@@ -1,11 +1,14 @@
-"""Worlds small enough to know everything about, and a kit that checks a loss in them, whoever wrote it.
+"""Worlds small enough to know everything about, and a kit that checks a loss in them, whoever wrote
+it.
 
-    from fiducial.lab import check_policy_loss, check_likelihood, check_preference_loss, check_reward_loss, check_value_loss
+    from fiducial.lab import check_policy_loss, check_likelihood, check_preference_loss,
+    check_reward_loss, check_value_loss
 
-    print(check_preference_loss(lambda pairs: my_dpo(pairs.policy_chosen, pairs.policy_rejected, pairs.ref_chosen, pairs.ref_rejected, beta=pairs.beta)))
+    print(check_preference_loss(lambda pairs: my_dpo(pairs.policy_chosen, pairs.policy_rejected,
+    pairs.ref_chosen, pairs.ref_rejected, beta=pairs.beta)))
 
-Each takes a function from a batch to a scalar and returns a `Verdict`: whether its expected gradient is the exact one, and if not, which mistake it is.
-Names are loaded when they are used.
+Each takes a function from a batch to a scalar and returns a `Verdict`: whether its expected
+gradient is the exact one, and if not, which mistake it is. Names are loaded when they are used.
 """
 
 from __future__ import annotations
@@ -33,11 +36,24 @@ if TYPE_CHECKING:
     from .world import World as World
 
 _WHERE = {
-    "estimator_table": "estimators", "kl_table": "estimators", "CATALOGUE": "catalogue", "Fault": "catalogue", "Draws": "kit", "Verdict": "diagnosis",
-    "check_likelihood": "kit", "check_policy_loss": "kit", "check_preference_loss": "kit", "check_reward_loss": "kit", "check_value_loss": "kit",
-    "unbiased": "kit", "Batch": "population", "PairBatch": "population", "World": "world",
-    "Arrival": "trainer", "check_trainer": "trainer",
-}  # fmt: skip
+    "estimator_table": "estimators",
+    "kl_table": "estimators",
+    "CATALOGUE": "catalogue",
+    "Fault": "catalogue",
+    "Draws": "kit",
+    "Verdict": "diagnosis",
+    "check_likelihood": "kit",
+    "check_policy_loss": "kit",
+    "check_preference_loss": "kit",
+    "check_reward_loss": "kit",
+    "check_value_loss": "kit",
+    "unbiased": "kit",
+    "Batch": "population",
+    "PairBatch": "population",
+    "World": "world",
+    "Arrival": "trainer",
+    "check_trainer": "trainer",
+}
 
 __all__ = [*_WHERE]
 

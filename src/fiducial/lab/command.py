@@ -1,4 +1,6 @@
-"""`fiducial lab`: every method that the package ships, held against the exactly known optimum of worlds small enough to enumerate, and the page of it."""
+"""`fiducial lab`: every method that the package ships, held against the exactly known optimum of
+worlds small enough to enumerate, and the page of it.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,16 @@ from .world import World
 
 
 class Lab(Settings):
-    """Lab: run every method on worlds whose optimum is known exactly, measure how far from it each stops, and write the page with the whole derivation."""
+    """Lab: run every method on worlds whose optimum is known exactly, measure how far from it each
+    stops, and write the page with the whole derivation.
+    """
 
     out: str | None = None
     """The folder for everything. Default: lab-run, lab-run-2, ..."""
     full: bool = False
-    """Three seeds of everything, the large worlds with the transformer too, and a finer grid: about 20 minutes on two cores. Default: about 5."""
+    """Three seeds of everything, the large worlds with the transformer too, and a finer grid: about
+    20 minutes on two cores. Default: about 5.
+    """
     seed: int = 0
     """Of the worlds and of the runs on them; the seeds are this one and the next two."""
     processes: int | None = Field(None, gt=0)
@@ -70,46 +76,90 @@ class Job:
 SEQUENCE = tuple(method for method, (verb, _) in METHODS.items() if verb == "reinforce")
 ONLINE = tuple(method for method, (verb, _) in METHODS.items() if verb != "dpo")
 SETTINGS: dict[tuple[str, str, str], tuple[float, int]] = {
-    ("mild", "dpo", "table"): (0.05, 1600), ("mild", "ppo", "table"): (0.05, 150),
-    ("mild", "dpo", "transformer"): (1e-3, 1500), ("mild", "ppo", "transformer"): (1e-3, 150),
-    ("peaked", "dpo", "table"): (0.05, 800), ("peaked", "ppo", "table"): (0.05, 150),
-    ("peaked", "dpo", "transformer"): (1e-3, 1000), ("peaked", "ppo", "transformer"): (1e-3, 250),
-    ("large", "dpo", "table"): (0.05, 800), ("large", "ppo", "table"): (0.05, 150),
-    ("large", "dpo", "transformer"): (1e-3, 1500), ("large", "ppo", "transformer"): (1e-3, 250),
-    ("sparse", "ppo", "table"): (0.05, 150), ("exploit", "ppo", "table"): (0.05, 150),
+    ("mild", "dpo", "table"): (0.05, 1600),
+    ("mild", "ppo", "table"): (0.05, 150),
+    ("mild", "dpo", "transformer"): (1e-3, 1500),
+    ("mild", "ppo", "transformer"): (1e-3, 150),
+    ("peaked", "dpo", "table"): (0.05, 800),
+    ("peaked", "ppo", "table"): (0.05, 150),
+    ("peaked", "dpo", "transformer"): (1e-3, 1000),
+    ("peaked", "ppo", "transformer"): (1e-3, 250),
+    ("large", "dpo", "table"): (0.05, 800),
+    ("large", "ppo", "table"): (0.05, 150),
+    ("large", "dpo", "transformer"): (1e-3, 1500),
+    ("large", "ppo", "transformer"): (1e-3, 250),
+    ("sparse", "ppo", "table"): (0.05, 150),
+    ("exploit", "ppo", "table"): (0.05, 150),
     **{("mild", method, "table"): (0.05, 150) for method in ONLINE if method != "ppo"},
     **{("mild", method, "transformer"): (1e-3, 150) for method in ("rloo", "grpo")},
     **{("long", method, "table"): (0.05, 150) for method in ONLINE},
-}  # fmt: skip
+}
 """Learning rate and steps of each run: steps of 256 pairs, iterations of 256 responses."""
-SECONDS = {("dpo", "table"): 0.012, ("ppo", "table"): 0.035, ("dpo", "transformer"): 0.05, ("ppo", "transformer"): 0.15,
-           ("reinforce", "table"): 0.015, ("reinforce", "transformer"): 0.07, ("grpo", "table"): 0.015, ("grpo", "transformer"): 0.07}  # fmt: skip
+SECONDS = {
+    ("dpo", "table"): 0.012,
+    ("ppo", "table"): 0.035,
+    ("dpo", "transformer"): 0.05,
+    ("ppo", "transformer"): 0.15,
+    ("reinforce", "table"): 0.015,
+    ("reinforce", "transformer"): 0.07,
+    ("grpo", "table"): 0.015,
+    ("grpo", "transformer"): 0.07,
+}
 """Usual seconds a step by verb, to begin with the longest and to tell the time that is left."""
 LONGER = 2.0
 """How many times that a step takes in the world of long responses."""
 NAMES = {
-    "ppo": "PPO", "dpo": "DPO", "reinforce_none": "REINFORCE", "reinforce_mean": "REINFORCE, mean", "remax": "ReMax", "rloo": "RLOO",
-    "reinforce_pp": "REINFORCE++", "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO", "gspo": "GSPO", "cispo": "CISPO", "ppo_steps": "PPO, process rewards",
+    "ppo": "PPO",
+    "dpo": "DPO",
+    "reinforce_none": "REINFORCE",
+    "reinforce_mean": "REINFORCE, mean",
+    "remax": "ReMax",
+    "rloo": "RLOO",
+    "reinforce_pp": "REINFORCE++",
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "dapo": "DAPO",
+    "gspo": "GSPO",
+    "cispo": "CISPO",
+    "ppo_steps": "PPO, process rewards",
     "rloo_steps": "RLOO, process rewards",
-}  # fmt: skip
+}
 ESTIMATORS = {
-    "ppo": "PPO's surrogate, lambda 0.95, exact critic, whitened", "dpo": "DPO's loss",
-    "reinforce_none": "REINFORCE, no baseline", "reinforce_mean": "REINFORCE, running mean", "remax": "REINFORCE, greedy response's score (ReMax)",
-    "rloo": "REINFORCE, leave-one-out of 2 (RLOO)", "reinforce_pp": "REINFORCE, whitened over 8 responses (REINFORCE++)",
-    "grpo": "GRPO, groups of 2, k3 in the loss", "dr_grpo": "Dr. GRPO, groups of 2",
-    "gspo": "GRPO, groups of 2, k1 in the reward", "dapo": "no row", "cispo": "no row",
-}  # fmt: skip
-"""The row of the estimators' table that stands behind each method as it is run here; on policy GSPO's is GRPO's."""
+    "ppo": "PPO's surrogate, lambda 0.95, exact critic, whitened",
+    "dpo": "DPO's loss",
+    "reinforce_none": "REINFORCE, no baseline",
+    "reinforce_mean": "REINFORCE, running mean",
+    "remax": "REINFORCE, greedy response's score (ReMax)",
+    "rloo": "REINFORCE, leave-one-out of 2 (RLOO)",
+    "reinforce_pp": "REINFORCE, whitened over 8 responses (REINFORCE++)",
+    "grpo": "GRPO, groups of 2, k3 in the loss",
+    "dr_grpo": "Dr. GRPO, groups of 2",
+    "gspo": "GRPO, groups of 2, k1 in the reward",
+    "dapo": "no row",
+    "cispo": "no row",
+}
+"""The row of the estimators' table that stands behind each method as it is run here; on policy
+GSPO's is GRPO's.
+"""
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "no deviation": ("The mean of the others in place of mean and deviation.", {"advantage": "rloo"}),
-    "exact KL": ("k2 of the response in place of forward_k3: the gradient of KL(pi, ref) itself.", {"kl": {"estimator": "k2"}}),
+    "no deviation": (
+        "The mean of the others in place of mean and deviation.",
+        {"advantage": "rloo"},
+    ),
+    "exact KL": (
+        "k2 of the response in place of forward_k3: the gradient of KL(pi, ref) itself.",
+        {"kl": {"estimator": "k2"}},
+    ),
     "constant length": ("A constant in place of each response's length.", {"mean": "constant"}),
     "no deviation, exact KL": ("", {"advantage": "rloo", "kl": {"estimator": "k2"}}),
     "no deviation, constant length": ("", {"advantage": "rloo", "mean": "constant"}),
     "all three": ("", {"advantage": "rloo", "mean": "constant", "kl": {"estimator": "k2"}}),
-    "KL in the reward": ("Both divisions stay. At the optimum all returns of a prompt, less the price of the KL, are equal: there is nothing to divide.",
-                         {"kl": {"estimator": "k1"}}),
-}  # fmt: skip
+    "KL in the reward": (
+        "Both divisions stay. At the optimum all returns of a prompt, less the price of the KL, "
+        "are equal: there is nothing to divide.",
+        {"kl": {"estimator": "k1"}},
+    ),
+}
 """What is exchanged of GRPO as its paper has it, to see which part moves it from the optimum."""
 LENGTH_WORDS = {
     "masked": "Another objective: cut responses have no gradient of their own, whatever they earn.",
@@ -118,14 +168,24 @@ LENGTH_WORDS = {
     "stale": "The mask leaves out what the policy has moved away from within its batch.",
 }
 LENGTHS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "masked": ("RLOO, cut responses left out of the loss", "rloo", {"long": {"mask_truncated": True}}),
+    "masked": (
+        "RLOO, cut responses left out of the loss",
+        "rloo",
+        {"long": {"mask_truncated": True}},
+    ),
     "buffer": ("RLOO, a penalty for the last token", "rloo", {"score": {"length_buffer": 1}}),
     "four epochs": ("Four epochs on each batch (Dr. GRPO)", "dr_grpo", {"epochs": 4}),
-    "stale": ("Four epochs, stale responses left out from 0.05 nats a token", "dr_grpo", {"epochs": 4, "stale": 0.05}),
+    "stale": (
+        "Four epochs, stale responses left out from 0.05 nats a token",
+        "dr_grpo",
+        {"epochs": 4, "stale": 0.05},
+    ),
 }
 """What is for long responses, on the mild world."""
 COPIES = {"mild": 100, "peaked": 100, "large": 2, "sparse": 1, "long": 0, "exploit": 1}
-"""How often every two responses are compared in the file of each world; once or not at all where no method reads it."""
+"""How often every two responses are compared in the file of each world; once or not at all where no
+method reads it.
+"""
 RATES = {"quick": (0.01, 0.05, 0.25), "full": (0.002, 0.01, 0.05, 0.25, 1.25)}
 BETAS = {"quick": (0.2, 0.5, 1.0), "full": (0.1, 0.2, 0.5, 1.0, 2.0)}
 
@@ -138,7 +198,14 @@ def jobs(form: str, seed: int) -> list[Job]:
     def add(world: str, method: Any, policy: Any, chosen: Sequence[int], **changes: Any) -> None:
         rate, steps = SETTINGS[world, method, policy]
         for s in chosen:
-            out.append(Job(world, Plan(method, policy, rate, steps, seed=s, **changes), "methods", steps * seconds(method, policy, world)))
+            out.append(
+                Job(
+                    world,
+                    Plan(method, policy, rate, steps, seed=s, **changes),
+                    "methods",
+                    steps * seconds(method, policy, world),
+                )
+            )
 
     for method in ("dpo", "ppo"):
         add("mild", method, "table", seeds)
@@ -148,7 +215,12 @@ def jobs(form: str, seed: int) -> list[Job]:
             if form == "full":
                 add(world, method, "transformer", seeds)
     for method in [m for m in ONLINE if m != "ppo"]:
-        add("mild", method, "table", seeds if form == "full" or method in ("rloo", "grpo") else seeds[:1])
+        add(
+            "mild",
+            method,
+            "table",
+            seeds if form == "full" or method in ("rloo", "grpo") else seeds[:1],
+        )
     for method in ("rloo", "grpo") if form == "full" else ():
         add("mild", method, "transformer", seeds)
     add("long", "ppo", "table", seeds[:1], points=50, credit=True)
@@ -164,16 +236,26 @@ def jobs(form: str, seed: int) -> list[Job]:
         for beta in BETAS[form]:
             for rate in RATES[form]:
                 plan = Plan(method, "table", rate, steps, seed=seed, beta=beta, points=0)  # type: ignore[arg-type]
-                out.append(Job("mild", plan, "sensitivity", steps * seconds(method, "table", "mild")))
+                out.append(
+                    Job("mild", plan, "sensitivity", steps * seconds(method, "table", "mild"))
+                )
     return out
 
 
 def exchanged(seed: int) -> list[Job]:
     """Runs on the mild world with a part of the method exchanged."""
     rate, steps = SETTINGS["mild", "grpo", "table"]
-    cases = [("parts", case, "grpo", changes) for case, (_, changes) in PARTS.items()] + [("lengths", k, m, c) for k, (_, m, c) in LENGTHS.items()]
+    cases = [("parts", case, "grpo", changes) for case, (_, changes) in PARTS.items()] + [
+        ("lengths", k, m, c) for k, (_, m, c) in LENGTHS.items()
+    ]
     return [
-        Job("mild", Plan(method, "table", rate, steps, seed=seed, points=0, settings=changes), section, steps * seconds(method, "table", "mild"), dashed(case))
+        Job(
+            "mild",
+            Plan(method, "table", rate, steps, seed=seed, points=0, settings=changes),
+            section,
+            steps * seconds(method, "table", "mild"),
+            dashed(case),
+        )
         for section, case, method, changes in cases
     ]
 
@@ -195,7 +277,10 @@ def lab(settings: Lab) -> Path:
     times: dict[str, float] = {}
 
     with timed(times, "making the worlds"):
-        say(f"lab: making the worlds ({form} form: about {'19' if settings.full else '5'} minutes on two cores)")
+        say(
+            f"lab: making the worlds ({form} form: about {'19' if settings.full else '5'} minutes "
+            "on two cores)"
+        )
         worlds = make_worlds(folder, settings.seed)
     todo = jobs(form, settings.seed)
     with Workers(folder, settings.processes, settings.resume) as workers:
@@ -205,17 +290,23 @@ def lab(settings: Lab) -> Path:
         try:
             done = workers.collect(pending)
         except KeyboardInterrupt:
-            raise RunError(f"stopped; the runs that were finished are kept: go on with --out {folder} --resume") from None
+            raise RunError(
+                f"stopped; the runs that were finished are kept: go on with --out {folder} --resume"
+            ) from None
         times["running the shipped methods"] = time.monotonic() - began
     data |= {
         "form": form,
         "seed": settings.seed,
         "command": command_line(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers.count} runs side by side",
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("fiducial", "torch", "transformers", "numpy")}},
+        "versions": {
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("fiducial", "torch", "transformers", "numpy")},
+        },
         "worlds": [describe(name, worlds[name, settings.seed]) for name in WORLDS],
         "methods": methods(done, worlds),
-        "parts": changes("parts", done, worlds), "lengths": changes("lengths", done, worlds),
+        "parts": changes("parts", done, worlds),
+        "lengths": changes("lengths", done, worlds),
         "credit": next((r["credit"] for _, r in done if r.get("credit")), None),
         "sensitivity": sensitivity(done),
     }
@@ -232,7 +323,10 @@ def as_lines(page: Path) -> list[str]:
     for row in data["methods"]:
         gaps = ", ".join(f"{100 * run['relative_gap']:.2g}%" for run in row["runs"])
         apart = ", ".join(number(run["total_variation"]) for run in row["runs"])
-        lines.append(f"{row['world']:<8} {row['name']:<21} {row['policy']:<12} short of the optimum by {gaps}; total variation {apart}")
+        lines.append(
+            f"{row['world']:<8} {row['name']:<21} {row['policy']:<12} short of the optimum by "
+            f"{gaps}; total variation {apart}"
+        )
     return [*lines, str(page)]
 
 
@@ -252,9 +346,13 @@ WORLDS = {
 def make_worlds(folder: Path, seed: int) -> dict[tuple[str, int], World]:
     """The worlds of three seeds, each with its files below `folder`; the exploit's only once."""
     made = {
-        "mild": policies.mild, "peaked": policies.peaked, "large": policies.large, "sparse": policies.sparse, "long": policies.long,
+        "mild": policies.mild,
+        "peaked": policies.peaked,
+        "large": policies.large,
+        "sparse": policies.sparse,
+        "long": policies.long,
         "exploit": policies.exploit,
-    }  # fmt: skip
+    }
     out = {}
     for name, make in made.items():
         for s in (seed, seed + 1, seed + 2) if name != "exploit" else (seed,):
@@ -274,17 +372,26 @@ def describe(name: str, world: World) -> dict[str, Any]:
     best, _ = exact.optimum(world, reward=reward)
     ref = exact.reference(world)
     return {
-        "key": name, "words": WORLDS[name], "prompts": len(world.prompts), "responses": len(world.responses), "vocabulary": world.vocabulary,
-        "horizon": world.horizon, "beta": world.beta, "kl_optimum": exact.kl(best, ref), "objective_reference": exact.objective(world, ref, reward=reward),
+        "key": name,
+        "words": WORLDS[name],
+        "prompts": len(world.prompts),
+        "responses": len(world.responses),
+        "vocabulary": world.vocabulary,
+        "horizon": world.horizon,
+        "beta": world.beta,
+        "kl_optimum": exact.kl(best, ref),
+        "objective_reference": exact.objective(world, ref, reward=reward),
         "objective_optimum": exact.objective(world, best, reward=reward),
-    }  # fmt: skip
+    }
 
 
 # ---- what is known without a run ----
 
 
 def story(world: World, form: str, times: dict[str, float]) -> dict[str, Any]:
-    """Everything that is computed and not trained: the setting, the derivation, labels, estimators, best-of-n, over-optimisation."""
+    """Everything that is computed and not trained: the setting, the derivation, labels, estimators,
+    best-of-n, over-optimisation.
+    """
     out: dict[str, Any] = {}
     with timed(times, "the derivation, side by side"):
         out["setting"], out["frontier"] = derivation.setting(world), derivation.frontier(world)
@@ -304,12 +411,16 @@ def story(world: World, form: str, times: dict[str, float]) -> dict[str, Any]:
 
 
 class Workers:
-    """Processes that make runs side by side, each with one thread; finished runs are kept, and are not made again with `resume`."""
+    """Processes that make runs side by side, each with one thread; finished runs are kept, and are
+    not made again with `resume`.
+    """
 
     def __init__(self, folder: Path, processes: int | None, resume: bool) -> None:
         self.folder, self.resume = folder, resume
         self.count = processes or max(1, min(8, os.cpu_count() or 1))
-        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come; this one has read it already
+        os.environ["OMP_NUM_THREADS"] = (
+            "1"  # for the processes to come; this one has read it already
+        )
         self.pool = ProcessPoolExecutor(self.count, mp_context=get_context("spawn"))
 
     def __enter__(self) -> Workers:
@@ -325,21 +436,29 @@ class Workers:
             out[self.pool.submit(make_run, job, self.folder, self.resume)] = job
         return out
 
-    def collect(self, pending: dict[Future[dict[str, Any]], Job]) -> list[tuple[Job, dict[str, Any]]]:
+    def collect(
+        self, pending: dict[Future[dict[str, Any]], Job]
+    ) -> list[tuple[Job, dict[str, Any]]]:
         """All results, in an order that does not depend on who was quicker.
 
         Raises:
             RunError: a run failed; the sentence names its log.
         """
         found = []
-        with Progress("lab: the shipped methods, in seconds of work", round(sum(j.cost for j in pending.values()))) as bar:
+        with Progress(
+            "lab: the shipped methods, in seconds of work",
+            round(sum(j.cost for j in pending.values())),
+        ) as bar:
             for future in as_completed(pending):
                 job = pending[future]
                 try:
                     found.append((job, future.result()))
                 except Exception as error:
                     log = self.folder / "runs" / f"{job.name}.log"
-                    raise RunError(f"the run {job.name} failed: {error}; its log is {log}; the others are kept: --out {self.folder} --resume") from error
+                    raise RunError(
+                        f"the run {job.name} failed: {error}; its log is {log}; the others are "
+                        f"kept: --out {self.folder} --resume"
+                    ) from error
                 bar.advance({"runs made": len(found), "of": len(pending)}, by=round(job.cost))
         return sorted(found, key=lambda pair: pair[0].name)
 
@@ -374,31 +493,63 @@ def methods(done: Done, worlds: dict[tuple[str, int], World]) -> list[dict[str, 
         key = plan.method + ("_steps" if plan.reward == "steps" else "")
         each = "pairs a step" if plan.method == "dpo" else "responses an iteration"
         what = "steps" if plan.method == "dpo" else "iterations"
-        row = rows.setdefault((job.world, plan.policy, key), {
-            "method": key, "name": NAMES[key], "policy": plan.policy, "world": job.world, "estimator": ESTIMATORS.get(key),
-            "setting": f"learning rate {plan.learning_rate:g}, {plan.steps:,} {what}, {plan.batch_size} {each}", "runs": [], "cause": None,
-        })  # fmt: skip
-        row["runs"].append({k: v for k, v in result.items() if k not in ("plan", "trail", "final", "credit")})
-        if result["relative_gap"] == max(run["relative_gap"] for run in row["runs"]):  # the worst seed speaks for all
+        row = rows.setdefault(
+            (job.world, plan.policy, key),
+            {
+                "method": key,
+                "name": NAMES[key],
+                "policy": plan.policy,
+                "world": job.world,
+                "estimator": ESTIMATORS.get(key),
+                "setting": f"learning rate {plan.learning_rate:g}, {plan.steps:,} {what}, {plan.batch_size} {each}",
+                "runs": [],
+                "cause": None,
+            },
+        )
+        row["runs"].append(
+            {k: v for k, v in result.items() if k not in ("plan", "trail", "final", "credit")}
+        )
+        if result["relative_gap"] == max(
+            run["relative_gap"] for run in row["runs"]
+        ):  # the worst seed speaks for all
             row["cause"] = cause(worlds[job.world, plan.seed], plan, result)
     for row in rows.values():
         if row["method"] == "grpo" and row["cause"]:
             row["cause"] = its_own_objective(done) or row["cause"]
     order = list(WORLDS)
-    return sorted(rows.values(), key=lambda r: (order.index(r["world"]), r["policy"] == "transformer", r["method"]))
+    return sorted(
+        rows.values(),
+        key=lambda r: (order.index(r["world"]), r["policy"] == "transformer", r["method"]),
+    )
 
 
 def changes(section: str, done: Done, worlds: dict[tuple[str, int], World]) -> list[dict[str, Any]]:
-    """A row for each change to a method of a section, first the method without it: where it ends, and how it is cut."""
+    """A row for each change to a method of a section, first the method without it: where it ends,
+    and how it is cut.
+    """
     listed: list[tuple[str, str, str, str]] = []  # name, words, method, case
     if section == "parts":
-        listed = [("GRPO as its paper has it", "", "grpo", ""), *((f"GRPO, {k}", w, "grpo", k) for k, (w, _) in PARTS.items())]
+        listed = [
+            ("GRPO as its paper has it", "", "grpo", ""),
+            *((f"GRPO, {k}", w, "grpo", k) for k, (w, _) in PARTS.items()),
+        ]
     else:
-        listed = [("RLOO", "", "rloo", ""), *((name, LENGTH_WORDS[k], m, k) for k, (name, m, _) in LENGTHS.items())]
+        listed = [
+            ("RLOO", "", "rloo", ""),
+            *((name, LENGTH_WORDS[k], m, k) for k, (name, m, _) in LENGTHS.items()),
+        ]
     out = []
     for name, words, method, case in listed:
-        found = [(j, r) for j, r in done if j.plan.method == method and j.case == dashed(case) and j.section == (section if case else "methods")
-                 and j.world == "mild" and j.plan.policy == "table" and j.plan.reward == "reward"]  # fmt: skip
+        found = [
+            (j, r)
+            for j, r in done
+            if j.plan.method == method
+            and j.case == dashed(case)
+            and j.section == (section if case else "methods")
+            and j.world == "mild"
+            and j.plan.policy == "table"
+            and j.plan.reward == "reward"
+        ]
         if not found:
             continue
         job, result = min(found, key=lambda pair: pair[0].plan.seed)
@@ -406,13 +557,25 @@ def changes(section: str, done: Done, worlds: dict[tuple[str, int], World]) -> l
         away = places(world) | {"optimum": exact.optimum(world)[0]}
         if (buffer := job.plan.settings.get("score", {}).get("length_buffer")) is not None:
             less = overlong(torch.from_numpy(world.tree.lengths), world.horizon, buffer).numpy()
-            away["optimum of the reward less the penalty"] = exact.optimum(world, reward=world.reward - less)[0]
+            away["optimum of the reward less the penalty"] = exact.optimum(
+                world, reward=world.reward - less
+            )[0]
         nearest = min(away, key=lambda k: exact.total_variation(logp, away[k]))
-        out.append({
-            "name": name, "words": words, "relative_gap": result["relative_gap"], "total_variation": result["total_variation"], "nearest": nearest,
-            "distance": exact.total_variation(logp, away[nearest]), "cut": exact.expected(logp, (~world.tree.finished).astype(float)),
-            "cut_optimum": exact.expected(away["optimum"], (~world.tree.finished).astype(float)), "seed": job.plan.seed,
-        })  # fmt: skip
+        out.append(
+            {
+                "name": name,
+                "words": words,
+                "relative_gap": result["relative_gap"],
+                "total_variation": result["total_variation"],
+                "nearest": nearest,
+                "distance": exact.total_variation(logp, away[nearest]),
+                "cut": exact.expected(logp, (~world.tree.finished).astype(float)),
+                "cut_optimum": exact.expected(
+                    away["optimum"], (~world.tree.finished).astype(float)
+                ),
+                "seed": job.plan.seed,
+            }
+        )
     return out
 
 
@@ -424,8 +587,10 @@ def its_own_objective(done: Done) -> str | None:
     said = {k: f"{100 * v:.2g}%" for k, v in left.items()}
     seed = next(j.plan.seed for j, _ in done if j.section == "parts")
     return (
-        f"Its loss has another optimum. Seed {seed}, parts exchanged: with the exact KL {said['exact-KL']} is left, without the "
-        f"deviation {said['no-deviation']}, with both {said['no-deviation-exact-KL']}, and with a constant in place of the length too {said['all-three']}."
+        f"Its loss has another optimum. Seed {seed}, parts exchanged: with the exact KL "
+        f"{said['exact-KL']} is left, without the "
+        f"deviation {said['no-deviation']}, with both {said['no-deviation-exact-KL']}, and with a "
+        f"constant in place of the length too {said['all-three']}."
     )
 
 
@@ -434,7 +599,9 @@ SHORT = 0.05
 
 
 def cause(world: World, plan: Plan, result: dict[str, Any]) -> str | None:
-    """Why a run stopped short, measured: the response on which it lies furthest below the optimum, and how often it was ever drawn."""
+    """Why a run stopped short, measured: the response on which it lies furthest below the optimum,
+    and how often it was ever drawn.
+    """
     if result["relative_gap"] <= SHORT:
         return None
     reward = world.proxy if plan.reward == "proxy" else world.reward
@@ -447,11 +614,22 @@ def cause(world: World, plan: Plan, result: dict[str, Any]) -> str | None:
         steps = [point["step"] for point in result["path"]]
         chance = [float(np.exp(trail[p][y])) for trail in result["trail"]]
         each = plan.batch_size / len(world.prompts)
-        drawn = sum((b - a) * each * (x + z) / 2 for a, b, x, z in zip(steps, steps[1:], chance, chance[1:], strict=False))
+        drawn = sum(
+            (b - a) * each * (x + z) / 2
+            for a, b, x, z in zip(steps, steps[1:], chance, chance[1:], strict=False)
+        )
         half = next((k for k, c in enumerate(chance) if c < chance[0] / 10), None)
-        sank = f", and its probability was below a tenth of that by step {steps[half]}" if half is not None else ""
+        sank = (
+            f", and its probability was below a tenth of that by step {steps[half]}"
+            if half is not None
+            else ""
+        )
         return f"{said}: the reference gives it {number(chance[0])}{sank}; of {plan.steps * each:,.0f} responses to that prompt about {number(drawn)} were it."
-    seen = plan.steps * plan.batch_size / (len(world.prompts) * len(world.responses) * (len(world.responses) - 1) / 2)
+    seen = (
+        plan.steps
+        * plan.batch_size
+        / (len(world.prompts) * len(world.responses) * (len(world.responses) - 1) / 2)
+    )
     before = number(100 * result["path"][-2]["relative_gap"])
     return f"{said}: each comparison was seen about {number(seen)} times, and one measurement before the end the gap was {before}%."
 
@@ -460,16 +638,35 @@ def sensitivity(done: Done) -> list[dict[str, Any]]:
     """The gap that is left, over learning rate and beta, for each method."""
     out = []
     for method in ("ppo", "dpo"):
-        here = {(j.plan.beta, j.plan.learning_rate): (j, r) for j, r in done if j.section == "sensitivity" and j.plan.method == method}
+        here = {
+            (j.plan.beta, j.plan.learning_rate): (j, r)
+            for j, r in done
+            if j.section == "sensitivity" and j.plan.method == method
+        }
         if not here:
             continue
-        betas, rates = sorted({b for b, _ in here}, key=lambda b: b or 0.0), sorted({r for _, r in here})
+        betas, rates = (
+            sorted({b for b, _ in here}, key=lambda b: b or 0.0),
+            sorted({r for _, r in here}),
+        )
         plan = next(iter(here.values()))[0].plan
-        what = f"{plan.steps} steps of {plan.batch_size} pairs" if method == "dpo" else f"{plan.steps} iterations of {plan.batch_size} responses"
-        out.append({
-            "method": method, "name": NAMES[method], "policy": plan.policy, "world": "mild", "learning_rates": rates, "betas": betas,
-            "relative_gap": [[here[b, r][1]["relative_gap"] for r in rates] for b in betas], "setting": what,
-        })  # fmt: skip
+        what = (
+            f"{plan.steps} steps of {plan.batch_size} pairs"
+            if method == "dpo"
+            else f"{plan.steps} iterations of {plan.batch_size} responses"
+        )
+        out.append(
+            {
+                "method": method,
+                "name": NAMES[method],
+                "policy": plan.policy,
+                "world": "mild",
+                "learning_rates": rates,
+                "betas": betas,
+                "relative_gap": [[here[b, r][1]["relative_gap"] for r in rates] for b in betas],
+                "setting": what,
+            }
+        )
     return out
 
 
@@ -481,8 +678,13 @@ def followed(curve: dict[str, Any], done: Done) -> dict[str, Any]:
     if not paths:
         return curve
     path = paths[0]
-    above = {k: [p[k] - path[0][k] for p in path] for k in ("reward", "gold")}  # the curve too is above the reference
-    return {**curve, "path": {"kl": [p["kl"] for p in path], "proxy": above["reward"], "gold": above["gold"]}}
+    above = {
+        k: [p[k] - path[0][k] for p in path] for k in ("reward", "gold")
+    }  # the curve too is above the reference
+    return {
+        **curve,
+        "path": {"kl": [p["kl"] for p in path], "proxy": above["reward"], "gold": above["gold"]},
+    }
 
 
 @contextmanager

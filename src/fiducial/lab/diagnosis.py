@@ -1,6 +1,8 @@
-"""What is wrong with a loss: its gradient on a population beside the exact one, probes that should change nothing, and the mistakes that explain the rest.
+"""What is wrong with a loss: its gradient on a population beside the exact one, probes that should
+change nothing, and the mistakes that explain the rest.
 
-A `Case` says what kind of loss is looked at; `judge` gives the `Verdict`. The kinds are in `fiducial.lab.kit`.
+A `Case` says what kind of loss is looked at; `judge` gives the `Verdict`. The kinds are in
+`fiducial.lab.kit`.
 """
 
 from __future__ import annotations
@@ -39,11 +41,11 @@ class Verdict:
     checked: what it was held against.
     cosine: of its expected gradient and the exact one.
     relative_bias: |a g - exact| / |exact| at the best positive factor a.
-    scale: the length of g along the exact gradient: 1 for a mean over responses of sums over tokens.
-    variance: E |g_i - g|^2 / |g|^2 of what one response (group, pair) adds to the gradient: how many it takes for noise as large as the gradient.
-    gap: what a short training with this loss leaves of the way to the optimum: 1 where it began, 0 at the optimum. None: not trained.
-    probes: the invariances that failed: padding, order, copies, prompt, nan.
-    remarks: more sentences.
+    scale: the length of g along the exact gradient: 1 for a mean over responses of sums over
+    tokens. variance: E |g_i - g|^2 / |g|^2 of what one response (group, pair) adds to the gradient:
+    how many it takes for noise as large as the gradient. gap: what a short training with this loss
+    leaves of the way to the optimum: 1 where it began, 0 at the optimum. None: not trained. probes:
+    the invariances that failed: padding, order, copies, prompt, nan. remarks: more sentences.
     """
 
     ok: bool
@@ -59,10 +61,17 @@ class Verdict:
     remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{'ok   ' if self.ok else 'WRONG'}  {self.checked}: {self.name}", self.sentence, *self.remarks]
+        lines = [
+            f"{'ok   ' if self.ok else 'WRONG'}  {self.checked}: {self.name}",
+            self.sentence,
+            *self.remarks,
+        ]
         if not math.isnan(self.cosine):
             gap = "" if self.gap is None else f", gap after a short training {self.gap:.3f}"
-            lines.append(f"cosine {self.cosine:.4f}, relative bias {self.relative_bias:.1e}, scale {self.scale:.4g}, variance {self.variance:.3g}{gap}")
+            lines.append(
+                f"cosine {self.cosine:.4f}, relative bias {self.relative_bias:.1e}, scale "
+                f"{self.scale:.4g}, variance {self.variance:.3g}{gap}"
+            )
         return "\n       ".join(lines)
 
 
@@ -71,7 +80,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Change:
-    """How the plain batch is changed: more padding, other nonsense there, other prompts, another order, every row again, every second row (or group)."""
+    """How the plain batch is changed: more padding, other nonsense there, other prompts, another
+    order, every row again, every second row (or group).
+    """
 
     widen: int = 0
     fill: Outside = "nonsense"
@@ -93,8 +104,9 @@ PROBES: dict[str, tuple[Change, str]] = {
 class Look:
     """Value and gradient of a loss on one batch.
 
-    table: [E, ...] gradient by every row of the learned table: states, complete responses, positions inside prompts, columns behind the end.
-    sides: the batch, or the chosen and the rejected half. each: their gradients [N, W, ...] row by row, node [N, W] the row of the table.
+    table: [E, ...] gradient by every row of the learned table: states, complete responses,
+    positions inside prompts, columns behind the end. sides: the batch, or the chosen and the
+    rejected half. each: their gradients [N, W, ...] row by row, node [N, W] the row of the table.
     """
 
     value: float
@@ -113,9 +125,15 @@ def scalar(found: Any) -> Tensor:
     """The loss in what a function returned. ValueError if there is none."""
     loss = found[0] if isinstance(found, tuple) and found else found
     if not isinstance(loss, Tensor):
-        raise ValueError(f"a loss must return a scalar tensor, or a tuple that begins with one, not {type(loss).__name__}")
+        raise ValueError(
+            "a loss must return a scalar tensor, or a tuple that begins with one, not "
+            f"{type(loss).__name__}"
+        )
     if loss.numel() != 1:
-        raise ValueError(f"a loss must return a scalar tensor, not one of shape {list(loss.shape)}: sum it or average it")
+        raise ValueError(
+            f"a loss must return a scalar tensor, not one of shape {list(loss.shape)}: sum it or "
+            "average it"
+        )
     return loss.reshape(())
 
 
@@ -124,18 +142,32 @@ def look(loss: Loss, batch: Batch | PairBatch, what: str) -> Look:
     sides = (batch,) if isinstance(batch, Batch) else (batch.chosen, batch.rejected)
     leaves = [getattr(s, what) for s in sides]
     value = scalar(loss(batch))
-    found = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True) if value.requires_grad else [None] * len(leaves)
+    found = (
+        torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True)
+        if value.requires_grad
+        else [None] * len(leaves)
+    )
     each = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
     size = max(int(s.node.max()) for s in sides) + 2
-    # a value in column t is of the state that position t - 1 is in; in front of the first column there is none
-    node = [torch.cat([torch.full_like(s.node[:, :1], size - 1), s.node[:, :-1]], 1) if what == "values" else s.node for s in sides]
+    # a value in column t is of the state that position t - 1 is in; in front of the first column
+    # there is none
+    node = [
+        torch.cat([torch.full_like(s.node[:, :1], size - 1), s.node[:, :-1]], 1)
+        if what == "values"
+        else s.node
+        for s in sides
+    ]
     table = torch.zeros((size, *each[0].shape[2:]), dtype=torch.float64)
     for n, g in zip(node, each, strict=True):
         table.index_add_(0, n.reshape(-1), g.double().reshape(-1, *g.shape[2:]))
     return Look(
-        float(value.detach()), table.numpy(), sides, tuple(g.double().numpy() for g in each), tuple(n.numpy() for n in node),
+        float(value.detach()),
+        table.numpy(),
+        sides,
+        tuple(g.double().numpy() for g in each),
+        tuple(n.numpy() for n in node),
         all(g is None for g in found),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -154,7 +186,9 @@ def measure(found: Array, target: Array) -> Measured:
     if gg < 1e-24 * tt:
         return Measured(0.0, 1.0, 0.0)
     best = max(gt / gg, 0.0)
-    return Measured(gt / math.sqrt(gg * tt), float(np.linalg.norm(best * g - t)) / math.sqrt(tt), gt / tt)
+    return Measured(
+        gt / math.sqrt(gg * tt), float(np.linalg.norm(best * g - t)) / math.sqrt(tt), gt / tt
+    )
 
 
 # ---- what is checked ----
@@ -164,9 +198,10 @@ def measure(found: Array, target: Array) -> Measured:
 class Case:
     """One kind of loss.
 
-    what: the tensor that is learned. exact: minus the exact gradient of the loss that is meant. make: the population as a batch.
-    candidates: mistakes, each with its gradient. train: from a loss to the gap that it leaves.
-    parts: populations in which one thing is missing; where the bias is gone there, it was in that thing.
+    what: the tensor that is learned. exact: minus the exact gradient of the loss that is meant.
+    make: the population as a batch. candidates: mistakes, each with its gradient. train: from a
+    loss to the gap that it leaves. parts: populations in which one thing is missing; where the bias
+    is gone there, it was in that thing.
     """
 
     checked: str
@@ -180,15 +215,22 @@ class Case:
     group: int = 1
     zero: str = "zero in expectation"
 
-    def look(self, loss: Loss, change: Change | None = None, population: Population | None = None) -> Look:
+    def look(
+        self, loss: Loss, change: Change | None = None, population: Population | None = None
+    ) -> Look:
         return look(loss, self.make(population or self.population, change or Change()), self.what)
 
     def parameters(self, table: Array) -> Array:
-        """Of [..., E, ...] rows those that are learned: [P, S, V] logits, [P, S] values, or [P, S + Y] scores."""
+        """Of [..., E, ...] rows those that are learned: [P, S, V] logits, [P, S] values, or [P, S +
+        Y] scores.
+        """
         world = self.population.world
         where, prompts = layout(world.prompts, world.horizon), len(world.prompts)
         if self.what == "scores":
-            inner, own = table[: where.states].reshape(prompts, -1), table[where.states : where.ends].reshape(prompts, -1)
+            inner, own = (
+                table[: where.states].reshape(prompts, -1),
+                table[where.states : where.ends].reshape(prompts, -1),
+            )
             return np.concatenate([inner, own], 1)
         return table[: where.states].reshape(prompts, -1, *table.shape[1:])
 
@@ -203,8 +245,15 @@ class Case:
         reached = size > 1e-10 * size.max()
         front = [len(reached) - 1] if self.what == "values" else []
         inside = np.r_[where.ends : where.prompts, front].astype(int)
-        behind = np.r_[where.ends if self.what == "scores" else where.states : where.ends, where.prompts : len(reached) - len(front)]
-        return [n for n, at in (("trains on the prompt", inside), ("trains on padding", behind)) if reached[at].any()]
+        behind = np.r_[
+            where.ends if self.what == "scores" else where.states : where.ends,
+            where.prompts : len(reached) - len(front),
+        ]
+        return [
+            n
+            for n, at in (("trains on the prompt", inside), ("trains on padding", behind))
+            if reached[at].any()
+        ]
 
     def variance(self, seen: Look) -> float:
         """Every response (group, pair) of the population is as likely as every other."""
@@ -253,13 +302,30 @@ def judge(loss: Loss, case: Case, *, train: bool = True) -> Verdict:
         names = (_probe_name(fatal[0], case),)
     if not names:
         remarks += _about_scale(found.scale, case) + _about_company(loss, case, seen)
-    remarks += [f"Also: {_probe_sentence(f, case)}." for f in failed if _probe_name(f, case) not in names and not (names and f == "nan")]
+    remarks += [
+        f"Also: {_probe_sentence(f, case)}."
+        for f in failed
+        if _probe_name(f, case) not in names and not (names and f == "nan")
+    ]
     gap = case.train(loss) if train and case.train is not None else None
-    sentence = _sentence(names, found) if names else f"The expected gradient has the exact direction, to {found.relative_bias:.0e}."
+    sentence = (
+        _sentence(names, found)
+        if names
+        else f"The expected gradient has the exact direction, to {found.relative_bias:.0e}."
+    )
     return Verdict(
-        not names, " + ".join(names) or "correct", sentence, case.checked, found.cosine, found.relative_bias, found.scale, case.variance(seen), gap,
-        tuple(failed), tuple(remarks),
-    )  # fmt: skip
+        not names,
+        " + ".join(names) or "correct",
+        sentence,
+        case.checked,
+        found.cosine,
+        found.relative_bias,
+        found.scale,
+        case.variance(seen),
+        gap,
+        tuple(failed),
+        tuple(remarks),
+    )
 
 
 def _wrong(case: Case, name: str) -> Verdict:
@@ -270,7 +336,11 @@ def _sentence(names: tuple[str, ...], found: Measured | None) -> str:
     what = "; ".join(CATALOGUE[n].words for n in names)
     todo = "; ".join(CATALOGUE[n].remedy for n in names if CATALOGUE[n].remedy)
     biased = found is not None and found.relative_bias > TOLERANCE
-    size = f" The expected gradient is off by {found.relative_bias:.2%} (cosine {found.cosine:.4f})." if found is not None and biased else ""
+    size = (
+        f" The expected gradient is off by {found.relative_bias:.2%} (cosine {found.cosine:.4f})."
+        if found is not None and biased
+        else ""
+    )
     return f"{what[0].upper()}{what[1:]}.{size}" + (f" What to do: {todo}." if todo else "")
 
 
@@ -290,7 +360,11 @@ def _probe(loss: Loss, case: Case, seen: Look) -> list[str]:
 
     if not same(case.look(loss)):
         return ["random"]
-    failed = [name for name, (change, _) in PROBES.items() if not same(case.look(loss, change), up_to_scale=name == "copies")]
+    failed = [
+        name
+        for name, (change, _) in PROBES.items()
+        if not same(case.look(loss, change), up_to_scale=name == "copies")
+    ]
     try:
         clean = same(case.look(loss, Change(fill="nan")))
     except Exception:  # a loss may well refuse what is not a number, wherever it stands
@@ -310,7 +384,9 @@ def _probe_sentence(probe: str, case: Case) -> str:
     return CATALOGUE[_probe_name(probe, case)].words
 
 
-def _explain(loss: Loss, case: Case, seen: Look, direction: Array, leaks: list[str], failed: list[str]) -> tuple[tuple[str, ...], list[str]]:
+def _explain(
+    loss: Loss, case: Case, seen: Look, direction: Array, leaks: list[str], failed: list[str]
+) -> tuple[tuple[str, ...], list[str]]:
     """Names for a biased gradient, and remarks."""
     if case.what == "raw" and (misread := reading(seen)):
         return (misread,), []
@@ -319,7 +395,9 @@ def _explain(loss: Loss, case: Case, seen: Look, direction: Array, leaks: list[s
         names = _with_leaks(known.names, leaks, case.leaks(seen, by_row=True), case)
         if "order" in failed:  # nothing that a response's own length does depends on the order
             names = tuple("mean of micro-batch means" if n == "mean of means" else n for n in names)
-        return names, [f"The penalty acts with {known.strength:.4g} times its strength."] if "wrong beta" in names else []
+        return names, [
+            f"The penalty acts with {known.strength:.4g} times its strength."
+        ] if "wrong beta" in names else []
     if leaks and not failed:
         return tuple(leaks), []
     order = [f for f in failed if f != "nan"]
@@ -329,14 +407,27 @@ def _explain(loss: Loss, case: Case, seen: Look, direction: Array, leaks: list[s
         return (_probe_name(order[0], case),), []
     if measure(direction, case.exact(case.population)).relative_bias < ROUNDING:
         return ("rounding",), []
-    gone = [name for name, part in case.parts.items() if _exact_without(loss, case, part(case.population))]
-    return ("unknown",), [f"The bias is gone without {name}: look there." for name in gone] + coverage(seen)
+    gone = [
+        name
+        for name, part in case.parts.items()
+        if _exact_without(loss, case, part(case.population))
+    ]
+    return ("unknown",), [
+        f"The bias is gone without {name}: look there." for name in gone
+    ] + coverage(seen)
 
 
-def _with_leaks(names: tuple[str, ...], leaks: list[str], anywhere: list[str], case: Case) -> tuple[str, ...]:
-    """A mask that is shifted leaves something out at one end and takes something in at the other. What is read at the wrong place leaks by itself."""
+def _with_leaks(
+    names: tuple[str, ...], leaks: list[str], anywhere: list[str], case: Case
+) -> tuple[str, ...]:
+    """A mask that is shifted leaves something out at one end and takes something in at the other.
+    What is read at the wrong place leaks by itself.
+    """
     out, rest = list(names), [x for x in leaks if x not in names and case.what == "raw"]
-    shifted = (("last token left out", "trains on the prompt", "mask one early"), ("first token left out", "trains on padding", "mask one late"))
+    shifted = (
+        ("last token left out", "trains on the prompt", "mask one early"),
+        ("first token left out", "trains on padding", "mask one late"),
+    )
     for left_out, taken, both in shifted:
         if left_out in out and taken in anywhere:
             out[out.index(left_out)] = both
@@ -356,31 +447,52 @@ def _about_scale(scale: float, case: Case) -> list[str]:
     """What a scale says, where it says something."""
     if case.group == 1 or case.what != "raw":
         return []
-    g, tokens = case.group, float((faults.Terms(case.population).likely[..., None] * faults.Terms(case.population).lengths).sum())
+    g, tokens = (
+        case.group,
+        float(
+            (
+                faults.Terms(case.population).likely[..., None]
+                * faults.Terms(case.population).lengths
+            ).sum()
+        ),
+    )
     for natural in (1.0, 1 / tokens):
         if abs(scale / natural / ((g - 1) / g) - 1) < 1e-6:
-            return [f"Its length is (G - 1) / G = {(g - 1) / g:.3g} of the exact one: the mean of the group includes the response itself. All terms share it."]
+            return [
+                f"Its length is (G - 1) / G = {(g - 1) / g:.3g} of the exact one: the mean of the "
+                "group includes the response itself. All terms share it."
+            ]
     return []
 
 
 def _about_company(loss: Loss, case: Case, seen: Look) -> list[str]:
     """Whether the gradient of the whole is a mixture of those of its halves."""
-    halves = np.stack([case.parameters(case.look(loss, Change(half=h)).table).ravel() for h in (0, 1)], 1)
+    halves = np.stack(
+        [case.parameters(case.look(loss, Change(half=h)).table).ravel() for h in (0, 1)], 1
+    )
     whole = case.parameters(seen.table).ravel()
     left = whole - halves @ np.linalg.lstsq(halves, whole, rcond=None)[0]
     if np.linalg.norm(left) <= TOLERANCE * np.linalg.norm(whole):
         return []
-    return ["Rows depend on one another, as with statistics of the batch. This batch stands for a very large one: see `unbiased` for small ones."]
+    return [
+        "Rows depend on one another, as with statistics of the batch. This batch stands for a very "
+        "large one: see `unbiased` for small ones."
+    ]
 
 
 READINGS = (
-    ("", 1, "tau", True), ("labels not shifted", 0, "tau", True), ("labels shifted twice", 2, "tau", True), ("temperature missing", 1, "1", True),
-    ("log-softmax missing", 1, "tau", False), ("log-softmax missing", 1, "1", False),
-)  # fmt: skip
+    ("", 1, "tau", True),
+    ("labels not shifted", 0, "tau", True),
+    ("labels shifted twice", 2, "tau", True),
+    ("temperature missing", 1, "1", True),
+    ("log-softmax missing", 1, "tau", False),
+    ("log-softmax missing", 1, "1", False),
+)
 
 
 def reading(seen: Look) -> str | None:
-    """How log-probabilities were read from logits, by the gradient: that of log softmax(z / tau)_y is (one-hot_y - softmax(z / tau)) / tau.
+    """How log-probabilities were read from logits, by the gradient: that of log softmax(z / tau)_y
+    is (one-hot_y - softmax(z / tau)) / tau.
 
     Returns:
         The mistake, or None where they were read as they should be, or not by looking up tokens.
@@ -402,10 +514,17 @@ def reading(seen: Look) -> str | None:
 
 
 def _coefficients(side: Batch, g: Array) -> Array:
-    """[N, W] the loss's derivative by the log-probability of each token, of a loss that looks tokens up."""
+    """[N, W] the loss's derivative by the log-probability of each token, of a loss that looks
+    tokens up.
+    """
     ids, raw = side.ids.numpy(), side.raw.detach().numpy()
-    form = np.eye(raw.shape[-1])[ids[:, 1:]] - np.exp(exact.log_softmax(raw[:, :-1] / side.temperature))
-    return np.concatenate([np.zeros((len(ids), 1)), (g[:, :-1] * form).sum(-1) / (form**2).sum(-1)], 1) * side.temperature
+    form = np.eye(raw.shape[-1])[ids[:, 1:]] - np.exp(
+        exact.log_softmax(raw[:, :-1] / side.temperature)
+    )
+    return (
+        np.concatenate([np.zeros((len(ids), 1)), (g[:, :-1] * form).sum(-1) / (form**2).sum(-1)], 1)
+        * side.temperature
+    )
 
 
 def constant_within_rows(seen: Look) -> bool:
@@ -429,11 +548,19 @@ def coverage(seen: Look) -> list[str]:
             t, columns = side.trajectory, torch.arange(side.ids.shape[1])[None]
             last = t.last & t.finished[:, None] if name == "EOS" else t.last
             at = (columns == t.prompt_lengths[:, None]) if name == "first" else last
-            reached |= bool((np.abs(_coefficients(side, g))[at.numpy()] > 1e-12 * np.abs(g).max()).any())
+            reached |= bool(
+                (np.abs(_coefficients(side, g))[at.numpy()] > 1e-12 * np.abs(g).max()).any()
+            )
         if not reached:
-            out.append(f"No response's {name} token has a gradient." if name != "EOS" else "EOS never has a gradient.")
+            out.append(
+                f"No response's {name} token has a gradient."
+                if name != "EOS"
+                else "EOS never has a gradient."
+            )
     return out
 
 
 LIKELIHOOD = "likelihood of demonstrations"
-"""The one kind in which a mean within each micro-batch can be told from a mean within each response."""
+"""The one kind in which a mean within each micro-batch can be told from a mean within each
+response.
+"""

@@ -1,6 +1,8 @@
-"""What DPO learns from labels that are not what its derivation assumes: pairs never compared, annotators who err, a file in place of a population.
+"""What DPO learns from labels that are not what its derivation assumes: pairs never compared,
+annotators who err, a file in place of a population.
 
-Its loss is minimised by L-BFGS over tables (`fiducial.lab.derivation.fit`), so that what is missing from the optimum is the labels' doing and nobody else's.
+Its loss is minimised by L-BFGS over tables (`fiducial.lab.derivation.fit`), so that what is missing
+from the optimum is the labels' doing and nobody else's.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from .world import Array, World, bradley_terry, flipped, intransitive, length_bi
 
 
 def missing(world: World) -> dict[str, Any]:
-    """DPO from true labels of all pairs but those with one response: which policy it ends at depends on where it started.
+    """DPO from true labels of all pairs but those with one response: which policy it ends at
+    depends on where it started.
 
-    The response is the optimum's likeliest to the first prompt. The loss knows only differences of log-probability between compared responses, so any
-    probability of that one, the others keeping their proportions, has the same loss.
+    The response is the optimum's likeliest to the first prompt. The loss knows only differences of
+    log-probability between compared responses, so any probability of that one, the others keeping
+    their proportions, has the same loss.
     """
     best, ref = exact.optimum(world)[0], exact.reference(world)
     preference, weights = bradley_terry(world.reward), exact.pair_weights(world).copy()
@@ -41,13 +45,15 @@ def missing(world: World) -> dict[str, Any]:
     rows = []
     for name, start in starts.items():
         found = fit(world, preference, weights, start)
-        rows.append({
-            "start": name,
-            "loss": found.loss,
-            "total_variation": exact.total_variation(found.logp, best),
-            "start_probability": float(np.exp(exact.logprobs(world.tree, start)[0, y])),
-            "probability": float(np.exp(found.logp[0, y])),
-        })  # fmt: skip
+        rows.append(
+            {
+                "start": name,
+                "loss": found.loss,
+                "total_variation": exact.total_variation(found.logp, best),
+                "start_probability": float(np.exp(exact.logprobs(world.tree, start)[0, y])),
+                "probability": float(np.exp(found.logp[0, y])),
+            }
+        )
     first = rows[0]
     return {
         "world": world.name,
@@ -58,7 +64,10 @@ def missing(world: World) -> dict[str, Any]:
         "reference_probability": float(np.exp(ref[0, y])),
         "optimum_probability": float(np.exp(best[0, y])),
         "starts": rows,
-        "complete": {"loss": complete.loss, "total_variation": exact.total_variation(complete.logp, best)},
+        "complete": {
+            "loss": complete.loss,
+            "total_variation": exact.total_variation(complete.logp, best),
+        },
     }
 
 
@@ -95,9 +104,11 @@ FLIPS, SMOOTHING, NATS_PER_TOKEN, SCALE, TWIST, LABELS = 0.1, 0.1, 0.5, 3.0, 1.5
 
 
 def annotators(world: World, seed: int = 0, *, labels: int = LABELS) -> list[dict[str, Any]]:
-    """A row an annotator: how well the labels could be predicted at best, and how far DPO's minimiser is from the optimum of the true reward.
+    """A row an annotator: how well the labels could be predicted at best, and how far DPO's
+    minimiser is from the optimum of the true reward.
 
-    `relative_gap` is 1 for the reference and 0 for the optimum, and more than 1 for what is worse than no training.
+    `relative_gap` is 1 for the reference and 0 for the optimum, and more than 1 for what is worse
+    than no training.
     """
     true = bradley_terry(world.reward)
     wrong = flipped(true, FLIPS)
@@ -105,30 +116,54 @@ def annotators(world: World, seed: int = 0, *, labels: int = LABELS) -> list[dic
         Annotator("Bradley-Terry, true labels", true, _true),
         Annotator("one label in ten flipped", wrong, _flipped),
         Annotator("one in ten flipped, label smoothing 0.1", wrong, _smoothed, SMOOTHING),
-        Annotator("half a nat for every token more", length_biased(world.reward, world.tree.lengths, NATS_PER_TOKEN), _long),
+        Annotator(
+            "half a nat for every token more",
+            length_biased(world.reward, world.tree.lengths, NATS_PER_TOKEN),
+            _long,
+        ),
         Annotator("three times too sure", bradley_terry(world.reward, SCALE), _sure),
-        Annotator("preferences that run in circles", intransitive(world.reward, seed, TWIST), _circles),
+        Annotator(
+            "preferences that run in circles", intransitive(world.reward, seed, TWIST), _circles
+        ),
     ]
     weights = exact.pair_weights(world)
     rows = []
     for annotator in known:
-        measured = _measure(world, annotator.preference, weights, label_smoothing=annotator.label_smoothing)
-        rows.append(_row(annotator.name, annotator.preference, weights, measured, annotator.words(measured)))
+        measured = _measure(
+            world, annotator.preference, weights, label_smoothing=annotator.label_smoothing
+        )
+        rows.append(
+            _row(annotator.name, annotator.preference, weights, measured, annotator.words(measured))
+        )
     return [*rows, _file(world, true, weights, seed, labels)]
 
 
-def _measure(world: World, preference: Array, weights: Array, *, label_smoothing: float = 0.0) -> Measured:
+def _measure(
+    world: World, preference: Array, weights: Array, *, label_smoothing: float = 0.0
+) -> Measured:
     found = fit(world, preference, weights, world.reference, label_smoothing=label_smoothing)
-    best, ref, lengths = exact.optimum(world)[0], exact.reference(world), np.broadcast_to(world.tree.lengths.astype(float), world.reward.shape)
-    # with label smoothing the loss is the cross-entropy of smoothed labels, whose own entropy is the least it could be
+    best, ref, lengths = (
+        exact.optimum(world)[0],
+        exact.reference(world),
+        np.broadcast_to(world.tree.lengths.astype(float), world.reward.shape),
+    )
+    # with label smoothing the loss is the cross-entropy of smoothed labels, whose own entropy is
+    # the least it could be
     entropy = exact.label_entropy(flipped(preference, label_smoothing), weights)
     return Measured(
-        found.loss, entropy, exact.kl(found.logp, ref), exact.kl(best, ref), exact.expected(found.logp, lengths), exact.expected(best, lengths),
+        found.loss,
+        entropy,
+        exact.kl(found.logp, ref),
+        exact.kl(best, ref),
+        exact.expected(found.logp, lengths),
+        exact.expected(best, lengths),
         exact.gap(world, found.logp),
-    )  # fmt: skip
+    )
 
 
-def _row(name: str, preference: Array, weights: Array, measured: Measured, words: str) -> dict[str, Any]:
+def _row(
+    name: str, preference: Array, weights: Array, measured: Measured, words: str
+) -> dict[str, Any]:
     return {
         "name": name,
         "bayes_accuracy": exact.bayes_accuracy(preference, weights),
@@ -175,7 +210,9 @@ def _circles(m: Measured) -> str:
 
 
 def sampled(preference: Array, labels: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """[P, Y, Y] how often the second axis's response won against the third's, in so many labels of pairs drawn evenly from all."""
+    """[P, Y, Y] how often the second axis's response won against the third's, in so many labels of
+    pairs drawn evenly from all.
+    """
     prompts, size = preference.shape[:2]
     first, second = np.triu_indices(size, 1)
     p, pair = rng.integers(prompts, size=labels), rng.integers(len(first), size=labels)
@@ -189,8 +226,10 @@ def sampled(preference: Array, labels: int, rng: np.random.Generator) -> NDArray
 def has_minimum(wins: NDArray[np.int64]) -> bool:
     """Whether a finite policy has the least DPO loss on these labels [P, Y, Y], and only one.
 
-    It does if in every split of a prompt's responses in two, some of each side have won against some of the other (Ford 1957): if every response can be
-    reached from every other by wins. Otherwise a loss falls for ever as the sides move apart, or does not notice how far apart they are.
+    It does if in every split of a prompt's responses in two, some of each side have won against
+    some of the other (Ford 1957): if every response can be reached from every other by wins.
+    Otherwise a loss falls for ever as the sides move apart, or does not notice how far apart they
+    are.
     """
     reach = (wins > 0) | np.eye(wins.shape[-1], dtype=bool)
     for _ in range(int(np.ceil(np.log2(wins.shape[-1])))):
@@ -198,7 +237,9 @@ def has_minimum(wins: NDArray[np.int64]) -> bool:
     return bool(reach.all())
 
 
-def _file(world: World, preference: Array, weights: Array, seed: int, labels: int) -> dict[str, Any]:
+def _file(
+    world: World, preference: Array, weights: Array, seed: int, labels: int
+) -> dict[str, Any]:
     wins = sampled(preference, labels, np.random.default_rng([seed, 6]))
     games = wins + wins.swapaxes(1, 2)
     share = np.divide(wins, games, out=np.full(wins.shape, 0.5), where=games > 0)
@@ -208,7 +249,8 @@ def _file(world: World, preference: Array, weights: Array, seed: int, labels: in
     words = f"True labels, but {labels:,} of them, on {pairs:,} pairs: chance alone keeps the minimiser this far from the optimum"
     if not has_minimum(wins):
         words = (
-            f"In {labels:,} true labels, some responses only ever won, only ever lost or were not seen: no one finite policy has the least loss, "
+            f"In {labels:,} true labels, some responses only ever won, only ever lost or were not "
+            "seen: no one finite policy has the least loss, "
             f"and this is where {STEPS} steps end"
         )
     return _row(f"{labels:,} true labels", preference, weights, measured, f"{words}.")

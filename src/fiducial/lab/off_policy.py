@@ -1,7 +1,9 @@
-r"""The gradient that each known mistake has where the policy has moved from the one that sampled, in closed form: ratios, clips, and weights.
+r"""The gradient that each known mistake has where the policy has moved from the one that sampled,
+in closed form: ratios, clips, and weights.
 
-As in `fiducial.lab.faults`: a loss has the gradient :math:`-E_\mu\sum_t c_t(y)\,\nabla\log\pi(y_t|s_t)`, mu being the policy that sampled, and a mistake
-changes c in a known way. Shapes: [P, Y, T], see there.
+As in `fiducial.lab.faults`: a loss has the gradient :math:`-E_\mu\sum_t
+c_t(y)\,\nabla\log\pi(y_t|s_t)`, mu being the policy that sampled, and a mistake changes c in a
+known way. Shapes: [P, Y, T], see there.
 """
 
 from __future__ import annotations
@@ -25,8 +27,12 @@ def _log_ratio(t: Terms) -> Array:
 
 
 def _kept(ratio: Array, a: Array, low: float, high: float, sign: float = 1) -> Array:
-    """1 where PPO's clip leaves the gradient; sign -1: where it would take it, were advantages turned round."""
-    return np.where(((sign * a > 0) & (ratio > 1 + high)) | ((sign * a < 0) & (ratio < 1 - low)), 0.0, 1.0)
+    """1 where PPO's clip leaves the gradient; sign -1: where it would take it, were advantages
+    turned round.
+    """
+    return np.where(
+        ((sign * a > 0) & (ratio > 1 + high)) | ((sign * a < 0) & (ratio < 1 - low)), 0.0, 1.0
+    )
 
 
 def _clipped(ratio: Array, a: Array, low: float, high: float) -> dict[str, Array]:
@@ -67,10 +73,17 @@ def gspo_candidates(population: Population, low: float, high: float) -> Iterator
                 yield Candidate(tuple(n for n in (kind, weight) if n), t.gradient(c / lengths))
             arithmetic = (each * w).sum(-1, keepdims=True) / lengths
             others = {
-                "arithmetic instead of geometric mean": [each * a * _kept(arithmetic, a, low, high) / lengths],
-                "product instead of the geometric mean": [np.exp(total) * a * _kept(np.exp(total), a, low, high) / n for n in (1.0, lengths)],
+                "arithmetic instead of geometric mean": [
+                    each * a * _kept(arithmetic, a, low, high) / lengths
+                ],
+                "product instead of the geometric mean": [
+                    np.exp(total) * a * _kept(np.exp(total), a, low, high) / n
+                    for n in (1.0, lengths)
+                ],
                 "ratio of each token alone": [each * a * _kept(each, a, low, high) / lengths],
-                "mean over tokens": [np.exp(total / lengths) * a * _kept(np.exp(total / lengths), a, low, high)],
+                "mean over tokens": [
+                    np.exp(total / lengths) * a * _kept(np.exp(total / lengths), a, low, high)
+                ],
             }
             for kind, cs in others.items():
                 for c in cs:
@@ -85,7 +98,11 @@ def cispo_candidates(population: Population, cap: float) -> Iterator[Candidate]:
     kinds = {
         "": [np.minimum(ratio, cap) * a],
         "weight carries a gradient": [a * (np.minimum(ratio, cap) + below * ratio * t.logp)],
-        "gradient cut where the weight should be capped": [a * ratio * below, a * ratio * (below | (a < 0)), a * ratio * (below | (a > 0))],
+        "gradient cut where the weight should be capped": [
+            a * ratio * below,
+            a * ratio * (below | (a < 0)),
+            a * ratio * (below | (a > 0)),
+        ],
         "not capped": [a * ratio],
         "ratio always one": [a],
         "ratio inverted": [a * np.minimum(1 / ratio, cap)],
@@ -98,28 +115,49 @@ def cispo_candidates(population: Population, cap: float) -> Iterator[Candidate]:
 
 
 def moved_candidates(population: Population) -> Iterator[Candidate]:
-    """The policy gradient at a policy that has moved: the right weight is the ratio of the whole response."""
+    """The policy gradient at a policy that has moved: the right weight is the ratio of the whole
+    response.
+    """
     t = Terms(population)
     each, log_ratio = np.exp(_log_ratio(t)), _log_ratio(t)
     so_far = np.exp(np.cumsum(log_ratio, -1))
     whole = np.exp(log_ratio.sum(-1, keepdims=True)) * t.known
     mean = np.exp(log_ratio.sum(-1, keepdims=True) / t.lengths) * t.known
     kinds: list[tuple[tuple[str, ...], Array]] = [
-        ((), whole), (("ratio of each token alone",), each), (("ratio up to the token",), so_far), (("ratio always one",), t.known),
-        (("geometric mean instead of the product",), mean), (("ratio inverted",), 1 / each), (("ratio inverted",), t.known / np.where(whole > 0, whole, 1.0)),
+        ((), whole),
+        (("ratio of each token alone",), each),
+        (("ratio up to the token",), so_far),
+        (("ratio always one",), t.known),
+        (("geometric mean instead of the product",), mean),
+        (("ratio inverted",), 1 / each),
+        (("ratio inverted",), t.known / np.where(whole > 0, whole, 1.0)),
         (("weight carries a gradient",), whole * (1 + t.logp.sum(-1, keepdims=True))),
         (("ratio of each token alone", "weight carries a gradient"), each * (1 + t.logp)),
-    ]  # fmt: skip
+    ]
     for name, ratio in (((), whole), (("ratio of each token alone",), each)):
         inside = ratio[t.known > 0]
         for cap in (c for c in CAPS if c < inside.max()):
             kinds.append(((*name, "weights cut"), np.minimum(ratio, cap)))
-            kinds += [((*name, "weights dropped"), np.where((ratio <= cap) & (ratio >= floor), ratio, 0.0)) for floor in (0.0, *FLOORS, 1 / cap)]
-        kinds += [((*name, "weights dropped"), np.where(ratio >= floor, ratio, 0.0)) for floor in FLOORS if floor > inside.min()]
+            kinds += [
+                (
+                    (*name, "weights dropped"),
+                    np.where((ratio <= cap) & (ratio >= floor), ratio, 0.0),
+                )
+                for floor in (0.0, *FLOORS, 1 / cap)
+            ]
+        kinds += [
+            ((*name, "weights dropped"), np.where(ratio >= floor, ratio, 0.0))
+            for floor in FLOORS
+            if floor > inside.min()
+        ]
     constants = baselines(t)[: len(population.world.prompts)]
     for weight, ws in weights(t).items():
         for names, c in kinds:
             for w in ws:
                 found = (*names, weight) if weight else names
                 if len(found) <= 2:
-                    yield Candidate(found, t.gradient(w * c * t.reward), free=tuple(t.gradient(w * c * b) for b in constants))
+                    yield Candidate(
+                        found,
+                        t.gradient(w * c * t.reward),
+                        free=tuple(t.gradient(w * c * b) for b in constants),
+                    )

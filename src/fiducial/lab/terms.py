@@ -1,6 +1,8 @@
-"""What losses are made of, for every response of a population at once: masks, returns, penalties and baselines, right ones and wrong ones.
+"""What losses are made of, for every response of a population at once: masks, returns, penalties
+and baselines, right ones and wrong ones.
 
-Shapes: P prompts, S states of a prompt, V tokens, Y responses, T tokens of a response; see `fiducial.lab.population`.
+Shapes: P prompts, S states of a prompt, V tokens, Y responses, T tokens of a response; see
+`fiducial.lab.population`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ class Terms:
     def known(self) -> Array:
         """1 at tokens."""
         path = self.population.tree.path
-        return np.broadcast_to(path >= 0, (len(self.population.world.prompts), *path.shape)).astype(float)
+        return np.broadcast_to(path >= 0, (len(self.population.world.prompts), *path.shape)).astype(
+            float
+        )
 
     @functools.cached_property
     def likely(self) -> Array:
@@ -92,7 +96,9 @@ class Terms:
 
     @functools.cached_property
     def behind(self) -> Array:
-        """What stands in the column of old values behind the last token, at the last token; 0 where there is no such column."""
+        """What stands in the column of old values behind the last token, at the last token; 0 where
+        there is no such column.
+        """
         ends, _ = outside(self.population, "old values")
         return ends[..., None] * (1 - self.widest) * self.last
 
@@ -109,7 +115,13 @@ class Terms:
 
     def gradient(self, c: Array) -> Array:
         """[P, S, V] E sum_t c_t grad log pi."""
-        return np.einsum("py,pyt,pytsv->psv", self.likely, np.broadcast_to(c, self.known.shape) * self.known, self.scores, optimize=True)
+        return np.einsum(
+            "py,pyt,pytsv->psv",
+            self.likely,
+            np.broadcast_to(c, self.known.shape) * self.known,
+            self.scores,
+            optimize=True,
+        )
 
     def pull(self, c: Array, *, late: bool = False) -> Array:
         """[P, S] E sum_t c_t at each token's state, or at the state behind it."""
@@ -117,7 +129,11 @@ class Terms:
         c = np.broadcast_to(c, self.known.shape)
         out = np.zeros(self.population.values.shape)
         for y, t in np.argwhere(tree.path >= 0):
-            s = tree.path[y, t] if not late else (tree.path[y, t + 1] if t + 1 < tree.lengths[y] else -1)
+            s = (
+                tree.path[y, t]
+                if not late
+                else (tree.path[y, t + 1] if t + 1 < tree.lengths[y] else -1)
+            )
             if s >= 0:
                 out[:, s] += self.likely[:, y] * c[:, y, t]
         return out
@@ -161,7 +177,9 @@ def places(t: Terms) -> dict[str, Array]:
     return {
         "": reward,
         "reward lost on padded rows": reward * t.widest,
-        "reward placed without the prompt": t.reward * t.known * (t.position == t.lengths - 1 - t.prompt_lengths),
+        "reward placed without the prompt": t.reward
+        * t.known
+        * (t.position == t.lengths - 1 - t.prompt_lengths),
         "reward lost at EOS": reward * (1 - t.finished),
         "reward lost where cut": reward * t.finished,
         "first EOS of the row": reward * t.finished * ~inside,
@@ -171,14 +189,18 @@ def places(t: Terms) -> dict[str, Array]:
 
 @dataclass(frozen=True)
 class Price:
-    """What a token pays for its log-ratio; `carried`: it is credited to earlier tokens too, or else it is the token's coefficient as it stands."""
+    """What a token pays for its log-ratio; `carried`: it is credited to earlier tokens too, or else
+    it is the token's coefficient as it stands.
+    """
 
     cost: Array
     carried: bool = True
 
 
 def penalties(t: Terms) -> dict[str, list[Price]]:
-    """The KL penalty, by mistake. A loss f of a log-ratio has the coefficient f', of a token's own ratio or of the whole response's."""
+    """The KL penalty, by mistake. A loss f of a log-ratio has the coefficient f', of a token's own
+    ratio or of the whole response's.
+    """
     lr, whole = t.log_ratio, t.log_ratio.sum(-1, keepdims=True) * t.known
     so_far, all_of_it = np.cumsum(t.logp, -1) * t.known, t.logp.sum(-1, keepdims=True)
     return {
@@ -191,9 +213,16 @@ def penalties(t: Terms) -> dict[str, list[Price]]:
         "KL of each token alone": [Price(lr, False)],
         "k3 as a loss": [Price(-np.expm1(-whole), False)],
         "k3 of each token as a loss": [Price(-np.expm1(-lr), False)],
-        "k3 of the inverse ratio as a loss": [Price(np.expm1(lr), False), Price(np.expm1(whole), False)],
-        # -A(theta) sum log pi: the derivative of the second factor is right, that of the first adds log pi to the cost
-        "advantage carries a gradient": [Price(to_go(lr) + so_far, False), Price(whole + all_of_it, False)],
+        "k3 of the inverse ratio as a loss": [
+            Price(np.expm1(lr), False),
+            Price(np.expm1(whole), False),
+        ],
+        # -A(theta) sum log pi: the derivative of the second factor is right, that of the first adds
+        # log pi to the cost
+        "advantage carries a gradient": [
+            Price(to_go(lr) + so_far, False),
+            Price(whole + all_of_it, False),
+        ],
     }
 
 
@@ -202,11 +231,15 @@ def credits(t: Terms) -> dict[str, Callable[[Array], Array]]:
     return {
         "": to_go,
         "return without the token's own reward": lambda x: (to_go(x) - x) * t.known,
-        "each token paid alone": lambda x: x,  # and the sum from the start: the difference was paid before, a baseline
+        "each token paid alone": lambda x: (
+            x
+        ),  # and the sum from the start: the difference was paid before, a baseline
     }
 
 
 def baselines(t: Terms) -> list[Array]:
-    """What a right loss may subtract, and a wrong one then subtracts in its own way: a constant for each prompt, the critic, what was paid before."""
+    """What a right loss may subtract, and a wrong one then subtracts in its own way: a constant for
+    each prompt, the critic, what was paid before.
+    """
     prompts = [t.known * (np.arange(len(t.known)) == p)[:, None, None] for p in range(len(t.known))]
     return [*prompts, t.value, (np.cumsum(t.log_ratio, -1) - t.log_ratio) * t.known]

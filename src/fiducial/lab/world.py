@@ -1,9 +1,12 @@
 """A world small enough to enumerate: every response to every prompt, its probability, its reward.
 
-Generation as a decision process: the state is the prompt with the tokens so far, s_t = (x, y_<t); the action is the next token y_t; the transition is
-certain; an episode is a response, which ends with EOS (token 0) or is cut at the horizon; its reward comes once, at the end. All arrays are float64.
+Generation as a decision process: the state is the prompt with the tokens so far, s_t = (x, y_<t);
+the action is the next token y_t; the transition is certain; an episode is a response, which ends
+with EOS (token 0) or is cut at the horizon; its reward comes once, at the end. All arrays are
+float64.
 
-Shapes: P prompts, S states of a prompt (prefixes in which a token is chosen), V tokens, Y responses, T horizon.
+Shapes: P prompts, S states of a prompt (prefixes in which a token is chosen), V tokens, Y
+responses, T horizon.
 """
 
 from __future__ import annotations
@@ -31,9 +34,10 @@ class Tree:
 
     responses: Y token tuples, the ending EOS included.
     states: S prefixes, by length, then in the order of their tokens.
-    path, token: [Y, T] the state in which each token of a response is chosen, and that token; -1 behind the end.
-    child, leaf: [S, V] the state behind a state and a token, or the response that it completes; -1 for the other.
-    lengths: [Y] tokens. finished: [Y] false where the horizon cut the response.
+    path, token: [Y, T] the state in which each token of a response is chosen, and that token; -1
+    behind the end. child, leaf: [S, V] the state behind a state and a token, or the response that
+    it completes; -1 for the other. lengths: [Y] tokens. finished: [Y] false where the horizon cut
+    the response.
     """
 
     vocabulary: int
@@ -73,22 +77,34 @@ def tree(vocabulary: int, horizon: int) -> Tree:
             else:
                 child[s, v] = number[response[: t + 1]]
     return Tree(
-        vocabulary, horizon, tuple(responses), tuple(states), path, token, child, leaf, np.array([len(r) for r in responses]),
-        np.array([r[-1] == EOS for r in responses]), tuple(levels),
-    )  # fmt: skip
+        vocabulary,
+        horizon,
+        tuple(responses),
+        tuple(states),
+        path,
+        token,
+        child,
+        leaf,
+        np.array([len(r) for r in responses]),
+        np.array([r[-1] == EOS for r in responses]),
+        tuple(levels),
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """Prompts, a frozen reference, a reward for every response, and the strength of the pull to the reference.
+    """Prompts, a frozen reference, a reward for every response, and the strength of the pull to the
+    reference.
 
-    Prompts are equally likely. None may be the beginning of another, so that a text belongs to one prompt alone.
+    Prompts are equally likely. None may be the beginning of another, so that a text belongs to one
+    prompt alone.
 
     reference: [P, S, V] logits.
     reward: [P, Y] the true (gold) reward of the whole response.
     beta: nats cost beta units of reward each.
     proxy: [P, Y] what a learned reward model might give instead; None: the true reward is known.
-    step_reward: [P, S, V] where the reward is the sum of what each step earns (a process reward); None: it comes at the end only.
+    step_reward: [P, S, V] where the reward is the sum of what each step earns (a process reward);
+    None: it comes at the end only.
     """
 
     name: str
@@ -103,17 +119,27 @@ class World:
     def __post_init__(self) -> None:
         shape = (len(self.prompts), len(self.tree.states), self.vocabulary)
         if self.reference.shape != shape:
-            raise ValueError(f"reference must be logits of shape {list(shape)}, not {list(self.reference.shape)}")
+            raise ValueError(
+                f"reference must be logits of shape {list(shape)}, not {list(self.reference.shape)}"
+            )
         for name in ("reward", "proxy"):
             value = getattr(self, name)
             if value is not None and value.shape != (len(self.prompts), len(self.tree.responses)):
-                raise ValueError(f"{name} must have one number a prompt and response, {[len(self.prompts), len(self.tree.responses)]}, not {list(value.shape)}")
+                raise ValueError(
+                    f"{name} must have one number a prompt and response, "
+                    f"{[len(self.prompts), len(self.tree.responses)]}, not {list(value.shape)}"
+                )
         if self.step_reward is not None and self.step_reward.shape != shape:
-            raise ValueError(f"step_reward must have the shape of reference, {list(shape)}, not {list(self.step_reward.shape)}")
+            raise ValueError(
+                f"step_reward must have the shape of reference, {list(shape)}, not "
+                f"{list(self.step_reward.shape)}"
+            )
         for i, a in enumerate(self.prompts):
             for j, b in enumerate(self.prompts):
                 if i != j and b[: len(a)] == a:
-                    raise ValueError(f"prompt {a} is the beginning of prompt {b}: a text would belong to both")
+                    raise ValueError(
+                        f"prompt {a} is the beginning of prompt {b}: a text would belong to both"
+                    )
 
     @property
     def vocabulary(self) -> int:
@@ -143,20 +169,38 @@ class World:
     @functools.cached_property
     def _numbers(self) -> tuple[dict[str, int], dict[str, int]]:
         prompts = {self.prompt_text(p): p for p in range(len(self.prompts))}
-        return prompts, {"".join(LETTERS[t] for t in r if t != EOS): y for y, r in enumerate(self.responses)}
+        return prompts, {
+            "".join(LETTERS[t] for t in r if t != EOS): y for y, r in enumerate(self.responses)
+        }
 
-    def scores(self, prompts: list[str], completions: list[str], table: str = "reward") -> list[float]:
-        """The reward of sampled texts (a completion without its EOS, as reward functions get it): what `fiducial ppo` is given in the lab."""
+    def scores(
+        self, prompts: list[str], completions: list[str], table: str = "reward"
+    ) -> list[float]:
+        """The reward of sampled texts (a completion without its EOS, as reward functions get it):
+        what `fiducial ppo` is given in the lab.
+        """
         p_of, y_of = self._numbers
         values = getattr(self, table)
-        return [float(values[p_of[p], y_of[c.rstrip(LETTERS[EOS])]]) for p, c in zip(prompts, completions, strict=True)]
+        return [
+            float(values[p_of[p], y_of[c.rstrip(LETTERS[EOS])]])
+            for p, c in zip(prompts, completions, strict=True)
+        ]
 
     # -- on disk
 
     def save(self, path: Path) -> None:
         """Write the tables; `World.load` reads them back to the bit."""
-        arrays = {k: v for k in ("reference", "reward", "proxy", "step_reward") if (v := getattr(self, k)) is not None}
-        facts = {"name": self.name, "prompts": self.prompts, "beta": self.beta, "horizon": self.horizon}
+        arrays = {
+            k: v
+            for k in ("reference", "reward", "proxy", "step_reward")
+            if (v := getattr(self, k)) is not None
+        }
+        facts = {
+            "name": self.name,
+            "prompts": self.prompts,
+            "beta": self.beta,
+            "horizon": self.horizon,
+        }
         with open(path, "wb") as file:
             np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
 
@@ -164,17 +208,30 @@ class World:
     def load(path: Path) -> World:
         with np.load(path, allow_pickle=False) as found:
             facts = json.loads(str(found["facts"]))
-            arrays = {k: found[k] for k in ("reference", "reward", "proxy", "step_reward") if k in found}
-        return World(facts["name"], tuple(tuple(p) for p in facts["prompts"]), beta=facts["beta"], horizon=facts["horizon"], **arrays)
+            arrays = {
+                k: found[k] for k in ("reference", "reward", "proxy", "step_reward") if k in found
+            }
+        return World(
+            facts["name"],
+            tuple(tuple(p) for p in facts["prompts"]),
+            beta=facts["beta"],
+            horizon=facts["horizon"],
+            **arrays,
+        )
 
 
 # ---- rewards ----
 
 
 def prompts_for(count: int, vocabulary: int, *, uneven: bool = False) -> tuple[Tokens, ...]:
-    """`count` prompts of letters, none the beginning of another; with `uneven` every second one is a token longer."""
+    """`count` prompts of letters, none the beginning of another; with `uneven` every second one is
+    a token longer.
+    """
     if vocabulary < 3 and count > 1:
-        raise ValueError(f"a vocabulary of {vocabulary} has one letter beside EOS, and of two texts in one letter one is the beginning of the other")
+        raise ValueError(
+            f"a vocabulary of {vocabulary} has one letter beside EOS, and of two texts in one "
+            "letter one is the beginning of the other"
+        )
     width = 1
     while (vocabulary - 1) ** width < count:
         width += 1
@@ -190,7 +247,9 @@ def random_reward(prompts: int, responses: int, seed: int, scale: float = 1.0) -
 
 
 def sparse_reward(prompts: int, tree: Tree, seed: int, share: float = 0.1) -> Array:
-    """[P, Y] one for a few responses, zero for all others, as a verifier gives it. At least one response a prompt is right, and never one of a single token."""
+    """[P, Y] one for a few responses, zero for all others, as a verifier gives it. At least one
+    response a prompt is right, and never one of a single token.
+    """
     rng = np.random.default_rng([seed, 2])
     long = np.flatnonzero(tree.lengths > 1)
     out = np.zeros((prompts, len(tree.responses)))
@@ -199,11 +258,15 @@ def sparse_reward(prompts: int, tree: Tree, seed: int, share: float = 0.1) -> Ar
     return out
 
 
-def letters_in_place(prompts: int, tree: Tree, seed: int, *, keys: int, within: int) -> tuple[Array, list[dict[int, int]]]:
-    """[P, Y] one for the responses that have certain letters at certain places, whatever stands at the others; and those, {place: token} of each prompt.
+def letters_in_place(
+    prompts: int, tree: Tree, seed: int, *, keys: int, within: int
+) -> tuple[Array, list[dict[int, int]]]:
+    """[P, Y] one for the responses that have certain letters at certain places, whatever stands at
+    the others; and those, {place: token} of each prompt.
 
     Args:
-        keys: places that count, drawn for each prompt among the first `within`, the last of which is always one: before it nothing is decided.
+        keys: places that count, drawn for each prompt among the first `within`, the last of which
+            is always one: before it nothing is decided.
     """
     rng = np.random.default_rng([seed, 6])
     out, wanted = np.zeros((prompts, len(tree.responses))), []
@@ -216,12 +279,21 @@ def letters_in_place(prompts: int, tree: Tree, seed: int, *, keys: int, within: 
 
 
 def exploited(
-    reward: Array, reference: Array, seed: int, *, noise: float = 0.3, mass: float = 0.02, gold: float = -2.0, proxy: float = 3.0
+    reward: Array,
+    reference: Array,
+    seed: int,
+    *,
+    noise: float = 0.3,
+    mass: float = 0.02,
+    gold: float = -2.0,
+    proxy: float = 3.0,
 ) -> tuple[Array, Array]:
-    """(gold, proxy) [P, Y]: the proxy is gold with a little noise, but for a few unlikely responses that it loves and that gold hates.
+    """(gold, proxy) [P, Y]: the proxy is gold with a little noise, but for a few unlikely responses
+    that it loves and that gold hates.
 
     Args:
-        reference: [P, Y] probabilities of the responses; the exploit is made of the least likely ones, up to `mass` of them together, and at least one.
+        reference: [P, Y] probabilities of the responses; the exploit is made of the least likely
+            ones, up to `mass` of them together, and at least one.
         gold: the true reward of the exploit.
         proxy: how far the proxy puts it above the best true reward of its prompt.
     """
@@ -242,7 +314,8 @@ def step_rewards(world: World, seed: int, scale: float = 0.5) -> World:
     return world.with_(reward=total, step_reward=steps)
 
 
-# ---- annotators: p [P, Y, Y], the probability that response i (second axis) is preferred to j (third) ----
+# ---- annotators: p [P, Y, Y], the probability that response i (second axis) is preferred to j
+# (third) ----
 
 
 def bradley_terry(reward: Array, scale: float = 1.0) -> Array:
@@ -257,13 +330,29 @@ def flipped(preference: Array, share: float) -> Array:
 
 def length_biased(reward: Array, lengths: NDArray[np.int64], nats_per_token: float) -> Array:
     """Annotators who also like what is longer."""
-    return sigmoid(reward[:, :, None] - reward[:, None, :] + nats_per_token * (lengths[:, None] - lengths[None, :]))
+    return sigmoid(
+        reward[:, :, None]
+        - reward[:, None, :]
+        + nats_per_token * (lengths[:, None] - lengths[None, :])
+    )
 
 
 def intransitive(reward: Array, seed: int, twist: float) -> Array:
-    """Annotators no reward can explain: every pair gets an antisymmetric nat-score of its own on top, so that preferences may run in circles."""
-    noise = np.random.default_rng([seed, 5]).normal(size=(reward.shape[0], reward.shape[1], reward.shape[1])) * twist
-    return sigmoid(reward[:, :, None] - reward[:, None, :] + np.triu(noise, 1) - np.triu(noise, 1).swapaxes(1, 2))
+    """Annotators no reward can explain: every pair gets an antisymmetric nat-score of its own on
+    top, so that preferences may run in circles.
+    """
+    noise = (
+        np.random.default_rng([seed, 5]).normal(
+            size=(reward.shape[0], reward.shape[1], reward.shape[1])
+        )
+        * twist
+    )
+    return sigmoid(
+        reward[:, :, None]
+        - reward[:, None, :]
+        + np.triu(noise, 1)
+        - np.triu(noise, 1).swapaxes(1, 2)
+    )
 
 
 def sigmoid(x: Array) -> Array:

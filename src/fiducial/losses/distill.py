@@ -1,18 +1,23 @@
-r"""On-policy distillation: the reverse KL to a teacher on the student's own samples. Agarwal et al. 2023 (GKD), arXiv 2306.13649; Gu et al. 2023
-(MiniLLM), arXiv 2306.08543.
+r"""On-policy distillation: the reverse KL to a teacher on the student's own samples. Agarwal et al.
+2023 (GKD), arXiv 2306.13649; Gu et al. 2023 (MiniLLM), arXiv 2306.08543.
 
-With y sampled from the student, the KL of whole responses is the sum over tokens of the KL in the states they visit,
-:math:`KL(\pi\|\pi_T) = E_y\sum_t KL_t`, :math:`KL_t = \sum_v \pi(v|s_t)\log\frac{\pi(v|s_t)}{\pi_T(v|s_t)}`. Its gradient has two parts (MiniLLM, section 2.2):
+With y sampled from the student, the KL of whole responses is the sum over tokens of the KL in the
+states they visit, :math:`KL(\pi\|\pi_T) = E_y\sum_t KL_t`, :math:`KL_t = \sum_v
+\pi(v|s_t)\log\frac{\pi(v|s_t)}{\pi_T(v|s_t)}`. Its gradient has two parts (MiniLLM, section 2.2):
 that of each :math:`KL_t` itself, and that of how likely its state is,
 
 .. math:: \nabla KL = E_y\sum_t\Big[\nabla KL_t + \nabla\log\pi(y_t)\sum_{k>t} KL_k\Big]
 
-The second part is what `discount` weighs: a token pays :math:`d^{k-t}` of the KL found k - t tokens later. At 1 the expected gradient is exactly that of
-the responses' KL. At 0, as in GKD and in Thinking Machines 2025 ("On-policy distillation"), each state pays for itself and the way there is taken as given:
-not the gradient of the responses' KL (19% off in the lab's mild world at one normal deviation from the mark, cosine 0.984: exact by enumeration), but it
-vanishes where the student is the teacher, so a student that can be the teacher has the same optimum; and it has far less variance.
+The second part is what `discount` weighs: a token pays :math:`d^{k-t}` of the KL found k - t tokens
+later. At 1 the expected gradient is exactly that of the responses' KL. At 0, as in GKD and in
+Thinking Machines 2025 ("On-policy distillation"), each state pays for itself and the way there is
+taken as given: not the gradient of the responses' KL (19% off in the lab's mild world at one normal
+deviation from the mark, cosine 0.984: exact by enumeration), but it vanishes where the student is
+the teacher, so a student that can be the teacher has the same optimum; and it has far less
+variance.
 
-Shapes: [B, T]; column t speaks of token t. Nats, at the sampling temperature. Both divisions by a count are the caller's in the sum forms.
+Shapes: [B, T]; column t speaks of token t. Nats, at the sampling temperature. Both divisions by a
+count are the caller's in the sum forms.
 """
 
 from __future__ import annotations
@@ -27,15 +32,20 @@ from .policy import reinforce_sum
 Metrics = dict[str, Tensor]
 
 
-def reverse_kl(logits: Tensor, teacher_logits: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Metrics]:
-    r"""The exact KL(student || teacher) of each state over the whole vocabulary, differentiated, the states taken as given: `discount` 0.
+def reverse_kl(
+    logits: Tensor, teacher_logits: Tensor, mask: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Metrics]:
+    r"""The exact KL(student || teacher) of each state over the whole vocabulary, differentiated,
+    the states taken as given: `discount` 0.
 
-    For a loop of your own. The [B, T, V] of logits is held several times over; the package's own loop goes through hidden states in chunks instead
-    (`Policy(ids, mask, teacher=...)`) and hands what it finds to :func:`reverse_kl_states`.
+    For a loop of your own. The [B, T, V] of logits is held several times over; the package's own
+    loop goes through hidden states in chunks instead (`Policy(ids, mask, teacher=...)`) and hands
+    what it finds to :func:`reverse_kl_states`.
 
     Args:
-        logits: [B, T, V] of the student, with gradient; column t is the distribution from which token t is drawn: `model(ids).logits[:, :-1]` with
-            `mask[:, 1:]`. Log-probabilities do as well.
+        logits: [B, T, V] of the student, with gradient; column t is the distribution from which
+            token t is drawn: `model(ids).logits[:, :-1]` with `mask[:, 1:]`. Log-probabilities do
+            as well.
         teacher_logits: [B, T, V], no gradient.
         mask: [B, T] true at the student's tokens.
         temperature: of sampling; it divides both.
@@ -51,7 +61,9 @@ def reverse_kl(logits: Tensor, teacher_logits: Tensor, mask: Tensor, temperature
     return loss / count, {k: v / count for k, v in metrics.items()}
 
 
-def reverse_kl_sum(logits: Tensor, teacher_logits: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Metrics]:
+def reverse_kl_sum(
+    logits: Tensor, teacher_logits: Tensor, mask: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Metrics]:
     """:func:`reverse_kl` summed over real tokens."""
     same_shape(logits=logits, teacher_logits=teacher_logits)
     same_shape(logits=logits[..., 0], mask=mask)
@@ -60,7 +72,9 @@ def reverse_kl_sum(logits: Tensor, teacher_logits: Tensor, mask: Tensor, tempera
     return loss, {"kl_teacher": loss.detach()}
 
 
-def reverse_kl_states(state_kl: Tensor, logprobs: Tensor, mask: Tensor, *, discount: float = 0.0) -> tuple[Tensor, Metrics]:
+def reverse_kl_states(
+    state_kl: Tensor, logprobs: Tensor, mask: Tensor, *, discount: float = 0.0
+) -> tuple[Tensor, Metrics]:
     r"""The exact KL of each visited state, and by `discount` what a token costs in the states after it.
 
     .. math:: L_t = KL_t + \mathrm{sg}\Big[\sum_{k>t} d^{k-t} KL_k\Big] \log\pi(y_t)
@@ -72,7 +86,8 @@ def reverse_kl_states(state_kl: Tensor, logprobs: Tensor, mask: Tensor, *, disco
         discount: 0 takes the states as given; 1 is exactly the gradient of the responses' KL.
 
     Returns:
-        The mean over real tokens (of value KL_t only where `discount` is 0), and ``kl_teacher`` in nats a token.
+        The mean over real tokens (of value KL_t only where `discount` is 0), and ``kl_teacher`` in
+        nats a token.
 
     Raises:
         ValueError: shapes differ, or the mask is empty.
@@ -82,7 +97,9 @@ def reverse_kl_states(state_kl: Tensor, logprobs: Tensor, mask: Tensor, *, disco
     return loss / count, {k: v / count for k, v in metrics.items()}
 
 
-def reverse_kl_states_sum(state_kl: Tensor, logprobs: Tensor, mask: Tensor, *, discount: float = 0.0) -> tuple[Tensor, Metrics]:
+def reverse_kl_states_sum(
+    state_kl: Tensor, logprobs: Tensor, mask: Tensor, *, discount: float = 0.0
+) -> tuple[Tensor, Metrics]:
     """:func:`reverse_kl_states` summed over real tokens."""
     same_shape(state_kl=state_kl, logprobs=logprobs, mask=mask)
     state_kl = select(state_kl, mask)
@@ -93,22 +110,28 @@ def reverse_kl_states_sum(state_kl: Tensor, logprobs: Tensor, mask: Tensor, *, d
     return loss, {"kl_teacher": here.sum()}
 
 
-def reverse_kl_sampled(logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor, *, discount: float = 0.0) -> tuple[Tensor, Metrics]:
-    r"""The same from the sampled tokens alone: what they are to the teacher is their reward. Thinking Machines 2025, "On-policy distillation".
+def reverse_kl_sampled(
+    logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor, *, discount: float = 0.0
+) -> tuple[Tensor, Metrics]:
+    r"""The same from the sampled tokens alone: what they are to the teacher is their reward.
+    Thinking Machines 2025, "On-policy distillation".
 
     .. math:: L_t = -A_t \log\pi(y_t), \qquad A_t = -\mathrm{sg}\Big[\sum_{k\ge t} d^{k-t} \big(\log\pi(y_k) - \log\pi_T(y_k)\big)\Big]
 
-    Its expectation over the tokens is the gradient of :func:`reverse_kl_states` at the same `discount`; it needs one number a token from the teacher, not
-    its distribution, and has more variance for it.
+    Its expectation over the tokens is the gradient of :func:`reverse_kl_states` at the same
+    `discount`; it needs one number a token from the teacher, not its distribution, and has more
+    variance for it.
 
     Args:
         logprobs: [B, T] of the student that sampled, with gradient.
         teacher_logprobs: [B, T] of the same tokens.
         mask: [B, T] true at the student's tokens.
-        discount: 0, each token alone, in the source; 1 is exactly the gradient of the responses' KL.
+        discount: 0, each token alone, in the source; 1 is exactly the gradient of the responses'
+            KL.
 
     Returns:
-        The mean over real tokens, whose value says nothing, and ``kl_teacher``, an unbiased estimate (k1) in nats a token.
+        The mean over real tokens, whose value says nothing, and ``kl_teacher``, an unbiased
+        estimate (k1) in nats a token.
 
     Raises:
         ValueError: shapes differ, or the mask is empty.
@@ -118,7 +141,9 @@ def reverse_kl_sampled(logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor,
     return loss / count, {k: v / count for k, v in metrics.items()}
 
 
-def reverse_kl_sampled_sum(logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor, *, discount: float = 0.0) -> tuple[Tensor, Metrics]:
+def reverse_kl_sampled_sum(
+    logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor, *, discount: float = 0.0
+) -> tuple[Tensor, Metrics]:
     """:func:`reverse_kl_sampled` summed over real tokens."""
     same_shape(logprobs=logprobs, teacher_logprobs=teacher_logprobs, mask=mask)
     cost = select(kl.estimate(logprobs, teacher_logprobs, estimator="k1"), mask).detach()

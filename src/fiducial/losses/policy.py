@@ -2,8 +2,9 @@
 
 Shapes: [B, T]; column t speaks of token t. Log-probabilities in nats, at the sampling temperature.
 
-Every loss here grows in proportion to its advantages, so a weight of a token (a mean over responses, a correction for another sampler) may be multiplied
-into its advantage beforehand, as long as it is not negative: that is how the loops use the sum forms.
+Every loss here grows in proportion to its advantages, so a weight of a token (a mean over
+responses, a correction for another sampler) may be multiplied into its advantage beforehand, as
+long as it is not negative: that is how the loops use the sum forms.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ Metrics = dict[str, Tensor]
 
 
 def reinforce(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
-    r"""The policy gradient as a loss: Williams 1992. Only for one step on fresh samples; for more, see :func:`ppo_clip`, which it equals at ratio 1.
+    r"""The policy gradient as a loss: Williams 1992. Only for one step on fresh samples; for more,
+    see :func:`ppo_clip`, which it equals at ratio 1.
 
     .. math:: L_t = -A_t \log\pi(y_t)
 
@@ -45,7 +47,13 @@ def reinforce_sum(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[T
 
 
 def ppo_clip(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float = 0.2, clip_high: float | None = None
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 0.2,
+    clip_high: float | None = None,
 ) -> tuple[Tensor, Metrics]:
     r"""The clipped surrogate: eq. 7 of Schulman et al. 2017, arXiv 1707.06347, as a loss.
 
@@ -53,26 +61,37 @@ def ppo_clip(
 
     Args:
         logprobs: [B, T] of the policy, with gradient.
-        old_logprobs: [B, T] of the policy that sampled, recomputed by the trainer, so that the ratio is 1 in the first step.
+        old_logprobs: [B, T] of the policy that sampled, recomputed by the trainer, so that the
+            ratio is 1 in the first step.
         advantages: [B, T], no gradient.
         mask: [B, T] true at the policy's tokens.
         clip: epsilon; 0.2 in the paper and in Ziegler et al. 2019.
-        clip_high: above 1, where it is another: DAPO's clip-higher (arXiv 2503.14476, eq. 10) leaves unlikely tokens more room to grow, 0.28.
+        clip_high: above 1, where it is another: DAPO's clip-higher (arXiv 2503.14476, eq. 10)
+            leaves unlikely tokens more room to grow, 0.28.
 
     Returns:
-        The mean over real tokens, and ``clip_ratio`` (share of tokens whose gradient the clip has cut), ``approx_kl`` (k3 of old against new, in
-        nats a token), ``ratio``; ``ratio/max`` is the largest.
+        The mean over real tokens, and ``clip_ratio`` (share of tokens whose gradient the clip has
+        cut), ``approx_kl`` (k3 of old against new, in nats a token), ``ratio``; ``ratio/max`` is
+        the largest.
 
     Raises:
         ValueError: shapes differ, or the mask is empty.
     """
     count = _count(mask)
-    loss, metrics = ppo_clip_sum(logprobs, old_logprobs, advantages, mask, clip=clip, clip_high=clip_high)
+    loss, metrics = ppo_clip_sum(
+        logprobs, old_logprobs, advantages, mask, clip=clip, clip_high=clip_high
+    )
     return loss / count, _over(metrics, count)
 
 
 def ppo_clip_sum(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float = 0.2, clip_high: float | None = None
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 0.2,
+    clip_high: float | None = None,
 ) -> tuple[Tensor, Metrics]:
     """:func:`ppo_clip` summed over real tokens, metrics too (``/max`` stays a maximum)."""
     same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
@@ -80,20 +99,33 @@ def ppo_clip_sum(
     advantages, high = select(advantages, mask), clip if clip_high is None else clip_high
     log_ratio = select(logprobs, mask) - select(old_logprobs, mask)
     ratio = log_ratio.exp()
-    loss = select(-torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + high) * advantages), mask).sum()
-    return loss, {"policy_loss": loss.detach()} | _ratio_metrics(log_ratio, _cut(ratio, advantages, clip, high), mask)
+    loss = select(
+        -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + high) * advantages), mask
+    ).sum()
+    return loss, {"policy_loss": loss.detach()} | _ratio_metrics(
+        log_ratio, _cut(ratio, advantages, clip, high), mask
+    )
 
 
 def gspo(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float = 3e-4, clip_high: float | None = 4e-4
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 3e-4,
+    clip_high: float | None = 4e-4,
 ) -> tuple[Tensor, Metrics]:
-    r"""GSPO: one ratio for the whole response, the geometric mean of its tokens'. Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7.
+    r"""GSPO: one ratio for the whole response, the geometric mean of its tokens'. Zheng et al.
+    2025, arXiv 2507.18071, eq. 5 to 7.
 
     .. math:: L_t = -\min(s A_t,\ \mathrm{clip}(s, 1-\epsilon, 1+\epsilon_{high}) A_t), \qquad s = \exp\Big(\frac1{|y|}\sum_t \log\rho_t\Big)
 
-    Written by tokens (the paper's GSPO-token, eq. 13), which has the same gradient where the advantages of a response are equal, and a response counts once:
-    multiply :func:`~fiducial.core.reductions.by_response` into the advantages of the sum form. The true ratio of a response is the product, not the
-    geometric mean: off policy s is a surrogate with a bias of its own.
+    Written by tokens (the paper's GSPO-token, eq. 13), which has the same gradient where the
+    advantages of a response are equal, and a response counts once: multiply
+    :func:`~fiducial.core.reductions.by_response` into the advantages of the sum form. The true
+    ratio of a response is the product, not the geometric mean: off policy s is a surrogate with a
+    bias of its own.
 
     Args:
         logprobs, old_logprobs, advantages, mask: as for :func:`ppo_clip`.
@@ -106,12 +138,20 @@ def gspo(
         ValueError: shapes differ, or the mask is empty.
     """
     count = _count(mask)
-    loss, metrics = gspo_sum(logprobs, old_logprobs, advantages, mask, clip=clip, clip_high=clip_high)
+    loss, metrics = gspo_sum(
+        logprobs, old_logprobs, advantages, mask, clip=clip, clip_high=clip_high
+    )
     return loss / count, _over(metrics, count)
 
 
 def gspo_sum(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float = 3e-4, clip_high: float | None = 4e-4
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 3e-4,
+    clip_high: float | None = 4e-4,
 ) -> tuple[Tensor, Metrics]:
     """:func:`gspo` summed over real tokens, metrics too."""
     same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
@@ -119,25 +159,39 @@ def gspo_sum(
     advantages, high = select(advantages, mask), clip if clip_high is None else clip_high
     logprobs = select(logprobs, mask)
     lengths = mask.sum(1, keepdim=True).clamp(min=1)
-    log_s = ((logprobs.detach() - select(old_logprobs, mask)).sum(1, keepdim=True) / lengths).expand_as(logprobs)
-    ratio = (log_s + logprobs - logprobs.detach()).exp()  # the value of s, with each token's own gradient
-    loss = select(-torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + high) * advantages), mask).sum()
-    return loss, {"policy_loss": loss.detach()} | _ratio_metrics(select(log_s, mask), _cut(ratio, advantages, clip, high), mask)
+    log_s = (
+        (logprobs.detach() - select(old_logprobs, mask)).sum(1, keepdim=True) / lengths
+    ).expand_as(logprobs)
+    ratio = (
+        log_s + logprobs - logprobs.detach()
+    ).exp()  # the value of s, with each token's own gradient
+    loss = select(
+        -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + high) * advantages), mask
+    ).sum()
+    return loss, {"policy_loss": loss.detach()} | _ratio_metrics(
+        select(log_s, mask), _cut(ratio, advantages, clip, high), mask
+    )
 
 
-def cispo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, cap: float = 5.0) -> tuple[Tensor, Metrics]:
-    r"""CISPO: the ratio is a detached weight, cut at a cap, so that no token loses its gradient. MiniMax 2025 (M1), arXiv 2506.13585, eq. 4 and 5.
+def cispo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, cap: float = 5.0
+) -> tuple[Tensor, Metrics]:
+    r"""CISPO: the ratio is a detached weight, cut at a cap, so that no token loses its gradient.
+    MiniMax 2025 (M1), arXiv 2506.13585, eq. 4 and 5.
 
     .. math:: L_t = -\mathrm{sg}[\min(\rho_t, c)]\ A_t \log\pi(y_t)
 
-    Without the cap it has the gradient of the unclipped surrogate; the cap leaves out a part of what tokens should weigh that have become c times as likely.
+    Without the cap it has the gradient of the unclipped surrogate; the cap leaves out a part of
+    what tokens should weigh that have become c times as likely.
 
     Args:
         logprobs, old_logprobs, advantages, mask: as for :func:`ppo_clip`.
-        cap: c, an absolute bound of the weight, as TRL's ``epsilon_high`` is for this loss (5: ScaleRL, arXiv 2510.13786); veRL's is 1 + epsilon.
+        cap: c, an absolute bound of the weight, as TRL's ``epsilon_high`` is for this loss (5:
+            ScaleRL, arXiv 2510.13786); veRL's is 1 + epsilon.
 
     Returns:
-        The mean over real tokens, and the metrics of :func:`ppo_clip`, ``clip_ratio`` being the share of capped weights.
+        The mean over real tokens, and the metrics of :func:`ppo_clip`, ``clip_ratio`` being the
+        share of capped weights.
 
     Raises:
         ValueError: shapes differ, or the mask is empty.
@@ -147,7 +201,9 @@ def cispo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tens
     return loss / count, _over(metrics, count)
 
 
-def cispo_sum(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, cap: float = 5.0) -> tuple[Tensor, Metrics]:
+def cispo_sum(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, cap: float = 5.0
+) -> tuple[Tensor, Metrics]:
     """:func:`cispo` summed over real tokens, metrics too."""
     same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
     mask = mask.bool()

@@ -1,4 +1,6 @@
-"""The loss of process reward models: is the solution right so far? Shapes: B solutions, T tokens; column t speaks of token t."""
+"""The loss of process reward models: is the solution right so far? Shapes: B solutions, T tokens;
+column t speaks of token t.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,22 @@ Metrics = dict[str, Tensor]
 
 
 def process_reward(scores: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
-    r"""Binary cross-entropy at the ends of steps: Lightman et al. 2023 (arXiv 2305.20050), section 2.6; Cobbe et al. 2021 (arXiv 2110.14168) at tokens.
+    r"""Binary cross-entropy at the ends of steps: Lightman et al. 2023 (arXiv 2305.20050), section
+    2.6; Cobbe et al. 2021 (arXiv 2110.14168) at tokens.
 
     .. math:: L = -\frac1{|M|}\sum_{t\in M} c_t\log\sigma(s_t) + (1-c_t)\log\sigma(-s_t)
 
     Args:
-        scores: [B, T] logits; the chance that the step which ends with token t is right is sigma(s_t).
+        scores: [B, T] logits; the chance that the step which ends with token t is right is
+            sigma(s_t).
         labels: [B, T] whether that step is right, true or 1.
-        mask: [B, T] true where a step ends that has a label. Which steps have one is the caller's: Lightman's stop at the first wrong one.
+        mask: [B, T] true where a step ends that has a label. Which steps have one is the caller's:
+            Lightman's stop at the first wrong one.
 
     Returns:
-        The mean over labelled step ends, and ``steps/accuracy`` (a score of 0 counts one half), ``steps/right`` (the share of labels that say right),
-        ``steps/probability`` (the mean of sigma(s)).
+        The mean over labelled step ends, and ``steps/accuracy`` (a score of 0 counts one half),
+        ``steps/right`` (the share of labels that say right), ``steps/probability`` (the mean of
+        sigma(s)).
 
     Raises:
         ValueError: shapes differ, or no step has a label.

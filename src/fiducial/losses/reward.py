@@ -14,19 +14,23 @@ from ..core.reductions import same_shape
 Metrics = dict[str, Tensor]
 
 
-def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, centering: float = 0.0) -> tuple[Tensor, Metrics]:
+def bradley_terry(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, centering: float = 0.0
+) -> tuple[Tensor, Metrics]:
     r"""Bradley-Terry negative log-likelihood: eq. 1 of Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155).
 
     .. math:: L = -\log\sigma(r_w - r_l - m) + \eta\,(r_w + r_l)^2
 
     Args:
         chosen, rejected: [B] scores.
-        margin: [B] or None: by how much the chosen one should win. Touvron et al. 2023 (Llama 2, arXiv 2307.09288), eq. 2.
-        centering: the weight eta of a pull of the scores to mean 0; 0.01 in Eisenstein et al. 2023 (arXiv 2312.09244). The loss alone does not
-            fix the zero of the scale.
+        margin: [B] or None: by how much the chosen one should win. Touvron et al. 2023 (Llama 2,
+            arXiv 2307.09288), eq. 2.
+        centering: the weight eta of a pull of the scores to mean 0; 0.01 in Eisenstein et al. 2023
+            (arXiv 2312.09244). The loss alone does not fix the zero of the scale.
 
     Returns:
-        The mean over pairs, and ``accuracy`` (a tie counts one half), ``margin``, ``score/chosen``, ``score/rejected``.
+        The mean over pairs, and ``accuracy`` (a tie counts one half), ``margin``, ``score/chosen``,
+        ``score/rejected``.
 
     Raises:
         ValueError: shapes differ.
@@ -36,10 +40,19 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None
 
 
 def bradley_terry_sum(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, centering: float = 0.0, weight: Tensor | None = None
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    centering: float = 0.0,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """:func:`bradley_terry` summed over pairs, each times its ``weight`` [B] (1 if None)."""
-    same_shape(chosen=chosen, rejected=rejected, **({} if margin is None else {"margin": margin}), **({} if weight is None else {"weight": weight}))
+    same_shape(
+        chosen=chosen,
+        rejected=rejected,
+        **({} if margin is None else {"margin": margin}),
+        **({} if weight is None else {"weight": weight}),
+    )
     weight = torch.ones_like(chosen) if weight is None else weight
     gap = chosen - rejected
     terms = -F.logsigmoid(gap if margin is None else gap - margin)
@@ -58,10 +71,18 @@ def bradley_terry_sum(
     return loss, metrics
 
 
-def ranking(scores: Tensor, pairs: Tensor, prompt: Tensor, margin: Tensor | None = None, centering: float = 0.0) -> tuple[Tensor, Metrics]:
-    r"""K-wise Bradley-Terry: :math:`-\frac{1}{|P_x|}\sum_{(w,l)\in P_x}\log\sigma(r_w-r_l)`, averaged over prompts; eq. 1 of Ouyang et al. 2022.
+def ranking(
+    scores: Tensor,
+    pairs: Tensor,
+    prompt: Tensor,
+    margin: Tensor | None = None,
+    centering: float = 0.0,
+) -> tuple[Tensor, Metrics]:
+    r"""K-wise Bradley-Terry: :math:`-\frac{1}{|P_x|}\sum_{(w,l)\in P_x}\log\sigma(r_w-r_l)`,
+    averaged over prompts; eq. 1 of Ouyang et al. 2022.
 
-    Each response is scored once and stands in all its pairs; a prompt counts once however many pairs it has.
+    Each response is scored once and stands in all its pairs; a prompt counts once however many
+    pairs it has.
 
     Args:
         scores: [R] one score a response.
@@ -79,7 +100,13 @@ def ranking(scores: Tensor, pairs: Tensor, prompt: Tensor, margin: Tensor | None
     return loss / prompts, {k: v / prompts for k, v in metrics.items()}
 
 
-def ranking_sum(scores: Tensor, pairs: Tensor, prompt: Tensor, margin: Tensor | None = None, centering: float = 0.0) -> tuple[Tensor, Metrics]:
+def ranking_sum(
+    scores: Tensor,
+    pairs: Tensor,
+    prompt: Tensor,
+    margin: Tensor | None = None,
+    centering: float = 0.0,
+) -> tuple[Tensor, Metrics]:
     """:func:`ranking` summed over prompts."""
     _, index, count = prompt.unique(return_inverse=True, return_counts=True)
     weight = 1.0 / count[index].to(scores.dtype)

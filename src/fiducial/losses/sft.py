@@ -10,7 +10,8 @@ Metrics = dict[str, Tensor]
 
 
 def nll(logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
-    r"""Negative log-likelihood of the labelled tokens: :math:`-\frac1N\sum_t \log\pi(y_t)`, N the labelled tokens of the whole batch.
+    r"""Negative log-likelihood of the labelled tokens: :math:`-\frac1N\sum_t \log\pi(y_t)`, N the
+    labelled tokens of the whole batch.
 
     Args:
         logprobs: [B, T] log-probability of each token, in nats.

@@ -1,1 +1,3 @@
-"""One algorithm, one page: its settings and its loop, top to bottom. A method never imports a method."""
+"""One algorithm, one page: its settings and its loop, top to bottom. A method never imports a
+method.
+"""

@@ -1,4 +1,6 @@
-"""Supervised fine-tuning: maximum likelihood of demonstrations. Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155), section 3.5."""
+"""Supervised fine-tuning: maximum likelihood of demonstrations. Ouyang et al. 2022 (InstructGPT,
+arXiv 2203.02155), section 3.5.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class SFT(Settings):
     out: str | None = None
     """The run folder. Default: runs/sft-1, -2, ..."""
     epochs: float = Field(1.0, gt=0)
-    """Passes over the rows. 1: Huang et al. 2024 (N+); InstructGPT took 16 and chose among them by reward."""
+    """Passes over the rows. 1: Huang et al. 2024 (N+); InstructGPT took 16 and chose among them by
+    reward.
+    """
     steps: int | None = Field(None, gt=0)
     """Optimizer steps, instead of epochs."""
     batch_size: int = Field(32, gt=0)
@@ -53,7 +57,14 @@ class SFT(Settings):
 
 def sft(settings: SFT) -> Run:
     """Train; returns the run: its path, metrics and model."""
-    with Run("sft", settings, out=settings.out, run=settings.run, seed=settings.seed, resume=settings.resume) as run:
+    with Run(
+        "sft",
+        settings,
+        out=settings.out,
+        run=settings.run,
+        seed=settings.seed,
+        resume=settings.resume,
+    ) as run:
         renderer = load_renderer(settings.model, settings.rows)
         train, held_out, prompts = read(settings, renderer, run)
         policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
@@ -63,13 +74,26 @@ def sft(settings: SFT) -> Run:
         stepper = Stepper(policy, settings.learning_rate, settings.optimizer, total, run.processes)
         run.start(total)
         if run.step == 0:
-            run.record_samples(show(policy, renderer, prompts, run.processes, seed=settings.seed, max_new_tokens=settings.max_new_tokens))
+            run.record_samples(
+                show(
+                    policy,
+                    renderer,
+                    prompts,
+                    run.processes,
+                    seed=settings.seed,
+                    max_new_tokens=settings.max_new_tokens,
+                )
+            )
             run.pause()
 
         while run.running():
             rows = [train[i] for i in batches[run.step]]
             labels = sum(r.num_labels for r in rows)
-            for micro in accumulate(run.processes.plan([[len(r)] for r in rows], settings.run.tokens), run.processes, stepper.module):
+            for micro in accumulate(
+                run.processes.plan([[len(r)] for r in rows], settings.run.tokens),
+                run.processes,
+                stepper.module,
+            ):
                 batch = pad([rows[i] for i in micro.rows]).to(run.processes.device)
                 logprobs = stepper.module(batch.ids, batch.mask).logprobs
                 loss, metrics = losses.nll_sum(logprobs, batch.mask)
@@ -77,23 +101,44 @@ def sft(settings: SFT) -> Run:
                 if micro.weight:
                     run.meter.add(metrics, int(batch.mask.sum()))
             norms = stepper.step(run.step)
-            run.end_step(norms, rows=len(rows), tokens=sum(map(len, rows)), show=("loss", "learning_rate"))
+            run.end_step(
+                norms, rows=len(rows), tokens=sum(map(len, rows)), show=("loss", "learning_rate")
+            )
             if held_out and run.due(settings.run.eval_every):
                 run.record({"eval/loss": evaluate(policy, held_out, settings.run.tokens, run)})
             run.checkpoint_if_due()
 
-        run.record_samples(show(policy, renderer, prompts, run.processes, seed=settings.seed, max_new_tokens=settings.max_new_tokens))
+        run.record_samples(
+            show(
+                policy,
+                renderer,
+                prompts,
+                run.processes,
+                seed=settings.seed,
+                max_new_tokens=settings.max_new_tokens,
+            )
+        )
         run.model = policy
-        return run.finish(save=lambda path: save(policy, renderer.tokenizer, path, torch.tensor([train[0].ids[:64]])))
+        return run.finish(
+            save=lambda path: save(
+                policy, renderer.tokenizer, path, torch.tensor([train[0].ids[:64]])
+            )
+        )
 
 
-def read(settings: SFT, renderer: Renderer, run: Run) -> tuple[list[Rendered], list[Rendered], list[tuple[Content, str]]]:
+def read(
+    settings: SFT, renderer: Renderer, run: Run
+) -> tuple[list[Rendered], list[Rendered], list[tuple[Content, str]]]:
     """Rendered rows for training and evaluation, and prompts for the samples."""
 
     def render(row: TextRow | ChatRow | CompletionRow) -> Rendered:
         if isinstance(row, TextRow):
             return renderer.text(row)
-        return renderer.chat(row) if isinstance(row, ChatRow) else renderer.completion(row.prompt, row.completion, row.where)
+        return (
+            renderer.chat(row)
+            if isinstance(row, ChatRow)
+            else renderer.completion(row.prompt, row.completion, row.where)
+        )
 
     accept = (TextRow, ChatRow, CompletionRow)
     skipped = Path(run.path) / "skipped.jsonl"
@@ -103,13 +148,22 @@ def read(settings: SFT, renderer: Renderer, run: Run) -> tuple[list[Rendered], l
         train = rendered
     else:
         here, there = split([_key(r) for r in rows], settings.rows.held_out, settings.seed)
-        train, held, held_rows = [rendered[i] for i in here], [rendered[i] for i in there], [rows[i] for i in there]
+        train, held, held_rows = (
+            [rendered[i] for i in here],
+            [rendered[i] for i in there],
+            [rows[i] for i in there],
+        )
     cut = sum(r.truncated for r in train)
     if run.main:
-        say(f"sft: {len(train):,} rows to train on, {len(held):,} held out" + (f"; {cut:,} cut at {renderer.max_length} tokens" if cut else ""))
+        say(
+            f"sft: {len(train):,} rows to train on, {len(held):,} held out"
+            + (f"; {cut:,} cut at {renderer.max_length} tokens" if cut else "")
+        )
         if note:
             say(note)
-    prompts = [p for r in held_rows or rows if (p := _prompt(r)) is not None][: settings.run.samples]
+    prompts = [p for r in held_rows or rows if (p := _prompt(r)) is not None][
+        : settings.run.samples
+    ]
     return train, held, prompts
 
 
@@ -125,7 +179,11 @@ def evaluate(policy: Policy, rows: list[Rendered], tokens: int, run: Run) -> flo
 
 
 def _key(row: TextRow | ChatRow | CompletionRow) -> str:
-    return row.text if isinstance(row, TextRow) else repr(row.messages[:-1] if isinstance(row, ChatRow) else row.prompt)
+    return (
+        row.text
+        if isinstance(row, TextRow)
+        else repr(row.messages[:-1] if isinstance(row, ChatRow) else row.prompt)
+    )
 
 
 def _prompt(row: TextRow | ChatRow | CompletionRow) -> tuple[Content, str] | None:

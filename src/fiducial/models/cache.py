@@ -1,4 +1,6 @@
-"""Log-probabilities of the reference, computed once and kept on disk under a hash of model, data and rendering."""
+"""Log-probabilities of the reference, computed once and kept on disk under a hash of model, data
+and rendering.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,19 @@ def folder() -> Path:
 
 @torch.no_grad()
 def fingerprint(policy: Policy, rows: Any) -> str:
-    """SHA-256 over the configuration, every weight (adapters aside, for they are off in a reference) and the token ids and masks themselves."""
+    """SHA-256 over the configuration, every weight (adapters aside, for they are off in a
+    reference) and the token ids and masks themselves.
+    """
     config = plain(policy.lm).config.to_dict()
-    settings = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
+    settings = {
+        k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")
+    }
     state = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in sorted(policy.lm.named_parameters()):
         if "lora_" not in name:
-            state.update(f"{name.replace('base_layer.', '')}{tuple(weight.shape)}{weight.dtype}".encode())
+            state.update(
+                f"{name.replace('base_layer.', '')}{tuple(weight.shape)}{weight.dtype}".encode()
+            )
             state.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     state.update(str(getattr(policy.lm, "autocast_dtype", None)).encode())
     state.update(json.dumps(rows, separators=(",", ":")).encode())
@@ -42,7 +50,9 @@ def fingerprint(policy: Policy, rows: Any) -> str:
 
 
 def cached(key: str, compute: Callable[[], Tensor], processes: Processes) -> Tensor:
-    """The tensor stored under `key`, or computed and stored. A folder that cannot be written costs the cache, not the run."""
+    """The tensor stored under `key`, or computed and stored. A folder that cannot be written costs
+    the cache, not the run.
+    """
     path = folder() / f"reference-{key}.safetensors"
     stored = _read(path)
     if not processes.any(stored is None):

@@ -1,7 +1,9 @@
-"""The roles as modules: a Policy gives log-probabilities of tokens, a Scorer gives scalars. Both wrap an ordinary Hugging Face model.
+"""The roles as modules: a Policy gives log-probabilities of tokens, a Scorer gives scalars. Both
+wrap an ordinary Hugging Face model.
 
-Sequences are padded right and attention is causal, so a real token never sees padding and no attention mask is needed; positions are always
-passed. The reference is a frozen Policy of its own, or, where the policy is a base with adapters, that base with the adapters off.
+Sequences are padded right and attention is causal, so a real token never sees padding and no
+attention mask is needed; positions are always passed. The reference is a frozen Policy of its own,
+or, where the policy is a base with adapters, that base with the adapters off.
 """
 
 from __future__ import annotations
@@ -30,11 +32,21 @@ def autocast(model: Any, like: Tensor) -> Any:
 
 
 def hidden_states(model: Any, ids: Tensor, fork: Fork | None = None) -> Tensor:
-    """[B, T, H] of a right-padded batch `ids` [B, T], before any head; with `fork`, of rows whose columns hang together as it says."""
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if fork is None else fork.positions
+    """[B, T, H] of a right-padded batch `ids` [B, T], before any head; with `fork`, of rows whose
+    columns hang together as it says.
+    """
+    positions = (
+        torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        if fork is None
+        else fork.positions
+    )
     attention = {} if fork is None else {"attention_mask": fork.attention()}
     with autocast(model, ids):
-        return plain(model).base_model(input_ids=ids, position_ids=positions, use_cache=False, **attention).last_hidden_state
+        return (
+            plain(model)
+            .base_model(input_ids=ids, position_ids=positions, use_cache=False, **attention)
+            .last_hidden_state
+        )
 
 
 def logits(model: Any, hidden: Tensor) -> Tensor:
@@ -52,7 +64,9 @@ def logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 class TokenOutputs(NamedTuple):
-    """Per-token answers of a Policy, [B, T] each; column t speaks of token t. The last two are there where a teacher was named."""
+    """Per-token answers of a Policy, [B, T] each; column t speaks of token t. The last two are
+    there where a teacher was named.
+    """
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -62,7 +76,9 @@ class TokenOutputs(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A causal language model that is asked for the log-probabilities of tokens; with a value head it is its own critic."""
+    """A causal language model that is asked for the log-probabilities of tokens; with a value head
+    it is its own critic.
+    """
 
     def __init__(self, lm: Any) -> None:
         super().__init__()
@@ -85,22 +101,42 @@ class Policy(nn.Module):
 
     @functools.cached_property
     def forks(self) -> bool:
-        """Whether a row may hold one prompt and several responses to it. Tried out once: an architecture that looks past the mask says no."""
+        """Whether a row may hold one prompt and several responses to it. Tried out once: an
+        architecture that looks past the mask says no.
+        """
         config = plain(self.lm).config
-        if getattr(config, "_attn_implementation", None) != "sdpa" or getattr(config, "sliding_window", None) is not None:
+        if (
+            getattr(config, "_attn_implementation", None) != "sdpa"
+            or getattr(config, "sliding_window", None) is not None
+        ):
             return False
-        sequences = [Rendered([1, 2, 3, 4, 5], [False, False, False, True, True], ""), Rendered([1, 2, 3, 6, 7], [False, False, False, True, True], "")]
+        sequences = [
+            Rendered([1, 2, 3, 4, 5], [False, False, False, True, True], ""),
+            Rendered([1, 2, 3, 6, 7], [False, False, False, True, True], ""),
+        ]
         size = plain(self.lm).get_input_embeddings().weight
-        batch, how = fork([[Rendered([i % len(size) for i in r.ids], r.mask, "") for r in sequences]])
+        batch, how = fork(
+            [[Rendered([i % len(size) for i in r.ids], r.mask, "") for r in sequences]]
+        )
         apart = pad([Rendered([i % len(size) for i in r.ids], r.mask, "") for r in sequences])
         with torch.no_grad():
-            together = self(batch.ids.to(size.device), batch.mask.to(size.device), fork=Fork(*(x.to(size.device) for x in how))).logprobs
+            together = self(
+                batch.ids.to(size.device),
+                batch.mask.to(size.device),
+                fork=Fork(*(x.to(size.device) for x in how)),
+            ).logprobs
             alone = self(apart.ids.to(size.device), apart.mask.to(size.device)).logprobs
         tolerance = 1e-4 if getattr(plain(self.lm), "autocast_dtype", None) is None else 0.1
         return bool(torch.allclose(together[0][batch.mask[0]], alone[apart.mask], atol=tolerance))
 
     def forward(
-        self, ids: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False, fork: Fork | None = None, teacher: Policy | None = None
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        fork: Fork | None = None,
+        teacher: Policy | None = None,
     ) -> TokenOutputs:
         """Log-probabilities (and entropies, and values where there is a value head) of the labelled tokens.
 
@@ -108,9 +144,11 @@ class Policy(nn.Module):
             ids: [B, T] right-padded.
             mask: [B, T] true at labels; token 0 has nothing in front of it and cannot be one.
             temperature: divides the logits.
-            fork: given where a row holds several sequences with a common beginning (see `fiducial.data.batches.fork`).
-            teacher: a policy of the same vocabulary. The exact KL(this, teacher) of each token's state, with a gradient for this one alone, the teacher's
-                log-probabilities and the entropy are given too.
+            fork: given where a row holds several sequences with a common beginning (see
+                `fiducial.data.batches.fork`).
+            teacher: a policy of the same vocabulary. The exact KL(this, teacher) of each token's
+                state, with a gradient for this one alone, the teacher's log-probabilities and the
+                entropy are given too.
 
         Returns:
             [B, T] each, in nats (values: in units of reward), 0 outside the mask.
@@ -120,15 +158,37 @@ class Policy(nn.Module):
         hidden = self._states(ids, mask, fork)
         kl = theirs = None
         if teacher is None:
-            values, entropies = chosen_logprobs(hidden, ids[mask], self._head, self._vocabulary, temperature=temperature, entropy=entropy)
+            values, entropies = chosen_logprobs(
+                hidden,
+                ids[mask],
+                self._head,
+                self._vocabulary,
+                temperature=temperature,
+                entropy=entropy,
+            )
         else:
             with torch.no_grad():
                 other = teacher._states(ids, mask, fork)
             kl, values, theirs, entropies = compared(
-                hidden, other, ids[mask], self._head, teacher._head, self._vocabulary, temperature=temperature
+                hidden,
+                other,
+                ids[mask],
+                self._head,
+                teacher._head,
+                self._vocabulary,
+                temperature=temperature,
             )
-        heads = None if self.value_head is None else self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
-        return TokenOutputs(*(None if x is None else _scatter(x, mask) for x in (values, entropies, heads, kl, theirs)))  # type: ignore[arg-type]
+        heads = (
+            None
+            if self.value_head is None
+            else self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
+        )
+        return TokenOutputs(
+            *(
+                None if x is None else _scatter(x, mask)
+                for x in (values, entropies, heads, kl, theirs)
+            )
+        )  # type: ignore[arg-type]
 
     def _states(self, ids: Tensor, mask: Tensor, fork: Fork | None) -> Tensor:
         """[N, H] of the states from which the labelled tokens are predicted."""
@@ -145,7 +205,8 @@ class Policy(nn.Module):
 
 
 class Scorer(nn.Module):
-    """A sequence-classification model with one label: a reward model when read at the last token, a process reward model at the ends of steps, a critic at
+    """A sequence-classification model with one label: a reward model when read at the last token, a
+    process reward model at the ends of steps, a critic at
     every token."""
 
     def __init__(self, model: Any) -> None:
@@ -154,11 +215,18 @@ class Scorer(nn.Module):
 
     def _score(self, hidden: Tensor) -> Tensor:
         head = plain(self.model).score  # with LoRA a trained copy of the head stands in its place
-        return head(hidden)[..., 0].to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        return head(hidden)[..., 0].to(
+            torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        )
 
-    def forward(self, ids: Tensor, lengths: Tensor | None = None, after: Tensor | None = None) -> Tensor:
-        """Of right-padded `ids` [B, T]. With `lengths` [B]: scores [B] at each row's last real token. With a mask `after` [B, T]: scores [B, T], column t
-        for the state after token t, 0 outside the mask. With neither: values [B, T], column t for the state before token t (column 0: 0)."""
+    def forward(
+        self, ids: Tensor, lengths: Tensor | None = None, after: Tensor | None = None
+    ) -> Tensor:
+        """Of right-padded `ids` [B, T]. With `lengths` [B]: scores [B] at each row's last real
+        token. With a mask `after` [B, T]: scores [B, T], column t
+        for the state after token t, 0 outside the mask. With neither: values [B, T], column t for
+        the state before token t (column 0: 0).
+        """
         hidden = hidden_states(self.model, ids)
         if lengths is not None:
             return self._score(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
@@ -169,7 +237,9 @@ class Scorer(nn.Module):
 
 
 class Reference:
-    """The frozen mark. Either its own module or the policy with its adapters off; called like a Policy, never with a gradient."""
+    """The frozen mark. Either its own module or the policy with its adapters off; called like a
+    Policy, never with a gradient.
+    """
 
     def __init__(self, policy: Policy, own: Policy | None = None) -> None:
         self._policy, self._own = policy, own

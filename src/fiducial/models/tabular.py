@@ -1,7 +1,10 @@
-"""A softmax table as a Hugging Face model: one row of logits (or one value) for each prefix of a small tree, nothing shared between prefixes.
+"""A softmax table as a Hugging Face model: one row of logits (or one value) for each prefix of a
+small tree, nothing shared between prefixes.
 
-It is what textbooks call the tabular case: any distribution over the tree's sequences can be reached, so whatever distance to an optimum remains is
-the method's and not the model's. Being an ordinary `PreTrainedModel` it is trained, sampled from, saved and loaded by the code that serves all others.
+It is what textbooks call the tabular case: any distribution over the tree's sequences can be
+reached, so whatever distance to an optimum remains is the method's and not the model's. Being an
+ordinary `PreTrainedModel` it is trained, sampled from, saved and loaded by the code that serves all
+others.
 """
 
 from __future__ import annotations
@@ -11,23 +14,48 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 
 
 class TabularConfig(PretrainedConfig):  # type: ignore[misc]
-    """The tree: prompts, and behind each at most `horizon` tokens of a vocabulary in which `eos_token_id` ends a response.
+    """The tree: prompts, and behind each at most `horizon` tokens of a vocabulary in which
+    `eos_token_id` ends a response.
 
     Args:
         prompts: token ids of each prompt; none may be the beginning of another.
 
-    The row of a prefix is `prompt * states_behind(...) + state`, the states of a prompt by length, then in the order of their tokens.
+    The row of a prefix is `prompt * states_behind(...) + state`, the states of a prompt by length,
+    then in the order of their tokens.
     """
 
     model_type = "fiducial_tabular"
 
-    def __init__(self, vocab_size: int = 3, prompts: Sequence[Sequence[int]] = ((1,), (2,)), horizon: int = 3, eos_token_id: int = 0, **keywords: Any) -> None:
-        self.vocab_size, self.prompts, self.horizon = vocab_size, [list(p) for p in prompts], horizon
+    def __init__(
+        self,
+        vocab_size: int = 3,
+        prompts: Sequence[Sequence[int]] = ((1,), (2,)),
+        horizon: int = 3,
+        eos_token_id: int = 0,
+        **keywords: Any,
+    ) -> None:
+        self.vocab_size, self.prompts, self.horizon = (
+            vocab_size,
+            [list(p) for p in prompts],
+            horizon,
+        )
         self.num_hidden_layers = 1
         self.max_position_embeddings = max(len(p) for p in self.prompts) + horizon
         keywords.setdefault("tie_word_embeddings", False)
@@ -41,7 +69,9 @@ def states_behind(vocab_size: int, horizon: int) -> int:
 
 
 class _Vocabulary(nn.Module):
-    """Stands where others keep their embeddings and tells device, type and vocabulary. A buffer: loading a folder makes every parameter a trained one."""
+    """Stands where others keep their embeddings and tells device, type and vocabulary. A buffer:
+    loading a folder makes every parameter a trained one.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -50,7 +80,9 @@ class _Vocabulary(nn.Module):
 
 
 class _Tree(PreTrainedModel):  # type: ignore[misc]
-    """Which row of the table a prefix stands in, one-hot. Prefixes outside the tree get zeros: logits 0, value 0."""
+    """Which row of the table a prefix stands in, one-hot. Prefixes outside the tree get zeros:
+    logits 0, value 0.
+    """
 
     config_class = TabularConfig
     base_model_prefix = "model"
@@ -63,7 +95,9 @@ class _Tree(PreTrainedModel):  # type: ignore[misc]
         self._following: Tensor | None = None
 
     def following(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """[nodes, V] the node behind each node and token (node 0: the empty text; the last: outside), and [nodes] its row or -1."""
+        """[nodes, V] the node behind each node and token (node 0: the empty text; the last:
+        outside), and [nodes] its row or -1.
+        """
         if self._following is None or self._following[0].device != device:
             self._following = tuple(x.to(device) for x in _tree(self.config))  # type: ignore[assignment]
         return self._following  # type: ignore[return-value]
@@ -72,15 +106,24 @@ class _Tree(PreTrainedModel):  # type: ignore[misc]
         return self.embed_tokens
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, past_key_values: Any = None,
-        use_cache: bool = False, **_: Any,
-    ) -> BaseModelOutputWithPast:  # fmt: skip
-        """Hidden states [B, T, rows]. The walk begins anew wherever a position is 0, so padding on the left changes nothing."""
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [B, T, rows]. The walk begins anew wherever a position is 0, so padding on
+        the left changes nothing.
+        """
         following, row = self.following(input_ids.device)
         batch, length = input_ids.shape
         before = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            position_ids = torch.arange(before, before + length, device=input_ids.device).expand(batch, length)
+            position_ids = torch.arange(before, before + length, device=input_ids.device).expand(
+                batch, length
+            )
         node = torch.zeros(batch, dtype=torch.long, device=input_ids.device)
         if before:
             node = past_key_values.layers[0].keys[:, 0, -1, 0].long()
@@ -90,12 +133,16 @@ class _Tree(PreTrainedModel):  # type: ignore[misc]
             nodes.append(node)
         walked = torch.stack(nodes, 1)
         if use_cache:
-            past_key_values = DynamicCache(config=self.config) if past_key_values is None else past_key_values
+            past_key_values = (
+                DynamicCache(config=self.config) if past_key_values is None else past_key_values
+            )
             kept = walked[:, None, :, None].double()
             past_key_values.update(kept, kept, 0)
         rows = row[walked]
         width = self.config.hidden_size
-        hidden = torch.zeros((batch, length, width), dtype=self.embed_tokens.weight.dtype, device=input_ids.device)
+        hidden = torch.zeros(
+            (batch, length, width), dtype=self.embed_tokens.weight.dtype, device=input_ids.device
+        )
         hidden.scatter_(2, rows.clamp(min=0)[..., None], (rows >= 0).to(hidden.dtype)[..., None])
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
 
@@ -117,7 +164,9 @@ class TabularLM(PreTrainedModel):  # type: ignore[misc]
 
     def forward(self, input_ids: Tensor, **keywords: Any) -> CausalLMOutputWithPast:
         out = self.model(input_ids, **keywords)
-        return CausalLMOutputWithPast(logits=self.lm_head(out.last_hidden_state), past_key_values=out.past_key_values)
+        return CausalLMOutputWithPast(
+            logits=self.lm_head(out.last_hidden_state), past_key_values=out.past_key_values
+        )
 
 
 class TabularForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
@@ -133,15 +182,23 @@ class TabularForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         self.post_init()
 
     def resize_token_embeddings(self, *_: Any, **__: Any) -> _Vocabulary:
-        """Nothing to do: a token that is new to the vocabulary, a pad token for one, leads out of the tree, and no row of the table changes."""
+        """Nothing to do: a token that is new to the vocabulary, a pad token for one, leads out of
+        the tree, and no row of the table changes.
+        """
         return self.model.embed_tokens
 
     def forward(self, input_ids: Tensor, **keywords: Any) -> SequenceClassifierOutputWithPast:
-        """Logits [B, 1] at the last token that is not padding on the right, as transformers' classifiers read them."""
+        """Logits [B, 1] at the last token that is not padding on the right, as transformers'
+        classifiers read them.
+        """
         scores = self.score(self.model(input_ids, **keywords).last_hidden_state)
-        real = input_ids != (self.config.pad_token_id if self.config.pad_token_id is not None else -1)
+        real = input_ids != (
+            self.config.pad_token_id if self.config.pad_token_id is not None else -1
+        )
         last = (real * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).argmax(1)
-        return SequenceClassifierOutputWithPast(logits=scores[torch.arange(len(scores), device=scores.device), last])
+        return SequenceClassifierOutputWithPast(
+            logits=scores[torch.arange(len(scores), device=scores.device), last]
+        )
 
 
 def _tree(config: TabularConfig) -> tuple[Tensor, Tensor]:
@@ -172,4 +229,6 @@ def _tree(config: TabularConfig) -> tuple[Tensor, Tensor]:
 AutoConfig.register(TabularConfig.model_type, TabularConfig, exist_ok=True)
 AutoModel.register(TabularConfig, _Tree, exist_ok=True)
 AutoModelForCausalLM.register(TabularConfig, TabularLM, exist_ok=True)
-AutoModelForSequenceClassification.register(TabularConfig, TabularForSequenceClassification, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    TabularConfig, TabularForSequenceClassification, exist_ok=True
+)

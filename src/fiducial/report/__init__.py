@@ -1,1 +1,3 @@
-"""The pages people look at: a run's report and the demo's comparison, made from what a folder or a dictionary holds."""
+"""The pages people look at: a run's report and the demo's comparison, made from what a folder or a
+dictionary holds.
+"""

@@ -1,4 +1,6 @@
-"""Reads a run's folder without ever failing on it: what is missing or torn is kept as a note that the page shows."""
+"""Reads a run's folder without ever failing on it: what is missing or torn is kept as a note that
+the page shows.
+"""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +18,9 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder in memory. `series` maps a metric's name to its (step, value) points; `notes` say what is missing or could not be read."""
+    """A run's folder in memory. `series` maps a metric's name to its (step, value) points; `notes`
+    say what is missing or could not be read.
+    """
 
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
@@ -36,7 +40,11 @@ class Run:
     def evaluation(self) -> dict[str, Estimate]:
         """The held-out estimates of the summary, each with the interval it came with."""
         raw = self.summary.get("evaluation")
-        return {str(name): e for name, entry in raw.items() if (e := estimate(entry)) is not None} if isinstance(raw, dict) else {}
+        return (
+            {str(name): e for name, entry in raw.items() if (e := estimate(entry)) is not None}
+            if isinstance(raw, dict)
+            else {}
+        )
 
     def values(self, name: str) -> list[float]:
         """The values of one metric in the order of steps."""
@@ -60,9 +68,19 @@ def read_run(path: Path) -> Run:
     """Reads whatever of the folder is there."""
     notes: list[str] = []
     config, summary = _config(path / "config.yaml", notes), _summary(path / "summary.json", notes)
-    history = [row for row in _lines(path / "metrics.jsonl", notes, "there are no curves") if finite(row.get("step"))]
+    history = [
+        row
+        for row in _lines(path / "metrics.jsonl", notes, "there are no curves")
+        if finite(row.get("step"))
+    ]
     rows = _lines(path / "samples.jsonl", notes, "no prompt and response can be shown")
-    samples = [row for row in rows if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str) and finite(row.get("step"))]
+    samples = [
+        row
+        for row in rows
+        if isinstance(row.get("prompt"), str)
+        and isinstance(row.get("completion"), str)
+        and finite(row.get("step"))
+    ]
     return Run(path, config, history, _series(history), pair(samples), summary, notes)
 
 
@@ -73,7 +91,10 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append("config.yaml is missing: the settings of this run are not known.")
         return {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        notes.append(f"config.yaml could not be read ({type(error).__name__}): the settings of this run are not known.")
+        notes.append(
+            f"config.yaml could not be read ({type(error).__name__}): the settings of this run are "
+            "not known."
+        )
         return {}
     return loaded if isinstance(loaded, dict) else {}
 
@@ -82,16 +103,24 @@ def _summary(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        notes.append("summary.json is missing: the run has not ended, so time, memory, versions and held-out intervals are not known.")
+        notes.append(
+            "summary.json is missing: the run has not ended, so time, memory, versions and "
+            "held-out intervals are not known."
+        )
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        notes.append(f"summary.json could not be read ({type(error).__name__}): time, memory and versions are not known.")
+        notes.append(
+            f"summary.json could not be read ({type(error).__name__}): time, memory and versions "
+            "are not known."
+        )
         return {}
     return loaded if isinstance(loaded, dict) else {}
 
 
 def _lines(path: Path, notes: list[str], without: str) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. A half-written last line is dropped without a word; other bad lines are counted."""
+    """The objects of a JSONL file. A half-written last line is dropped without a word; other bad
+    lines are counted.
+    """
     if not path.is_file():
         notes.append(f"{path.name} is missing: {without}.")
         return []
@@ -110,14 +139,19 @@ def _lines(path: Path, notes: list[str], without: str) -> list[dict[str, Any]]:
     if bad and bad[-1] == last:
         bad.pop()
     if bad:
-        notes.append(f"{path.name}: {len(bad)} of {last} lines could not be read (first: line {bad[0]}) and were left out.")
+        notes.append(
+            f"{path.name}: {len(bad)} of {last} lines could not be read (first: line {bad[0]}) and "
+            "were left out."
+        )
     if not rows:
         notes.append(f"{path.name} holds no rows: {without}.")
     return rows
 
 
 def _numbered(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:  # only \n ends a row: U+2028 may stand inside one
+    with path.open(
+        encoding="utf-8", errors="replace", newline="\n"
+    ) as file:  # only \n ends a row: U+2028 may stand inside one
         for i, line in enumerate(file, 1):
             if line.strip():
                 yield i, line
@@ -128,12 +162,15 @@ def _series(history: list[dict[str, Any]]) -> dict[str, list[Point]]:
     for row in history:
         for name, value in row.items():
             if name != "step" and finite(value):
-                series.setdefault(name, {})[row["step"]] = float(value)  # a step written twice (after a resume) counts once, the later one
+                series.setdefault(name, {})[row["step"]] = float(
+                    value
+                )  # a step written twice (after a resume) counts once, the later one
     return {name: sorted(points.items()) for name, points in series.items()}
 
 
 def pair(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first and the last response to each prompt, side by side: `{"p": prompt, "a": before or None, "b": after}` in the order of the file.
+    """The first and the last response to each prompt, side by side: `{"p": prompt, "a": before or
+    None, "b": after}` in the order of the file.
 
     When a prompt stands several times at one step, its first is paired with its first, and so on.
     """
@@ -146,11 +183,22 @@ def pair(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     pairs = []
     for (prompt, _), rows in steps.items():
         first, last = min(rows), max(rows)
-        pairs.append({"p": prompt, "a": _side(rows[first]) if first != last else None, "b": _side(rows[last])})
+        pairs.append(
+            {
+                "p": prompt,
+                "a": _side(rows[first]) if first != last else None,
+                "b": _side(rows[last]),
+            }
+        )
     return pairs
 
 
 def _side(row: dict[str, Any]) -> dict[str, Any]:
     score, tokens, finished = row.get("score"), row.get("tokens"), row.get("finished")
-    return {"step": row["step"], "t": row["completion"], "score": score if finite(score) else None, "n": tokens if finite(tokens) else None,
-            "end": finished if isinstance(finished, bool) else None}  # fmt: skip
+    return {
+        "step": row["step"],
+        "t": row["completion"],
+        "score": score if finite(score) else None,
+        "n": tokens if finite(tokens) else None,
+        "end": finished if isinstance(finished, bool) else None,
+    }

@@ -1,6 +1,8 @@
-"""The lab's page: the methods beside the exact optimum of worlds small enough to enumerate, and every formula beside its number.
+"""The lab's page: the methods beside the exact optimum of worlds small enough to enumerate, and
+every formula beside its number.
 
-`write_lab_page(folder, data)` takes a plain dictionary (as read from JSON) with the fields of `fiducial.report.lab_schema.Lab`.
+`write_lab_page(folder, data)` takes a plain dictionary (as read from JSON) with the fields of
+`fiducial.report.lab_schema.Lab`.
 """
 
 import math
@@ -40,7 +42,19 @@ from fiducial.report.lab_figures import (
     setting_of,
     sparse_figures,
 )
-from fiducial.report.lab_schema import KL, Change, Credit, Estimator, Lab, Missing, Num, Place, Setting, Trained, read_lab
+from fiducial.report.lab_schema import (
+    KL,
+    Change,
+    Credit,
+    Estimator,
+    Lab,
+    Missing,
+    Num,
+    Place,
+    Setting,
+    Trained,
+    read_lab,
+)
 from fiducial.report.mathml import formula
 from fiducial.report.numbers import MINUS, count, duration, number
 from fiducial.report.render import write_page
@@ -56,7 +70,8 @@ FORMULAS = {
     "optimal_policy": r"\pi^*(y|x) = \frac{1}{Z(x)} \pi_\ref(y|x) e^{r(x,y)/\beta}",
     "reward": r"r(x,y) = \beta \log\frac{\pi^*(y|x)}{\pi_\ref(y|x)} + \beta \log Z(x)",
     "cancels": r"P(y\succ y'|x) = \sigma(r(x,y) - r(x,y')) "
-    r"\break = \sigma\left( \beta \log\frac{\pi^*(y|x)}{\pi_\ref(y|x)} - \beta \log\frac{\pi^*(y'|x)}{\pi_\ref(y'|x)} \right)",
+    r"\break = \sigma\left( \beta \log\frac{\pi^*(y|x)}{\pi_\ref(y|x)} - \beta "
+    r"\log\frac{\pi^*(y'|x)}{\pi_\ref(y'|x)} \right)",
     "loss": r"L(\pi) = -\E[\log\sigma(\beta h)], \quad h = \log\frac{\pi(y_w|x)}{\pi_\ref(y_w|x)} - \log\frac{\pi(y_l|x)}{\pi_\ref(y_l|x)}",
     "loss_gradient": r"\nabla L(\pi) = -\beta \E[\sigma(-\beta h) \break (\nabla\log\pi(y_w|x) - \nabla\log\pi(y_l|x))]",
     "chain": r"\pi_\ref(y|x) = \prod_t \pi_\ref(y_t|s_t), \quad s_t = (x, y_{<t})",
@@ -85,12 +100,19 @@ SPARSE = {
     "paid": "Where every step earns a reward of its own, the same recursion holds: here with random ones, for the same prompt.",
 }
 
-GRADIENTS = {"0": "0", "KL(pi||ref)": "∇KL(π‖ref)", "KL(ref||pi)": "∇KL(ref‖π)", "none of the two": "neither"}
+GRADIENTS = {
+    "0": "0",
+    "KL(pi||ref)": "∇KL(π‖ref)",
+    "KL(ref||pi)": "∇KL(ref‖π)",
+    "none of the two": "neither",
+}
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A formula and its two sides as numbers; `left` and `right` are None where only the difference is known."""
+    """A formula and its two sides as numbers; `left` and `right` are None where only the difference
+    is known.
+    """
 
     formula: str  # a key of FORMULAS
     words: str
@@ -105,12 +127,22 @@ def side(x: Num) -> str:
         return NONE
     if not math.isfinite(x):
         return "not finite"
-    text = "0" if x == 0 else f"{x:.2e}".replace("e-0", "e-") if abs(x) < 1e-4 else f"{x:#.6g}".rstrip(".")
+    text = (
+        "0"
+        if x == 0
+        else f"{x:.2e}".replace("e-0", "e-")
+        if abs(x) < 1e-4
+        else f"{x:#.6g}".rstrip(".")
+    )
     return text.replace("-", MINUS)
 
 
-def table(head: Sequence[Head], rows: Sequence[Sequence[Cell]], *, left: Sequence[int] = ()) -> dict[str, Any]:
-    """A table of the template: heads (with a unit below), rows, and the columns of words, which are set left."""
+def table(
+    head: Sequence[Head], rows: Sequence[Sequence[Cell]], *, left: Sequence[int] = ()
+) -> dict[str, Any]:
+    """A table of the template: heads (with a unit below), rows, and the columns of words, which are
+    set left.
+    """
     return {"head": list(head), "rows": [list(row) for row in rows], "left": [0, *left]}
 
 
@@ -121,10 +153,24 @@ def _methods(lab: Lab) -> dict[str, Any] | None:
     if not lab.methods:
         return None
     order = [w.key for w in lab.worlds or []]
-    methods = sorted(lab.methods, key=lambda m: (order.index(m.world) if m.world in order else len(order), m.policy != "table", m.name))
+    methods = sorted(
+        lab.methods,
+        key=lambda m: (
+            order.index(m.world) if m.world in order else len(order),
+            m.policy != "table",
+            m.name,
+        ),
+    )
     behind = {id(m): _behind(lab, m) for m in methods}
-    head: list[Head] = ["Method, policy", "World", ("Gap left", f"% of J(optimum) {MINUS} J(ref); median, seeds"), ("Total variation", "from the optimum"),
-                        ("KL", "nats per response; that of the optimum"), ("Responses sampled", "pairs seen"), "Time of a run"]  # fmt: skip
+    head: list[Head] = [
+        "Method, policy",
+        "World",
+        ("Gap left", f"% of J(optimum) {MINUS} J(ref); median, seeds"),
+        ("Total variation", "from the optimum"),
+        ("KL", "nats per response; that of the optimum"),
+        ("Responses sampled", "pairs seen"),
+        "Time of a run",
+    ]
     named = any(behind.values())
     rows = []
     for m in methods:
@@ -133,30 +179,64 @@ def _methods(lab: Lab) -> dict[str, Any] | None:
         if named:
             row.append((f"{known(e.relative_bias)}; {known(e.variance)}", e.name) if e else NONE)
         rows.append(row)
-    return table([*head, *([("Its gradient", "relative bias; variance of a sample")] if named else [])], rows, left=(1,))
+    return table(
+        [*head, *([("Its gradient", "relative bias; variance of a sample")] if named else [])],
+        rows,
+        left=(1,),
+    )
 
 
 def _causes(lab: Lab) -> list[str]:
     """Why methods stopped short, of those that are no alarm."""
-    return [f"{label(m)}, {m.world}, {share(max(gaps(m)))} short: {m.cause}" for m in lab.methods or [] if m.cause and gaps(m) and max(gaps(m)) <= SHORT]
+    return [
+        f"{label(m)}, {m.world}, {share(max(gaps(m)))} short: {m.cause}"
+        for m in lab.methods or []
+        if m.cause and gaps(m) and max(gaps(m)) <= SHORT
+    ]
 
 
 def _method_row(lab: Lab, m: Trained) -> list[Cell]:
-    run, ends, world = middle(m.runs) or (m.runs[0] if m.runs else None), gaps(m), lab.world(m.world)
+    run, ends, world = (
+        middle(m.runs) or (m.runs[0] if m.runs else None),
+        gaps(m),
+        lab.world(m.world),
+    )
     if run is None:
         return [(label(m), m.setting), m.world, "no run", NONE, NONE, NONE, NONE]
     gap: Cell = share(median(ends)) if ends else "not measured"
     if len(ends) > 1:
         gap = (str(gap), ", ".join(share(x) for x in ends) if len(ends) <= 4 else seeds(ends))
-    best = run.kl_optimum if run.kl_optimum is not None else world.kl_optimum if world and of_world(world, run) else None
+    best = (
+        run.kl_optimum
+        if run.kl_optimum is not None
+        else world.kl_optimum
+        if world and of_world(world, run)
+        else None
+    )
     kl: Cell = (known(run.kl), f"optimum {number(best)}") if best is not None else known(run.kl)
-    used: Cell = (count(run.samples), f"{count(run.pairs)} pairs") if run.pairs else count(run.samples)
-    return [(label(m), m.setting), m.world, gap, known(run.total_variation), kl, used, duration(run.seconds) if run.seconds is not None else NONE]
+    used: Cell = (
+        (count(run.samples), f"{count(run.pairs)} pairs") if run.pairs else count(run.samples)
+    )
+    return [
+        (label(m), m.setting),
+        m.world,
+        gap,
+        known(run.total_variation),
+        kl,
+        used,
+        duration(run.seconds) if run.seconds is not None else NONE,
+    ]
 
 
 def _behind(lab: Lab, m: Trained) -> Estimator | None:
-    """The estimator whose expectation the method follows: the one it names, or the only one that carries its name."""
-    found = [e for e in lab.estimators or [] if (e.name == m.estimator if m.estimator else m.name.lower() in e.name.lower())]
+    """The estimator whose expectation the method follows: the one it names, or the only one that
+    carries its name.
+    """
+    found = [
+        e
+        for e in lab.estimators or []
+        if (e.name == m.estimator if m.estimator else m.name.lower() in e.name.lower())
+    ]
     return found[0] if len(found) == 1 else None  # of several it is not known which
 
 
@@ -164,24 +244,81 @@ def _behind(lab: Lab, m: Trained) -> Estimator | None:
 
 
 def identities(s: Setting) -> list[Identity]:
-    """Every formula of the setting with its two sides, from the numbers of one response under the optimum."""
+    """Every formula of the setting with its two sides, from the numbers of one response under the
+    optimum.
+    """
     ref, pi = math.prod(d.ref for d in s.steps), math.prod(d.pi for d in s.steps)
     steps = sum(d.log_ratio for d in s.steps)
     value = s.steps[0].value if s.steps else s.beta_log_z
-    z = min(s.z, key=lambda one: abs(s.beta * math.log(one) - value)) if s.z else math.exp(value / s.beta)  # the one of this prompt
+    z = (
+        min(s.z, key=lambda one: abs(s.beta * math.log(one) - value))
+        if s.z
+        else math.exp(value / s.beta)
+    )  # the one of this prompt
     mean = sum(s.beta * math.log(one) for one in s.z) / len(s.z) if s.z else s.beta_log_z
-    optimum, reward = s.probability * math.exp(s.reward / s.beta) / z, s.beta * s.sum_log_ratio + s.beta * math.log(z)
+    optimum, reward = (
+        s.probability * math.exp(s.reward / s.beta) / z,
+        s.beta * s.sum_log_ratio + s.beta * math.log(z),
+    )
     objective = s.expected_reward - s.beta * s.kl
     worst = max(s.steps, key=lambda d: abs(s.beta * d.log_ratio - (d.q - d.value)), default=None)
     out = [
-        Identity("chain", "The probability of a response is the product of its tokens' probabilities.", abs(s.probability - ref), s.probability, ref),
-        Identity("log_ratio", "Log-ratios of tokens add up to the log-ratio of the response.", abs(s.sum_log_ratio - steps), s.sum_log_ratio, steps),
-        Identity("optimum_objective", "The objective: mean reward less β times the KL.", abs(s.objective - objective), s.objective, objective),
-        Identity("optimum_partition", "At the optimum it is β log Z, the mean over prompts.", abs(s.objective - mean), s.objective, mean),
-        Identity("soft_value", "The soft value of the first state is β log Z of the prompt.", abs(value - s.beta * math.log(z)), value, s.beta * math.log(z)),
-        Identity("optimal_policy", "The optimum re-weights the reference.", abs(pi - optimum), pi, optimum),
-        Identity("sums", "The optimum is a distribution.", abs(s.probabilities_sum - 1), s.probabilities_sum, 1.0),
-        Identity("reward", "Turned round: the reward, written by the optimum.", abs(s.reward - reward), s.reward, reward),
+        Identity(
+            "chain",
+            "The probability of a response is the product of its tokens' probabilities.",
+            abs(s.probability - ref),
+            s.probability,
+            ref,
+        ),
+        Identity(
+            "log_ratio",
+            "Log-ratios of tokens add up to the log-ratio of the response.",
+            abs(s.sum_log_ratio - steps),
+            s.sum_log_ratio,
+            steps,
+        ),
+        Identity(
+            "optimum_objective",
+            "The objective: mean reward less β times the KL.",
+            abs(s.objective - objective),
+            s.objective,
+            objective,
+        ),
+        Identity(
+            "optimum_partition",
+            "At the optimum it is β log Z, the mean over prompts.",
+            abs(s.objective - mean),
+            s.objective,
+            mean,
+        ),
+        Identity(
+            "soft_value",
+            "The soft value of the first state is β log Z of the prompt.",
+            abs(value - s.beta * math.log(z)),
+            value,
+            s.beta * math.log(z),
+        ),
+        Identity(
+            "optimal_policy",
+            "The optimum re-weights the reference.",
+            abs(pi - optimum),
+            pi,
+            optimum,
+        ),
+        Identity(
+            "sums",
+            "The optimum is a distribution.",
+            abs(s.probabilities_sum - 1),
+            s.probabilities_sum,
+            1.0,
+        ),
+        Identity(
+            "reward",
+            "Turned round: the reward, written by the optimum.",
+            abs(s.reward - reward),
+            s.reward,
+            reward,
+        ),
     ]
     if worst is not None:
         left, right = s.beta * worst.log_ratio, worst.q - worst.value
@@ -191,9 +328,28 @@ def identities(s: Setting) -> list[Identity]:
 
 
 def _worked(s: Setting) -> dict[str, Any]:
-    head: list[Head] = [("State s", "prompt and tokens so far"), ("Action a", "the next token"), ("π*(a|s)", "probability"), ("ref(a|s)", "probability"),
-                        ("log π*/ref", "nats"), ("Reward", "points"), ("V(s)", "points"), ("Q(s, a)", "points")]  # fmt: skip
-    return table(head, [[d.state, d.action, *(known(x) for x in (d.pi, d.ref, d.log_ratio, d.reward, d.value, d.q))] for d in s.steps], left=(1,))
+    head: list[Head] = [
+        ("State s", "prompt and tokens so far"),
+        ("Action a", "the next token"),
+        ("π*(a|s)", "probability"),
+        ("ref(a|s)", "probability"),
+        ("log π*/ref", "nats"),
+        ("Reward", "points"),
+        ("V(s)", "points"),
+        ("Q(s, a)", "points"),
+    ]
+    return table(
+        head,
+        [
+            [
+                d.state,
+                d.action,
+                *(known(x) for x in (d.pi, d.ref, d.log_ratio, d.reward, d.value, d.q)),
+            ]
+            for d in s.steps
+        ],
+        left=(1,),
+    )
 
 
 # ---- what the labels do
@@ -201,24 +357,57 @@ def _worked(s: Setting) -> dict[str, Any]:
 
 def _missing(lab: Lab, m: Missing) -> dict[str, Any]:
     best = number(m.optimum_probability) if m.optimum_probability is not None else NONE
-    rows: list[list[Cell]] = [[s.start, known(s.loss), known(s.total_variation), known(s.probability)] for s in m.starts]
+    rows: list[list[Cell]] = [
+        [s.start, known(s.loss), known(s.total_variation), known(s.probability)] for s in m.starts
+    ]
     if m.complete:
-        rows.append(["all pairs compared", known(m.complete.loss), known(m.complete.total_variation), NONE])
-    words = (f"In the {m.world} world no pair holds the response {m.never_compared!r} to the prompt {m.prompt!r}. "
-             + ("The starts below reach the same loss at different policies: the minimiser is not unique, and the data cannot choose." if one_loss(lab)
-                else "The starts below do not reach one loss at different policies, so this run does not show that the minimiser is not unique."))  # fmt: skip
-    return {"words": f"{words} {m.words}".rstrip(), "table": table(["Start", ("Loss", "nats per pair"), ("Total variation", "from the optimum"),
-                                            ("Probability of it", f"at the minimiser; optimum {best}")], rows)}  # fmt: skip
+        rows.append(
+            ["all pairs compared", known(m.complete.loss), known(m.complete.total_variation), NONE]
+        )
+    words = (
+        f"In the {m.world} world no pair holds the response {m.never_compared!r} to the prompt "
+        f"{m.prompt!r}. "
+        + (
+            "The starts below reach the same loss at different policies: the minimiser is not "
+            "unique, and the data cannot choose."
+            if one_loss(lab)
+            else "The starts below do not reach one loss at different policies, so this run does not show that the minimiser is not unique."
+        )
+    )
+    return {
+        "words": f"{words} {m.words}".rstrip(),
+        "table": table(
+            [
+                "Start",
+                ("Loss", "nats per pair"),
+                ("Total variation", "from the optimum"),
+                ("Probability of it", f"at the minimiser; optimum {best}"),
+            ],
+            rows,
+        ),
+    }
 
 
 def _labels(lab: Lab) -> dict[str, Any] | None:
     if not lab.labels:
         return None
     rows: list[list[Cell]] = [
-        [(a.name, a.words) if a.words else a.name, known(a.bayes_accuracy), known(a.entropy), known(a.total_variation), share(a.relative_gap)]
-        for a in lab.labels]  # fmt: skip
-    head: list[Head] = ["Annotator", ("Bayes accuracy", "share of labels"), ("Entropy", "nats per label"), ("Total variation", "minimiser from the optimum"),
-                        ("Gap left", "%")]  # fmt: skip
+        [
+            (a.name, a.words) if a.words else a.name,
+            known(a.bayes_accuracy),
+            known(a.entropy),
+            known(a.total_variation),
+            share(a.relative_gap),
+        ]
+        for a in lab.labels
+    ]
+    head: list[Head] = [
+        "Annotator",
+        ("Bayes accuracy", "share of labels"),
+        ("Entropy", "nats per label"),
+        ("Total variation", "minimiser from the optimum"),
+        ("Gap left", "%"),
+    ]
     return table(head, rows)
 
 
@@ -227,14 +416,45 @@ def _labels(lab: Lab) -> dict[str, Any] | None:
 
 def _kl_tables(kl: KL) -> dict[str, Any]:
     rows: list[list[Cell]] = [
-        [e.name, known(e.mean), known(e.bias), known(e.std), GRADIENTS.get(e.loss_gradient, e.loss_gradient), known(e.cosine_loss),
-         known(e.relative_error_loss), known(e.cosine_reward), known(e.relative_error_reward)] for e in kl.estimators]  # fmt: skip
-    head: list[Head] = ["Estimator", ("Mean", "nats"), ("Bias", "nats"), ("Deviation", "nats, one sample"), ("As a loss", "its gradient is"),
-                        ("As a loss", "cosine"), ("As a loss", "relative error"), ("In the reward", "cosine"), ("In the reward", "relative error")]  # fmt: skip
+        [
+            e.name,
+            known(e.mean),
+            known(e.bias),
+            known(e.std),
+            GRADIENTS.get(e.loss_gradient, e.loss_gradient),
+            known(e.cosine_loss),
+            known(e.relative_error_loss),
+            known(e.cosine_reward),
+            known(e.relative_error_reward),
+        ]
+        for e in kl.estimators
+    ]
+    head: list[Head] = [
+        "Estimator",
+        ("Mean", "nats"),
+        ("Bias", "nats"),
+        ("Deviation", "nats, one sample"),
+        ("As a loss", "its gradient is"),
+        ("As a loss", "cosine"),
+        ("As a loss", "relative error"),
+        ("In the reward", "cosine"),
+        ("In the reward", "relative error"),
+    ]
     out: dict[str, Any] = {"estimators": table(head, rows, left=(4,))}
     if kl.schulman:
-        out["schulman"] = table([("Shift", "deviations"), ("k1", "deviation / KL"), ("k2", "deviation / KL"), ("k3", "deviation / KL"), ("k2", "bias / KL")],
-                                [[setting_of(s.shift), known(s.k1), known(s.k2), known(s.k3), known(s.bias_k2)] for s in kl.schulman])  # fmt: skip
+        out["schulman"] = table(
+            [
+                ("Shift", "deviations"),
+                ("k1", "deviation / KL"),
+                ("k2", "deviation / KL"),
+                ("k3", "deviation / KL"),
+                ("k2", "bias / KL"),
+            ],
+            [
+                [setting_of(s.shift), known(s.k1), known(s.k2), known(s.k3), known(s.bias_k2)]
+                for s in kl.schulman
+            ],
+        )
     return out
 
 
@@ -243,20 +463,55 @@ def _estimators(lab: Lab) -> dict[str, Any] | None:
         return None
     yes = {True: "exact", False: "not exact", None: NONE}
     rows: list[list[Cell]] = [
-        [(e.name, e.words) if e.words else e.name, e.estimates, yes[e.exact], known(e.cosine), known(e.relative_bias), known(e.scale), known(e.variance)]
-        for e in lab.estimators]  # fmt: skip
-    head: list[Head] = ["Estimator", "Estimates", "Expectation", ("Cosine", "with what it estimates"), ("Relative bias", "of its expectation"),
-                        ("Scale", "length / length"), ("Variance", "one sample, / |gradient|²")]  # fmt: skip
+        [
+            (e.name, e.words) if e.words else e.name,
+            e.estimates,
+            yes[e.exact],
+            known(e.cosine),
+            known(e.relative_bias),
+            known(e.scale),
+            known(e.variance),
+        ]
+        for e in lab.estimators
+    ]
+    head: list[Head] = [
+        "Estimator",
+        "Estimates",
+        "Expectation",
+        ("Cosine", "with what it estimates"),
+        ("Relative bias", "of its expectation"),
+        ("Scale", "length / length"),
+        ("Variance", "one sample, / |gradient|²"),
+    ]
     return table(head, rows, left=(1, 2))
 
 
 def _best_of_n(lab: Lab) -> dict[str, Any]:
     assert lab.best_of_n is not None
-    rows: list[list[Cell]] = [[str(r.n), known(r.kl), known(r.bound), known(r.reward), known(r.win_rate), known(r.win_bound)] for r in lab.best_of_n.rows]
-    head: list[Head] = ["n", ("KL", "nats, exact"), ("Bound", "nats"), ("E[r]", "points"), ("Win rate", "over one draw"), ("Bound", "n/(n+1)")]
+    rows: list[list[Cell]] = [
+        [
+            str(r.n),
+            known(r.kl),
+            known(r.bound),
+            known(r.reward),
+            known(r.win_rate),
+            known(r.win_bound),
+        ]
+        for r in lab.best_of_n.rows
+    ]
+    head: list[Head] = [
+        "n",
+        ("KL", "nats, exact"),
+        ("Bound", "nats"),
+        ("E[r]", "points"),
+        ("Win rate", "over one draw"),
+        ("Bound", "n/(n+1)"),
+    ]
     out: dict[str, Any] = {"rows": table(head, rows)}
     if lab.best_of_n.ideal:
-        ideal: list[list[Cell]] = [[str(r.n), known(r.kl), known(r.bound)] for r in lab.best_of_n.ideal]
+        ideal: list[list[Cell]] = [
+            [str(r.n), known(r.kl), known(r.bound)] for r in lab.best_of_n.ideal
+        ]
         out["ideal"] = table(["n, without ties", ("KL", "nats, exact"), ("Bound", "nats")], ideal)
     return out
 
@@ -269,10 +524,27 @@ def _proxies(lab: Lab) -> dict[str, Any]:
     for c in lab.overoptimisation or []:
         fit = c.fit or c.rl_fit
         form = "d(alpha - beta d)" if c.fit else "d(alpha - beta log d)"
-        fitted: Cell = (f"{number(fit.alpha)}; {number(fit.beta)}", form.replace("-", MINUS)) if fit else NONE
-        rows.append([(c.title, c.words), at(c.peak), at(c.last), "yes" if c.turns_over else "no", fitted, known(fit.rmse) if fit else NONE])
-    head: list[Head] = ["Proxy", ("Peak", "points, at √nats"), ("Last", "points, at √nats"), "Turns over", ("Fit", "alpha; beta"),
-                        ("Error of the fit", "root mean square, points")]  # fmt: skip
+        fitted: Cell = (
+            (f"{number(fit.alpha)}; {number(fit.beta)}", form.replace("-", MINUS)) if fit else NONE
+        )
+        rows.append(
+            [
+                (c.title, c.words),
+                at(c.peak),
+                at(c.last),
+                "yes" if c.turns_over else "no",
+                fitted,
+                known(fit.rmse) if fit else NONE,
+            ]
+        )
+    head: list[Head] = [
+        "Proxy",
+        ("Peak", "points, at √nats"),
+        ("Last", "points, at √nats"),
+        "Turns over",
+        ("Fit", "alpha; beta"),
+        ("Error of the fit", "root mean square, points"),
+    ]
     return table(head, rows)
 
 
@@ -282,33 +554,78 @@ AT = 0.05
 
 def _arrived(c: Change) -> Cell:
     near = c.distance is not None and c.distance < AT
-    return (c.nearest if near else "none that is known", f"{known(c.distance)} from it" if near else f"nearest: {c.nearest}, {known(c.distance)} away")
+    return (
+        c.nearest if near else "none that is known",
+        f"{known(c.distance)} from it"
+        if near
+        else f"nearest: {c.nearest}, {known(c.distance)} away",
+    )
 
 
 def _parts(parts: list[Change]) -> dict[str, Any]:
-    rows: list[list[Cell]] = [[(c.name, c.words), share(c.relative_gap), known(c.total_variation), _arrived(c)] for c in parts]
-    return table(["What is run", ("Gap left", "%"), ("Total variation", "from the optimum"), ("Ended at the optimum of", "total variation")], rows, left=(3,))
+    rows: list[list[Cell]] = [
+        [(c.name, c.words), share(c.relative_gap), known(c.total_variation), _arrived(c)]
+        for c in parts
+    ]
+    return table(
+        [
+            "What is run",
+            ("Gap left", "%"),
+            ("Total variation", "from the optimum"),
+            ("Ended at the optimum of", "total variation"),
+        ],
+        rows,
+        left=(3,),
+    )
 
 
 def _lengths(rows: list[Change]) -> dict[str, Any]:
     cells: list[list[Cell]] = [
-        [(c.name, c.words), share(c.relative_gap), known(c.total_variation), (known(c.cut), f"optimum {known(c.cut_optimum)}"),
-         _arrived(c)] for c in rows]  # fmt: skip
-    head: list[Head] = ["What is run", ("Gap left", "%"), ("Total variation", "from the optimum"), ("Cut at the limit", "share of responses"),
-                        ("Ended at the optimum of", "total variation")]  # fmt: skip
+        [
+            (c.name, c.words),
+            share(c.relative_gap),
+            known(c.total_variation),
+            (known(c.cut), f"optimum {known(c.cut_optimum)}"),
+            _arrived(c),
+        ]
+        for c in rows
+    ]
+    head: list[Head] = [
+        "What is run",
+        ("Gap left", "%"),
+        ("Total variation", "from the optimum"),
+        ("Cut at the limit", "share of responses"),
+        ("Ended at the optimum of", "total variation"),
+    ]
     return table(head, cells, left=(4,))
 
 
 def _credit(c: Credit) -> dict[str, Any]:
-    rows: list[list[Cell]] = [[(r.name, r.words), known(r.correlation), known(r.relative_error), known(r.variance)] for r in c.rows]
+    rows: list[list[Cell]] = [
+        [(r.name, r.words), known(r.correlation), known(r.relative_error), known(r.variance)]
+        for r in c.rows
+    ]
     return {
-        "prompt": c.prompt, "step": count(c.step), "samples": count(c.samples), "responses": c.responses,
-        "table": table(["Advantage", ("Correlation", "with the exact one"), ("Error", "root mean square, relative"), ("Variance", "relative")], rows),
-    }  # fmt: skip
+        "prompt": c.prompt,
+        "step": count(c.step),
+        "samples": count(c.samples),
+        "responses": c.responses,
+        "table": table(
+            [
+                "Advantage",
+                ("Correlation", "with the exact one"),
+                ("Error", "root mean square, relative"),
+                ("Variance", "relative"),
+            ],
+            rows,
+        ),
+    }
 
 
 def _needed(lab: Lab) -> dict[str, Any] | None:
-    """The world of sparse rewards: responses sampled until the gap stayed below a tenth, and what is left at the end."""
+    """The world of sparse rewards: responses sampled until the gap stayed below a tenth, and what
+    is left at the end.
+    """
     methods = here(lab, sparse_world(lab) or "")
     if not methods:
         return None
@@ -316,9 +633,17 @@ def _needed(lab: Lab) -> dict[str, Any] | None:
     rows: list[list[Cell]] = []
     for m in sorted(methods, key=lambda m: median(samples_needed(m) or [far])):
         needed, ends = samples_needed(m), gaps(m)
-        used: Cell = (count(median(needed)), ", ".join(count(n) for n in needed)) if needed else "not in every seed"
+        used: Cell = (
+            (count(median(needed)), ", ".join(count(n) for n in needed))
+            if needed
+            else "not in every seed"
+        )
         rows.append([label(m), used, (share(median(ends)), seeds(ends)) if ends else "no run"])
-    head: list[Head] = ["Method, policy", ("Responses sampled", f"until the gap stayed within {share(NEAR)}; median of the seeds"), ("Gap left", "at the end")]
+    head: list[Head] = [
+        "Method, policy",
+        ("Responses sampled", f"until the gap stayed within {share(NEAR)}; median of the seeds"),
+        ("Gap left", "at the end"),
+    ]
     return table(head, rows)
 
 
@@ -326,10 +651,30 @@ def _worlds(lab: Lab) -> dict[str, Any] | None:
     if not lab.worlds:
         return None
     rows: list[list[Cell]] = [
-        [(w.key, w.words), count(w.prompts), count(w.responses), count(w.vocabulary), count(w.horizon), setting_of(w.beta), known(w.kl_optimum),
-         known(w.objective_reference), known(w.objective_optimum)] for w in lab.worlds]  # fmt: skip
-    head: list[Head] = ["World", "Prompts", ("Responses", "to a prompt"), ("Vocabulary", "tokens"), ("Longest response", "tokens"), ("β", "points per nat"),
-                        ("KL of the optimum", "nats"), ("J(ref)", "points"), ("J(optimum)", "points")]  # fmt: skip
+        [
+            (w.key, w.words),
+            count(w.prompts),
+            count(w.responses),
+            count(w.vocabulary),
+            count(w.horizon),
+            setting_of(w.beta),
+            known(w.kl_optimum),
+            known(w.objective_reference),
+            known(w.objective_optimum),
+        ]
+        for w in lab.worlds
+    ]
+    head: list[Head] = [
+        "World",
+        "Prompts",
+        ("Responses", "to a prompt"),
+        ("Vocabulary", "tokens"),
+        ("Longest response", "tokens"),
+        ("β", "points per nat"),
+        ("KL of the optimum", "nats"),
+        ("J(ref)", "points"),
+        ("J(optimum)", "points"),
+    ]
     return table(head, rows)
 
 
@@ -338,32 +683,95 @@ def _sections(lab: Lab) -> dict[str, Any]:
     setting = lab.setting
     recovered, r = [], lab.recovered
     if r:
-        difference = abs(r.loss - r.entropy) if r.loss is not None and r.entropy is not None else None
+        difference = (
+            abs(r.loss - r.entropy) if r.loss is not None and r.entropy is not None else None
+        )
         at = r.gradient_at_optimum
-        recovered = [Identity("loss", "At its minimum the loss is the entropy of the labels (right): nothing is left to learn.", difference, r.loss, r.entropy),
-                     Identity("loss_gradient", "At the optimum the gradient is 0: its largest entry (left).", at, at, 0.0)]  # fmt: skip
+        recovered = [
+            Identity(
+                "loss",
+                "At its minimum the loss is the entropy of the labels (right): nothing is left to "
+                "learn.",
+                difference,
+                r.loss,
+                r.entropy,
+            ),
+            Identity(
+                "loss_gradient",
+                "At the optimum the gradient is 0: its largest entry (left).",
+                at,
+                at,
+                0.0,
+            ),
+        ]
     f = lab.frontier
-    slopes = [Identity("slope", "The slope of the frontier is β: the largest relative difference along it.", f.slope_error),
-              Identity("variance", "And it climbs by the variance of the reward: the largest relative difference.", f.variance_error)] if f else []  # fmt: skip
+    slopes = (
+        [
+            Identity(
+                "slope",
+                "The slope of the frontier is β: the largest relative difference along it.",
+                f.slope_error,
+            ),
+            Identity(
+                "variance",
+                "And it climbs by the variance of the reward: the largest relative difference.",
+                f.variance_error,
+            ),
+        ]
+        if f
+        else []
+    )
     return {
-        "methods": _methods(lab), "causes": _causes(lab),
-        "setting": setting, "worked": _worked(setting) if setting else None, "identities": identities(setting) if setting else [],
-        "sparse": [Identity(a.key, SPARSE[a.key], a.difference, a.left, a.right) for a in lab.sparse or []],
+        "methods": _methods(lab),
+        "causes": _causes(lab),
+        "setting": setting,
+        "worked": _worked(setting) if setting else None,
+        "identities": identities(setting) if setting else [],
+        "sparse": [
+            Identity(a.key, SPARSE[a.key], a.difference, a.left, a.right) for a in lab.sparse or []
+        ],
         "slopes": [i for i in slopes if i.difference is not None],
-        "derivation": [{"key": d.key, "title": d.title, "words": d.words, "difference": off(d.difference),
-                        "table": table(["", d.left_name, d.right_name], [[name, side(a), side(b)] for name, a, b in d.rows])} for d in lab.derivation or []],
-        "recovered": [i for i in recovered if i.difference is not None], "logprob_error": off(r.largest_logprob_error) if r else None,
+        "derivation": [
+            {
+                "key": d.key,
+                "title": d.title,
+                "words": d.words,
+                "difference": off(d.difference),
+                "table": table(
+                    ["", d.left_name, d.right_name],
+                    [[name, side(a), side(b)] for name, a, b in d.rows],
+                ),
+            }
+            for d in lab.derivation or []
+        ],
+        "recovered": [i for i in recovered if i.difference is not None],
+        "logprob_error": off(r.largest_logprob_error) if r else None,
         "missing": _missing(lab, lab.missing) if lab.missing else None,
         "labels": _labels(lab),
-        "kl": _kl_tables(lab.kl) if lab.kl else None, "kl_value": (number(lab.kl.value.kl), number(lab.kl.value.forward)) if lab.kl else None,
-        "estimators": _estimators(lab), "best_of_n": _best_of_n(lab) if lab.best_of_n else None, "proxies": _proxies(lab) if lab.overoptimisation else None,
-        "worlds": _worlds(lab), "parts": _parts(lab.parts) if lab.parts else None, "lengths": _lengths(lab.lengths) if lab.lengths else None,
-        "parts_seed": lab.parts[0].seed if lab.parts else None, "lengths_seed": lab.lengths[0].seed if lab.lengths else None,
+        "kl": _kl_tables(lab.kl) if lab.kl else None,
+        "kl_value": (number(lab.kl.value.kl), number(lab.kl.value.forward)) if lab.kl else None,
+        "estimators": _estimators(lab),
+        "best_of_n": _best_of_n(lab) if lab.best_of_n else None,
+        "proxies": _proxies(lab) if lab.overoptimisation else None,
+        "worlds": _worlds(lab),
+        "parts": _parts(lab.parts) if lab.parts else None,
+        "lengths": _lengths(lab.lengths) if lab.lengths else None,
+        "parts_seed": lab.parts[0].seed if lab.parts else None,
+        "lengths_seed": lab.lengths[0].seed if lab.lengths else None,
         "cut_share": share(lab.lengths[0].cut_optimum) if lab.lengths else None,
-        "credit": _credit(lab.credit) if lab.credit else None, "needed": _needed(lab),
-        "heats": [table(["β", *(f"learning rate {setting_of(x)}" for x in s.learning_rates)],
-                        [[setting_of(b), *(share(x) for x in row)] for b, row in zip(s.betas, s.relative_gap, strict=False)]) for s in lab.sensitivity or []],
-    }  # fmt: skip
+        "credit": _credit(lab.credit) if lab.credit else None,
+        "needed": _needed(lab),
+        "heats": [
+            table(
+                ["β", *(f"learning rate {setting_of(x)}" for x in s.learning_rates)],
+                [
+                    [setting_of(b), *(share(x) for x in row)]
+                    for b, row in zip(s.betas, s.relative_gap, strict=False)
+                ],
+            )
+            for s in lab.sensitivity or []
+        ],
+    }
 
 
 def _figures(lab: Lab) -> dict[str, Figure]:
@@ -374,7 +782,11 @@ def _figures(lab: Lab) -> dict[str, Figure]:
     if lab.credit:
         figures |= {f"credit{i}": one for i, one in enumerate(credit_figures(lab.credit))}
     series = {"arms": sparse_figures(lab)}
-    series |= {"gap": gap_figures(lab), "proxy": proxy_figures(lab.overoptimisation or []), "heat": [heat_figure(s) for s in lab.sensitivity or []]}
+    series |= {
+        "gap": gap_figures(lab),
+        "proxy": proxy_figures(lab.overoptimisation or []),
+        "heat": [heat_figure(s) for s in lab.sensitivity or []],
+    }
     for name, many in series.items():
         figures |= {f"{name}{i}": one for i, one in enumerate(many)}
     if lab.kl and lab.kl.per_position:
@@ -389,13 +801,30 @@ def write_lab_page(folder: Path, data: dict[str, Any]) -> Path:
     lab = read_lab(data)
     figures = _figures(lab)
     sections = _sections(lab)
-    checked = [(f"The formula {i.words.rstrip('.')!r}", i.difference) for i in [*sections["identities"], *sections["sparse"]]]
+    checked = [
+        (f"The formula {i.words.rstrip('.')!r}", i.difference)
+        for i in [*sections["identities"], *sections["sparse"]]
+    ]
     return write_page(
-        Path(folder), "index.html", "lab.html.j2", {"figures": figures},
-        title="Alignment methods beside an exactly known optimum", sentences=lab_answer(lab), alarms=lab_alarms(lab, checked), figures=figures,
-        formulas={key: formula(tex) for key, tex in FORMULAS.items()}, side=side, off=off, command=lab.command,
+        Path(folder),
+        "index.html",
+        "lab.html.j2",
+        {"figures": figures},
+        title="Alignment methods beside an exactly known optimum",
+        sentences=lab_answer(lab),
+        alarms=lab_alarms(lab, checked),
+        figures=figures,
+        formulas={key: formula(tex) for key, tex in FORMULAS.items()},
+        side=side,
+        off=off,
+        command=lab.command,
         **sections,
-        facts=[("Form", lab.form), ("Seed", str(lab.seed)), ("Time, all stages", duration(sum(lab.timings.values()))), ("Machine", lab.machine),
-               ("Versions", ", ".join(f"{k} {v}" for k, v in lab.versions.items()))],
+        facts=[
+            ("Form", lab.form),
+            ("Seed", str(lab.seed)),
+            ("Time, all stages", duration(sum(lab.timings.values()))),
+            ("Machine", lab.machine),
+            ("Versions", ", ".join(f"{k} {v}" for k, v in lab.versions.items())),
+        ],
         timings=[(stage, duration(seconds)) for stage, seconds in lab.timings.items()],
-    )  # fmt: skip
+    )

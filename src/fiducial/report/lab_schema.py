@@ -1,7 +1,9 @@
-"""What the lab's page is given: `lab.json` as classes. A key that the page does not know at the top, or a missing one below, is an error that names it.
+"""What the lab's page is given: `lab.json` as classes. A key that the page does not know at the
+top, or a missing one below, is an error that names it.
 
-Numbers are exact unless they come from a run; KL in nats per response, times in seconds, gaps as shares of J(optimum) - J(reference). None: not measured.
-A section that was not computed is absent or None.
+Numbers are exact unless they come from a run; KL in nats per response, times in seconds, gaps as
+shares of J(optimum) - J(reference). None: not measured. A section that was not computed is absent
+or None.
 """
 
 from dataclasses import dataclass, field, fields
@@ -44,7 +46,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Result:
-    """Where one seed of a method ended. `kl_optimum`: of the world that it was trained on, where each seed has its own."""
+    """Where one seed of a method ended. `kl_optimum`: of the world that it was trained on, where
+    each seed has its own.
+    """
 
     seed: int
     relative_gap: Num
@@ -61,7 +65,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Trained:
-    """A method with a policy in a world. `estimator`: the name of the row in `estimators` that stands behind it; else the only one with its name."""
+    """A method with a policy in a world. `estimator`: the name of the row in `estimators` that
+    stands behind it; else the only one with its name.
+    """
 
     method: str
     name: str
@@ -251,7 +257,9 @@ class KL:
 
 @dataclass(frozen=True)
 class Estimator:
-    """A gradient estimator's expectation against what it estimates; variance of one sample relative to the square of the gradient's length."""
+    """A gradient estimator's expectation against what it estimates; variance of one sample relative
+    to the square of the gradient's length.
+    """
 
     name: str
     estimates: str
@@ -295,7 +303,8 @@ class Overoptimisation:
     """A proxy climbed, and the true value meanwhile.
 
     path: a trained policy on the same axes, drawn where it begins where the curve begins.
-    fit: d(alpha - beta d). rl_fit: d(alpha - beta log d). error: standard errors of gold, where it was sampled.
+    fit: d(alpha - beta d). rl_fit: d(alpha - beta log d). error: standard errors of gold, where it
+    was sampled.
     """
 
     key: str
@@ -327,7 +336,9 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Change:
-    """A method with a part exchanged. `nearest`: whose optimum it ended nearest to, and the total variation to that; `cut`: share of responses at the limit."""
+    """A method with a part exchanged. `nearest`: whose optimum it ended nearest to, and the total
+    variation to that; `cut`: share of responses at the limit.
+    """
 
     name: str
     words: str
@@ -342,7 +353,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Told:
-    """One response, token by token: the exact advantage and that of each method. Numbers of tokens count from 0."""
+    """One response, token by token: the exact advantage and that of each method. Numbers of tokens
+    count from 0.
+    """
 
     response: str
     right: bool
@@ -367,7 +380,9 @@ class Credited:
 
 @dataclass(frozen=True)
 class Credit:
-    """Which token deserves the credit, at a policy on its way. `samples`: that it had learned from by then."""
+    """Which token deserves the credit, at a policy on its way. `samples`: that it had learned from
+    by then.
+    """
 
     world: str
     prompt: str
@@ -410,13 +425,20 @@ class Lab:
 
 
 def read_lab(data: dict[str, Any]) -> Lab:
-    """Checks a dictionary against the schema. Below the top, keys that the page does not show are passed over: the file holds more than the page."""
+    """Checks a dictionary against the schema. Below the top, keys that the page does not show are
+    passed over: the file holds more than the page.
+    """
     unknown = sorted(set(data) - {one.name for one in fields(Lab)})
     if unknown:
-        raise InputError(f"the lab's data have a part that the page does not know: {', '.join(map(repr, unknown))}")
+        raise InputError(
+            "the lab's data have a part that the page does not know: "
+            f"{', '.join(map(repr, unknown))}"
+        )
     try:
         return TypeAdapter(Lab).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"the lab's data do not fit the page at {place!r}: {first['msg']}") from error
+        raise InputError(
+            f"the lab's data do not fit the page at {place!r}: {first['msg']}"
+        ) from error

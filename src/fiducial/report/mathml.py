@@ -1,7 +1,9 @@
-r"""Formulas without a library: a little of TeX's notation to MathML, which browsers set by themselves, offline.
+r"""Formulas without a library: a little of TeX's notation to MathML, which browsers set by
+themselves, offline.
 
-`mathml(r"\pi^*(y|x) = \frac{1}{Z(x)} \pi_\ref(y|x) e^{r/\beta}")`. Known: letters, numbers, `^ _ { }`, `\frac{a}{b}`, `\sqrt{a}`, `\text{words}`,
-`\left( \right)` around what is tall, and the names below. Anything else is an error, so that a typing mistake does not reach a page.
+`mathml(r"\pi^*(y|x) = \frac{1}{Z(x)} \pi_\ref(y|x) e^{r/\beta}")`. Known: letters, numbers, `^ _ {
+}`, `\frac{a}{b}`, `\sqrt{a}`, `\text{words}`, `\left( \right)` around what is tall, and the names
+below. Anything else is an error, so that a typing mistake does not reach a page.
 """
 # ruff: noqa: RUF001  (Greek letters are meant)
 
@@ -10,16 +12,51 @@ from collections.abc import Iterator
 
 from markupsafe import Markup, escape
 
-LETTERS = {"alpha": "α", "beta": "β", "pi": "π", "rho": "ρ", "sigma": "σ", "E": "𝔼", "ref": "ref", "d": "d"}
-SIGNS = {"nabla": "∇", "sim": "∼", "parallel": "‖", "cdot": "·", "succ": "≻", "ne": "≠", "le": "≤", "approx": "≈", "mid": "|", "partial": "∂"}
-FUNCTIONS = {"log": 0.167, "exp": 0, "KL": 0, "Var": 0}  # em behind them: log is set off from what follows without brackets
-LARGE = {"sum": "∑", "prod": "∏", "max": "max", "min": "min"}  # what stands below them is set below, not beside
+LETTERS = {
+    "alpha": "α",
+    "beta": "β",
+    "pi": "π",
+    "rho": "ρ",
+    "sigma": "σ",
+    "E": "𝔼",
+    "ref": "ref",
+    "d": "d",
+}
+SIGNS = {
+    "nabla": "∇",
+    "sim": "∼",
+    "parallel": "‖",
+    "cdot": "·",
+    "succ": "≻",
+    "ne": "≠",
+    "le": "≤",
+    "approx": "≈",
+    "mid": "|",
+    "partial": "∂",
+}
+FUNCTIONS = {
+    "log": 0.167,
+    "exp": 0,
+    "KL": 0,
+    "Var": 0,
+}  # em behind them: log is set off from what follows without brackets
+LARGE = {
+    "sum": "∑",
+    "prod": "∏",
+    "max": "max",
+    "min": "min",
+}  # what stands below them is set below, not beside
 TOKEN = re.compile(r"\s*(\\text\{[^}]*\}|\\[A-Za-z]+|\d+(?:\.\d+)?|[A-Za-z]|\S)")
 
 
 def formula(tex: str) -> Markup:
-    """A formula that stands alone. Where a screen is narrow it may be broken at `\\quad`, between two formulas, and at `\\break`, within one."""
-    whole = [Markup(" ").join(mathml(part.strip(), block=True) for part in one.split("\\break")) for one in tex.split("\\quad")]
+    """A formula that stands alone. Where a screen is narrow it may be broken at `\\quad`, between
+    two formulas, and at `\\break`, within one.
+    """
+    whole = [
+        Markup(" ").join(mathml(part.strip(), block=True) for part in one.split("\\break"))
+        for one in tex.split("\\quad")
+    ]
     return Markup(" ").join(Markup("<span>{}</span>").format(one) for one in whole)
 
 
@@ -28,7 +65,9 @@ def mathml(tex: str, *, block: bool = False) -> Markup:
     tokens = TOKEN.findall(tex)
     stream = iter(tokens)
     body = _row(stream, None)
-    return Markup('<math display="{}" alttext="{}"><mrow>{}</mrow></math>').format("block" if block else "inline", tex, Markup("".join(body)))
+    return Markup('<math display="{}" alttext="{}"><mrow>{}</mrow></math>').format(
+        "block" if block else "inline", tex, Markup("".join(body))
+    )
 
 
 def _row(stream: Iterator[str], end: str | None) -> list[str]:
@@ -43,11 +82,17 @@ def _row(stream: Iterator[str], end: str | None) -> list[str]:
             large.append(False)
             continue
         one = _atom(token, stream)
-        first = not out or (out[-1].startswith("<mo") and not out[-1].endswith((">)</mo>", ">]</mo>")))
+        first = not out or (
+            out[-1].startswith("<mo") and not out[-1].endswith((">)</mo>", ">]</mo>"))
+        )
         if first and token in "-+<":
-            one = one.replace("<mo", '<mo form="prefix" lspace="0" rspace="0"', 1)  # a sign, not a difference
+            one = one.replace(
+                "<mo", '<mo form="prefix" lspace="0" rspace="0"', 1
+            )  # a sign, not a difference
         elif first and token[1:] in FUNCTIONS:
-            one = one.replace('lspace="0.167em"', 'lspace="0"', 1)  # set off from a factor, not from a bracket
+            one = one.replace(
+                'lspace="0.167em"', 'lspace="0"', 1
+            )  # set off from a factor, not from a bracket
         out.append(one)
         large.append(token[1:] in LARGE and token.startswith("\\"))
     if end is not None:
@@ -82,7 +127,9 @@ def _command(name: str, stream: Iterator[str]) -> str:
         inner = "".join(_row(stream, "\\right"))
         return f"<mrow><mo>{escape(opening)}</mo>{inner}<mo>{escape(next(stream))}</mo></mrow>"
     if name in LETTERS:
-        upright = ' mathvariant="normal"' if name in ("E", "d") else ""  # names of several letters are upright by themselves
+        upright = (
+            ' mathvariant="normal"' if name in ("E", "d") else ""
+        )  # names of several letters are upright by themselves
         return f"<mi{upright}>{LETTERS[name]}</mi>"
     if name in FUNCTIONS:
         return f'<mo form="prefix" lspace="0.167em" rspace="{FUNCTIONS[name]}em">{name}</mo>'
@@ -108,7 +155,11 @@ def _bound(parts: list[str], large: list[bool]) -> list[str]:
         while i + 2 < len(parts) and parts[i + 1] in ("^", "_"):
             indices[parts[i + 1]] = parts[i + 2]
             i += 2
-        tag = {"_": "munder", "^": "mover", "_^": "munderover"} if large[start] else {"_": "msub", "^": "msup", "_^": "msubsup"}
+        tag = (
+            {"_": "munder", "^": "mover", "_^": "munderover"}
+            if large[start]
+            else {"_": "msub", "^": "msup", "_^": "msubsup"}
+        )
         inner = "".join(indices[key] for key in "_^" if key in indices)
         name = tag.get("".join(key for key in "_^" if key in indices))
         out.append(f"<{name}>{parts[start]}{inner}</{name}>" if name else parts[start])

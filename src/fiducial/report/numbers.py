@@ -1,4 +1,6 @@
-"""How a page writes numbers: three significant digits, thousands separated, a real minus, and ± the half-width of a 95% interval."""
+"""How a page writes numbers: three significant digits, thousands separated, a real minus, and ± the
+half-width of a 95% interval.
+"""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +14,9 @@ PM = "\u00a0±\u00a0"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% interval; `low` and `high` are None where nothing is known about how sure it is."""
+    """A number with its 95% interval; `low` and `high` are None where nothing is known about how
+    sure it is.
+    """
 
     value: float
     low: float | None = None
@@ -25,7 +29,9 @@ class Estimate:
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
     def above(self, bar: float) -> bool:
-        """Whether the whole interval lies above the bar. False without an interval: a bare number decides nothing."""
+        """Whether the whole interval lies above the bar. False without an interval: a bare number
+        decides nothing.
+        """
         return self.low is not None and self.low > bar
 
     def below(self, bar: float) -> bool:
@@ -43,10 +49,14 @@ def mean_of(values: Sequence[float]) -> Estimate:
 
 
 def _student(df: int) -> float:
-    """The 97.5% quantile of Student's t: two small cases by table, the rest by the Cornish-Fisher series (within 2% from df = 4)."""
+    """The 97.5% quantile of Student's t: two small cases by table, the rest by the Cornish-Fisher
+    series (within 2% from df = 4).
+    """
     table = {2: 4.303, 3: 3.182}
     z = 1.959964
-    return table.get(df) or z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+    return table.get(df) or z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (
+        96 * df**2
+    )
 
 
 def number(x: float | None) -> str:
@@ -58,7 +68,12 @@ def number(x: float | None) -> str:
     if x == 0:
         return "0"
     if abs(x) < 1e-3 or abs(x) >= 1e15:
-        return f"{x:.2e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e").replace("-", MINUS)
+        return (
+            f"{x:.2e}".replace("e-0", "e-")
+            .replace("e+0", "e")
+            .replace("e+", "e")
+            .replace("-", MINUS)
+        )
     rounded = float(f"{x:.2e}")  # 9.999 becomes 10.0 before the decimals are chosen
     return f"{rounded:,.{_decimals(rounded)}f}".replace("-", MINUS)
 
@@ -73,7 +88,9 @@ def count(n: int | float | None) -> str:
 
 
 def with_interval(e: Estimate | None) -> str:
-    """`1.35 ± 0.04`: at most three digits of the value and two of the half-width, to the same decimals. Without an interval the bare number."""
+    """`1.35 ± 0.04`: at most three digits of the value and two of the half-width, to the same
+    decimals. Without an interval the bare number.
+    """
     if e is None:
         return "not measured"
     half = e.half
@@ -82,11 +99,15 @@ def with_interval(e: Estimate | None) -> str:
     size = max(abs(e.value), half)
     if size >= 1000:
         grain = 10 ** (math.floor(math.log10(size)) - 2)
-        return f"{round(e.value / grain) * grain:,}{PM}{max(grain, round(half / grain) * grain):,}".replace("-", MINUS)
+        return f"{round(e.value / grain) * grain:,}{PM}{max(grain, round(half / grain) * grain):,}".replace(
+            "-", MINUS
+        )
     if size < 1e-3:
         return f"{number(e.value)}{PM}{number(half)}"
     decimals = min(_decimals(size), _decimals(half, 2))
-    fine = _decimals(half, 1) if half < 0.5 * 10**-decimals else decimals  # surer than three digits show
+    fine = (
+        _decimals(half, 1) if half < 0.5 * 10**-decimals else decimals
+    )  # surer than three digits show
     return f"{e.value:.{decimals}f}{PM}{half:.{fine}f}".replace("-", MINUS)
 
 

@@ -1,7 +1,9 @@
-"""Turns templates and data into a page that needs nothing but the file beside it, and that runs no script but its own.
+"""Turns templates and data into a page that needs nothing but the file beside it, and that runs no
+script but its own.
 
-Model output is hostile text. In the page it passes through autoescaping; in the data block it is ASCII JSON without `<`, `>` and `&`; the page's
-script puts it in with textContent; and a Content-Security-Policy that names the hash of that one script refuses everything else.
+Model output is hostile text. In the page it passes through autoescaping; in the data block it is
+ASCII JSON without `<`, `>` and `&`; the page's script puts it in with textContent; and a
+Content-Security-Policy that names the hash of that one script refuses everything else.
 """
 
 import base64
@@ -22,11 +24,19 @@ PLOTLY = "plotly.min.js"
 def environment() -> Environment:
     """The templates of this package, every value escaped."""
     loader = PackageLoader("fiducial.report", "templates")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def script_json(data: Any) -> Markup:
-    """JSON that may stand inside a script tag: ASCII only (so no U+2028, no lone surrogate), no markup characters, not-finite numbers as null."""
+    """JSON that may stand inside a script tag: ASCII only (so no U+2028, no lone surrogate), no
+    markup characters, not-finite numbers as null.
+    """
     text = json.dumps(_finite(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
@@ -46,21 +56,35 @@ def asset(name: str) -> str:
     return (files("fiducial.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def write_page(folder: Path, name: str, template: str, data: dict[str, Any], **context: Any) -> Path:
+def write_page(
+    folder: Path, name: str, template: str, data: dict[str, Any], **context: Any
+) -> Path:
     """Renders `template` to `folder/name` (aside, then renamed), with plotly's script once beside it."""
     script, style = asset("page.js"), asset("page.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
-        f"default-src 'none'; script-src 'self' file: 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data: blob:; "
+        f"default-src 'none'; script-src 'self' file: 'sha256-{digest}'; style-src "
+        "'unsafe-inline'; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
     )
-    html = environment().get_template(template).render(
-        **context, policy=policy, script=Markup(script), style=Markup(style), data=script_json(data), plotly=PLOTLY
+    html = (
+        environment()
+        .get_template(template)
+        .render(
+            **context,
+            policy=policy,
+            script=Markup(script),
+            style=Markup(style),
+            data=script_json(data),
+            plotly=PLOTLY,
+        )
     )  # our own two files, not the model's words
     folder.mkdir(parents=True, exist_ok=True)
     plotly = folder / PLOTLY
     if not plotly.exists():
-        from plotly.offline import get_plotlyjs  # four megabytes of text: read only when a page is written
+        from plotly.offline import (
+            get_plotlyjs,
+        )  # four megabytes of text: read only when a page is written
 
         _replace(plotly, get_plotlyjs().encode("utf-8"))
     _replace(folder / name, html.encode("utf-8", errors="replace"))

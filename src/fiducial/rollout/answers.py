@@ -1,4 +1,6 @@
-"""The in-process sampler of a policy, the prompts it is given, and what it says to a few of them, for the page of a run."""
+"""The in-process sampler of a policy, the prompts it is given, and what it says to a few of them,
+for the page of a run.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,16 @@ from .shared import sample_all
 from .trajectory import Trajectory
 
 
-def local_sampler(policy: Policy, renderer: Renderer, *, max_new_tokens: int, temperature: float = 1.0, stop: Sequence[str] = ()) -> LocalSampler:
-    """The in-process sampler of a policy; `stop` adds tokens, by their text, that end a response beside EOS.
+def local_sampler(
+    policy: Policy,
+    renderer: Renderer,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    stop: Sequence[str] = (),
+) -> LocalSampler:
+    """The in-process sampler of a policy; `stop` adds tokens, by their text, that end a response
+    beside EOS.
 
     Raises:
         InputError: a stop token is not in the vocabulary.
@@ -26,13 +36,17 @@ def local_sampler(policy: Policy, renderer: Renderer, *, max_new_tokens: int, te
     ids = {renderer.eos}
     for text in stop:
         ids.add(stop_id(renderer, text))
-    return LocalSampler(policy.lm, max_new_tokens, frozenset(ids), context(plain(policy.lm).config), temperature)
+    return LocalSampler(
+        policy.lm, max_new_tokens, frozenset(ids), context(plain(policy.lm).config), temperature
+    )
 
 
 def stop_id(renderer: Renderer, text: str) -> int:
     """The id of a stop token given as text."""
     found = renderer.tokenizer.convert_tokens_to_ids(text)
-    if found is None or (found == renderer.tokenizer.unk_token_id and text != renderer.tokenizer.unk_token):
+    if found is None or (
+        found == renderer.tokenizer.unk_token_id and text != renderer.tokenizer.unk_token
+    ):
         raise InputError(f"--stop: the tokenizer has no single token {text!r}")
     return int(found)
 
@@ -46,8 +60,10 @@ def fitting_prompt(row: PromptRow, renderer: Renderer, max_new_tokens: int) -> l
     ids = renderer.prompt(row.prompt, row.where)
     if len(ids) + max_new_tokens > renderer.max_length:
         raise InputError(
-            f"{row.where}: the prompt is {len(ids)} tokens and with --max-new-tokens {max_new_tokens} exceeds the limit of "
-            f"{renderer.max_length}: sample fewer tokens, shorten the prompt, or leave such rows out with --rows.on-error skip"
+            f"{row.where}: the prompt is {len(ids)} tokens and with --max-new-tokens "
+            f"{max_new_tokens} exceeds the limit of "
+            f"{renderer.max_length}: sample fewer tokens, shorten the prompt, or leave such rows "
+            "out with --rows.on-error skip"
         )
     if not ids:
         raise InputError(f"{row.where}: the prompt has no token to start from")
@@ -66,17 +82,46 @@ def show(
     stop: Sequence[str] = (),
     score: Callable[[Trajectory], Sequence[float]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Lines for samples.jsonl; a prompt that leaves no room in the context is left out. Before and after draw from the same random streams."""
+    """Lines for samples.jsonl; a prompt that leaves no room in the context is left out. Before and
+    after draw from the same random streams.
+    """
     limit = context(plain(policy.lm).config)
     kept = [(p, ids) for p, where in prompts if 0 < len(ids := renderer.prompt(p, where)) < limit]
     room = limit - max((len(ids) for _, ids in kept), default=0)
     if not kept:
         return []
-    sampler = local_sampler(policy, renderer, max_new_tokens=min(max_new_tokens, room), temperature=temperature, stop=stop)
+    sampler = local_sampler(
+        policy,
+        renderer,
+        max_new_tokens=min(max_new_tokens, room),
+        temperature=temperature,
+        stop=stop,
+    )
     numbers = list(range(len(kept)))
-    sampled = sample_all(sampler, [ids for _, ids in kept], processes, seed=seed, step=0, prompt=numbers, sample=[0] * len(kept))
+    sampled = sample_all(
+        sampler,
+        [ids for _, ids in kept],
+        processes,
+        seed=seed,
+        step=0,
+        prompt=numbers,
+        sample=[0] * len(kept),
+    )
     scores = score(sampled) if score else [None] * len(kept)
     return [
-        {"prompt": text_of(p), "completion": renderer.decode(r), "score": s, "tokens": int(n), "finished": bool(f)}
-        for (p, _), r, s, n, f in zip(kept, sampled.responses(), scores, sampled.response_lengths, sampled.finished, strict=True)
+        {
+            "prompt": text_of(p),
+            "completion": renderer.decode(r),
+            "score": s,
+            "tokens": int(n),
+            "finished": bool(f),
+        }
+        for (p, _), r, s, n, f in zip(
+            kept,
+            sampled.responses(),
+            scores,
+            sampled.response_lengths,
+            sampled.finished,
+            strict=True,
+        )
     ]

@@ -1,8 +1,10 @@
-"""Sampling from any causal language model in this process: batched, with a key-value cache, padded left.
+"""Sampling from any causal language model in this process: batched, with a key-value cache, padded
+left.
 
-Each response draws from its own random stream, keyed by seed, step, prompt and sample number, and a token is the inverse of the cumulative
-distribution at the next number of that stream. So what is sampled does not depend on who else is in the batch, up to rounding. Only the
-log-probability of the chosen token is kept at each step, never the stack of scores.
+Each response draws from its own random stream, keyed by seed, step, prompt and sample number, and a
+token is the inverse of the cumulative distribution at the next number of that stream. So what is
+sampled does not depend on who else is in the batch, up to rounding. Only the log-probability of the
+chosen token is kept at each step, never the stack of scores.
 """
 
 from __future__ import annotations
@@ -27,13 +29,22 @@ class Sampler(Protocol):
     """What a method asks of a sampler, in this process or elsewhere."""
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], *, seed: int, step: int, prompt: Sequence[int], sample: Sequence[int], **keywords: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seed: int,
+        step: int,
+        prompt: Sequence[int],
+        sample: Sequence[int],
+        **keywords: Any,
     ) -> Trajectory: ...
 
 
 @contextlib.contextmanager
 def _threads(model: Any, rows: int) -> Iterator[None]:
-    """One thread where a token's work is too small to be shared and threads sleep between tasks: waking a second one would cost more than it does."""
+    """One thread where a token's work is too small to be shared and threads sleep between tasks:
+    waking a second one would cost more than it does.
+    """
     before = torch.get_num_threads()
     sleepy = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
     small = sleepy and rows * sum(p.numel() for p in model.parameters()) < 3e8 and before > 1
@@ -75,7 +86,8 @@ class LocalSampler:
         on_progress: Callable[[int], None] | None = None,
         **_: Any,
     ) -> Trajectory:
-        """One response to each prompt (ids). `prompt` and `sample` number them; equal numbers with equal seed and step sample the same.
+        """One response to each prompt (ids). `prompt` and `sample` number them; equal numbers with
+        equal seed and step sample the same.
 
         Raises:
             InputError: a prompt and its response would not fit the model's context.
@@ -83,11 +95,15 @@ class LocalSampler:
         longest = max(len(p) for p in prompts)
         if longest + self.max_new_tokens > self.context:
             raise InputError(
-                f"a prompt of {longest} tokens and --max-new-tokens {self.max_new_tokens} exceed the model's context of {self.context}: "
+                f"a prompt of {longest} tokens and --max-new-tokens {self.max_new_tokens} exceed "
+                f"the model's context of {self.context}: "
                 "sample fewer tokens or shorten the prompts"
             )
         if min(len(p) for p in prompts) == 0:
-            raise InputError("an empty prompt: this tokenizer has no BOS token to start from, so give at least one token")
+            raise InputError(
+                "an empty prompt: this tokenizer has no BOS token to start from, so give at least "
+                "one token"
+            )
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         responses: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
@@ -96,7 +112,10 @@ class LocalSampler:
             width = len(prompts[order[start]]) + self.max_new_tokens
             rows = order[start : start + max(1, self.tokens // width)]
             uniforms = np.stack([self._stream(seed, step, prompt[i], sample[i]) for i in rows])
-            with autocast(self.lm, plain(self.lm).get_input_embeddings().weight), _threads(plain(self.lm), len(rows)):
+            with (
+                autocast(self.lm, plain(self.lm).get_input_embeddings().weight),
+                _threads(plain(self.lm), len(rows)),
+            ):
                 ids, lps = self._batch([prompts[i] for i in rows], torch.from_numpy(uniforms))
             for i, r, lp in zip(rows, ids, lps, strict=True):
                 responses[i], logprobs[i] = r, lp
@@ -104,17 +123,25 @@ class LocalSampler:
             if on_progress:
                 on_progress(start)
         finished = [r[-1] in self.stop_ids for r in responses]
-        return Trajectory.build(prompts, responses, logprobs, finished, prompt, sample, self.temperature, self.pad_id)
+        return Trajectory.build(
+            prompts, responses, logprobs, finished, prompt, sample, self.temperature, self.pad_id
+        )
 
     def _stream(self, seed: int, step: int, prompt: int, sample: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step, prompt, sample]))).random(self.max_new_tokens)
+        return np.random.Generator(
+            np.random.Philox(np.random.SeedSequence([seed, step, prompt, sample]))
+        ).random(self.max_new_tokens)
 
-    def _batch(self, prompts: list[Sequence[int]], uniforms: Tensor) -> tuple[list[list[int]], list[list[float]]]:
+    def _batch(
+        self, prompts: list[Sequence[int]], uniforms: Tensor
+    ) -> tuple[list[list[int]], list[list[float]]]:
         model = plain(self.lm)
         device = model.get_input_embeddings().weight.device
         n, width = len(prompts), max(len(p) for p in prompts)
         uniforms = uniforms.to(device)
-        unique = {p: i for i, p in enumerate(dict.fromkeys(tuple(p) for p in prompts))}  # a prompt is read once for all its samples
+        unique = {
+            p: i for i, p in enumerate(dict.fromkeys(tuple(p) for p in prompts))
+        }  # a prompt is read once for all its samples
         ids = torch.full((len(unique), width), self.pad_id, dtype=torch.long)
         real = torch.zeros((len(unique), width + self.max_new_tokens), dtype=torch.bool)
         for p, i in unique.items():
@@ -127,7 +154,11 @@ class LocalSampler:
 
         cache = DynamicCache(config=model.config)
         hidden = model.base_model(
-            input_ids=ids, attention_mask=real[:, :width].long() if padded else None, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=ids,
+            attention_mask=real[:, :width].long() if padded else None,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
         ).last_hidden_state[:, -1]
         copies = torch.tensor([unique[tuple(p)] for p in prompts], device=device)
         if len(unique) < n:
@@ -150,7 +181,9 @@ class LocalSampler:
             if left <= 0.8 * len(active):  # the finished leave the batch
                 stay = (~done).nonzero()[:, 0]
                 cache.batch_select_indices(stay)
-                active, chosen, real, position, uniforms, done = (x[stay] for x in (active, chosen, real, position, uniforms, done))
+                active, chosen, real, position, uniforms, done = (
+                    x[stay] for x in (active, chosen, real, position, uniforms, done)
+                )
             position = position + 1
             hidden = model.base_model(
                 input_ids=chosen[:, None],
@@ -161,13 +194,20 @@ class LocalSampler:
             ).last_hidden_state[:, -1]
         lengths = (tokens >= 0).sum(1).tolist()
         rows, values = tokens.tolist(), kept.tolist()
-        return [r[:k] for r, k in zip(rows, lengths, strict=True)], [v[:k] for v, k in zip(values, lengths, strict=True)]
+        return [r[:k] for r, k in zip(rows, lengths, strict=True)], [
+            v[:k] for v, k in zip(values, lengths, strict=True)
+        ]
 
     @staticmethod
     def _mask(model: Any, real: Tensor) -> Tensor:
-        """For one new token the mask is the row of real keys; said in four dimensions it is taken as it is, which spares building it a step."""
+        """For one new token the mask is the row of real keys; said in four dimensions it is taken
+        as it is, which spares building it a step.
+        """
         config = model.config
-        everywhere = getattr(config, "sliding_window", None) is None and config._attn_implementation == "sdpa"
+        everywhere = (
+            getattr(config, "sliding_window", None) is None
+            and config._attn_implementation == "sdpa"
+        )
         return real[:, None, None, :] if everywhere else real.long()
 
     def _choose(self, hidden: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,6 +216,9 @@ class LocalSampler:
             return z.argmax(-1), torch.zeros_like(z[:, 0])
         logp = (z / self.temperature if self.temperature != 1 else z).log_softmax(-1)
         cumulative = logp.exp().cumsum(-1, dtype=torch.float64)
-        # scaled to the sum as rounded, so that no number lies beyond the last token with any probability
-        chosen = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0].clamp(max=logp.shape[-1] - 1)
+        # scaled to the sum as rounded, so that no number lies beyond the last token with any
+        # probability
+        chosen = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[
+            :, 0
+        ].clamp(max=logp.shape[-1] - 1)
         return chosen, logp.gather(-1, chosen[:, None])[:, 0]

@@ -16,10 +16,11 @@ class Trajectory:
 
     ids: [N, T] prompt and response.
     mask: [N, T] true at the tokens that the policy chose, the ending token included.
-    logprobs: [N, T] the sampler's own log-probabilities of them at `temperature`, in nats; 0 elsewhere.
-    prompt_lengths, lengths: [N] tokens of the prompt; of prompt and response.
-    finished: [N] true if the response ended with a stop token, false if it was cut at the limit.
-    prompt, sample: [N] number of the prompt and of the response to it: the keys of the response's random stream, and its group.
+    logprobs: [N, T] the sampler's own log-probabilities of them at `temperature`, in nats; 0
+    elsewhere. prompt_lengths, lengths: [N] tokens of the prompt; of prompt and response. finished:
+    [N] true if the response ended with a stop token, false if it was cut at the limit. prompt,
+    sample: [N] number of the prompt and of the response to it: the keys of the response's random
+    stream, and its group.
     """
 
     ids: Tensor
@@ -60,14 +61,24 @@ class Trajectory:
     def join(parts: Sequence[Trajectory]) -> Trajectory:
         """The responses of all parts, one after the other, as wide as the widest."""
         width = max(p.ids.shape[1] for p in parts)
-        wide = {f: [F.pad(getattr(p, f), (0, width - p.ids.shape[1])) for p in parts] for f in ("ids", "mask", "logprobs")}
-        return Trajectory(**{f: torch.cat(wide.get(f) or [getattr(p, f) for p in parts]) for f in _BY_ROW}, temperature=parts[0].temperature)
+        wide = {
+            f: [F.pad(getattr(p, f), (0, width - p.ids.shape[1])) for p in parts]
+            for f in ("ids", "mask", "logprobs")
+        }
+        return Trajectory(
+            **{f: torch.cat(wide.get(f) or [getattr(p, f) for p in parts]) for f in _BY_ROW},
+            temperature=parts[0].temperature,
+        )
 
     def responses(self, *, ending: bool = False) -> list[list[int]]:
         """Token ids of each response, without the token that ended it unless asked for."""
         out = []
         for row, start, stop, finished in zip(
-            self.ids.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist(), self.finished.tolist(), strict=True
+            self.ids.tolist(),
+            self.prompt_lengths.tolist(),
+            self.lengths.tolist(),
+            self.finished.tolist(),
+            strict=True,
         ):
             out.append(row[start : stop - int(finished and not ending)])
         return out
@@ -96,9 +107,16 @@ class Trajectory:
             mask[i, len(p) : lengths[i]] = True
             kept[i, len(p) : lengths[i]] = torch.tensor(lp)
         return Trajectory(
-            ids, mask, kept, torch.tensor(prompt_lengths), torch.tensor(lengths), torch.tensor(finished), torch.tensor(prompt),
-            torch.tensor(sample), temperature,
-        )  # fmt: skip
+            ids,
+            mask,
+            kept,
+            torch.tensor(prompt_lengths),
+            torch.tensor(lengths),
+            torch.tensor(finished),
+            torch.tensor(prompt),
+            torch.tensor(sample),
+            temperature,
+        )
 
 
 _BY_ROW = ("ids", "mask", "logprobs", "prompt_lengths", "lengths", "finished", "prompt", "sample")

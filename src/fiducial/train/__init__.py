@@ -1,1 +1,3 @@
-"""Plumbing that knows no algorithm: processes, optimizer steps, metrics, checkpoints, the run folder."""
+"""Plumbing that knows no algorithm: processes, optimizer steps, metrics, checkpoints, the run
+folder.
+"""

@@ -1,4 +1,6 @@
-"""Checkpoints that are whole or not there: written aside, synced, renamed, and refused by name when a byte has changed."""
+"""Checkpoints that are whole or not there: written aside, synced, renamed, and refused by name when
+a byte has changed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def seal(folder: Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     for path in files:
         _sync(path)
-    (folder / MANIFEST).write_text(json.dumps({str(p.relative_to(folder)): digest(p) for p in files}, indent=1))
+    (folder / MANIFEST).write_text(
+        json.dumps({str(p.relative_to(folder)): digest(p) for p in files}, indent=1)
+    )
     _sync(folder / MANIFEST)
     _sync(folder)
 

@@ -1,4 +1,6 @@
-"""Metrics of a step, added up over micro-batches and processes and divided once by the global count."""
+"""Metrics of a step, added up over micro-batches and processes and divided once by the global
+count.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Meter:
         for name, value in sums.items():
             value = value.detach().double()
             if name.endswith("/max"):
-                self._sums[name] = torch.maximum(self._sums[name], value) if name in self._sums else value
+                self._sums[name] = (
+                    torch.maximum(self._sums[name], value) if name in self._sums else value
+                )
             else:
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
                 self._counts[name] = self._counts.get(name, 0.0) + count

@@ -1,4 +1,6 @@
-"""The processes of one run, through Accelerate. One process is the case of a world of size one: no code path of its own."""
+"""The processes of one run, through Accelerate. One process is the case of a world of size one: no
+code path of its own.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch of this process. `weight` is 0 for one that only keeps step with the other processes; its rows are then a filler."""
+    """A micro-batch of this process. `weight` is 0 for one that only keeps step with the other
+    processes; its rows are then a filler.
+    """
 
     rows: list[int]
     weight: float
@@ -32,7 +36,9 @@ class Processes:
 
     def __init__(self, timeout_minutes: float = 10.0) -> None:
         self.dirty = False  # an optimizer has stepped since the last recorded step
-        self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))])
+        self.accelerator = Accelerator(
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))]
+        )
 
     @property
     def index(self) -> int:
@@ -51,13 +57,19 @@ class Processes:
         return self.accelerator.device
 
     def plan(self, costs: Sequence[Sequence[int]], tokens: int) -> list[Micro]:
-        """This process's micro-batches of a step whose elements have the given sequence lengths; as many on every process."""
+        """This process's micro-batches of a step whose elements have the given sequence lengths; as
+        many on every process.
+        """
         mine = micro_batches(costs, tokens, self.count)[self.index]
         return [Micro(rows or [0], 1.0 if rows else 0.0) for rows in mine]
 
     def sum(self, x: Tensor) -> Tensor:
-        """Element-wise sum over the processes. With rows that one process each has filled and zeros elsewhere it puts a batch together."""
-        return x if self.count == 1 else self.accelerator.reduce(x.to(self.device), "sum").to(x.device)
+        """Element-wise sum over the processes. With rows that one process each has filled and zeros
+        elsewhere it puts a batch together.
+        """
+        return (
+            x if self.count == 1 else self.accelerator.reduce(x.to(self.device), "sum").to(x.device)
+        )
 
     def gather(self, items: list[T]) -> list[T]:
         """The lists of all processes, joined in their order."""
@@ -72,7 +84,11 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """True if it is on any process."""
-        return flag if self.count == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+        return (
+            flag
+            if self.count == 1
+            else bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+        )
 
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
@@ -81,13 +97,19 @@ class Processes:
             yield
 
     def map_rows(
-        self, costs: Sequence[Sequence[int]], tokens: int, width: int | None, compute: Callable[[list[int]], tuple[Tensor, ...]], title: str | None = None
+        self,
+        costs: Sequence[Sequence[int]],
+        tokens: int,
+        width: int | None,
+        compute: Callable[[list[int]], tuple[Tensor, ...]],
+        title: str | None = None,
     ) -> tuple[Tensor, ...]:
         """`compute(rows)` for all rows, without gradients, cut into micro-batches and shared by the processes.
 
         Args:
             costs: lengths of each row's sequences.
-            width: of the results' second dimension, [rows, width]; None for results [rows]. `compute` may return narrower ones.
+            width: of the results' second dimension, [rows, width]; None for results [rows].
+                `compute` may return narrower ones.
             compute: row numbers -> values [rows, at most width] or [rows], in nats, tokens, scores.
             title: what to call it on the screen; None shows nothing.
 
@@ -97,13 +119,23 @@ class Processes:
         n = len(costs)
         outs: list[Tensor] = []
         plan = self.plan(costs, tokens)
-        with torch.no_grad(), Progress(title or "", sum(len(m.rows) for m in plan), show=self.main and title is not None) as bar:
+        with (
+            torch.no_grad(),
+            Progress(
+                title or "", sum(len(m.rows) for m in plan), show=self.main and title is not None
+            ) as bar,
+        ):
             for micro in plan:
                 values = compute(micro.rows)
-                outs = outs or [torch.zeros((n,) if width is None else (n, width), dtype=v.dtype) for v in values]
+                outs = outs or [
+                    torch.zeros((n,) if width is None else (n, width), dtype=v.dtype)
+                    for v in values
+                ]
                 if micro.weight:
                     for out, value in zip(outs, values, strict=True):
-                        out[(micro.rows,) if width is None else (micro.rows, slice(value.shape[1]))] = value.cpu()
+                        out[
+                            (micro.rows,) if width is None else (micro.rows, slice(value.shape[1]))
+                        ] = value.cpu()
                 bar.advance(by=len(micro.rows))
         return tuple(self.sum(out) for out in outs)
 

@@ -1,4 +1,6 @@
-"""What a person sees while a run goes on: a bar with the time left in a terminal, plain lines elsewhere."""
+"""What a person sees while a run goes on: a bar with the time left in a terminal, plain lines
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,28 @@ class Progress:
     def __enter__(self) -> Progress:
         if self.live:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
             from rich.progress import Progress as Bar
 
             columns = (
-                TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+            )
             self.bar = Bar(*columns, console=Console(stderr=True), transient=False)
-            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, numbers="")
+            self.task = self.bar.add_task(
+                self.title, total=self.total, completed=self.done, numbers=""
+            )
             self.bar.start()
         return self
 
@@ -41,10 +56,21 @@ class Progress:
             self.bar.update(self.task, advance=by, numbers=numbers)
         elif self.show and time.monotonic() - self.said > LINE_SECONDS:
             self.said = time.monotonic()
-            left = (self.said - self.began) / max(1, self.done - self.first) * (self.total - self.done)
-            print(f"{self.title}: {self.done}/{self.total}, about {left:.0f} s left  {numbers}", file=sys.stderr, flush=True)
+            left = (
+                (self.said - self.began) / max(1, self.done - self.first) * (self.total - self.done)
+            )
+            print(
+                f"{self.title}: {self.done}/{self.total}, about {left:.0f} s left  {numbers}",
+                file=sys.stderr,
+                flush=True,
+            )
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.live:
             self.bar.stop()
 

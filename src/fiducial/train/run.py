@@ -1,4 +1,6 @@
-"""A run is a folder. This opens it, keeps its records, saves and restores everything needed to go on, and closes it with a summary."""
+"""A run is a folder. This opens it, keeps its records, saves and restores everything needed to go
+on, and closes it with a summary.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,20 @@ FREE = {"steps", "epochs", "resume", "out", "run"}
 
 
 class Run:
-    """One training run; use it as a context. `state` is what a method keeps from step to step beyond modules and optimizers."""
+    """One training run; use it as a context. `state` is what a method keeps from step to step
+    beyond modules and optimizers.
+    """
 
-    def __init__(self, method: str, settings: Settings, *, out: str | None, run: RunSettings, seed: int, resume: bool) -> None:
+    def __init__(
+        self,
+        method: str,
+        settings: Settings,
+        *,
+        out: str | None,
+        run: RunSettings,
+        seed: int,
+        resume: bool,
+    ) -> None:
         self.method, self.settings, self.keep = method, settings, run
         self.processes = Processes(run.timeout_minutes)
         self.meter = Meter(self.processes)
@@ -61,7 +74,9 @@ class Run:
         if self.resume:
             self._same_settings(config)
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise InputError(f"--out: {self.path} exists already: choose another folder, or go on with --resume")
+            raise InputError(
+                f"--out: {self.path} exists already: choose another folder, or go on with --resume"
+            )
         self.processes.wait()
         self._fresh = not self.path.exists() or not any(self.path.iterdir())
         if self.main:
@@ -81,19 +96,37 @@ class Run:
             self._old_handler = None
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
             self._bar = None
         if self._old_handler is not None:
             signal.signal(signal.SIGINT, self._old_handler)
         saved = (self.path / "checkpoints" / f"checkpoint-{self.step}").exists()
-        whole = not self.processes.dirty and self.processes.count == 1 and 0 < self.step < getattr(self, "total", 0)
+        whole = (
+            not self.processes.dirty
+            and self.processes.count == 1
+            and 0 < self.step < getattr(self, "total", 0)
+        )
         if isinstance(error, Exception) and whole and not saved:
-            self.save_checkpoint()  # the weights are those of the last recorded step: what was trained is not lost
+            # the weights are those of the last recorded step: what was trained is not lost
+            self.save_checkpoint()
         if isinstance(error, InputError) and self.main and self._fresh:
-            shutil.rmtree(self.path, ignore_errors=True)  # refused before it began: the same command works once its fault is mended
-        elif error is not None and self.main and self.path.exists() and not isinstance(error, InputError) and not self.summary_written:
+            shutil.rmtree(
+                self.path, ignore_errors=True
+            )  # refused before it began: the same command works once its fault is mended
+        elif (
+            error is not None
+            and self.main
+            and self.path.exists()
+            and not isinstance(error, InputError)
+            and not self.summary_written
+        ):
             self._write_summary("failed", str(error))
 
     summary_written = False
@@ -103,29 +136,43 @@ class Run:
             raise KeyboardInterrupt
         self._stop = True
         if self.main:
-            say("stopping after this step; Ctrl-C again stops at once and loses what came after the last checkpoint")
+            say(
+                "stopping after this step; Ctrl-C again stops at once and loses what came after "
+                "the last checkpoint"
+            )
 
     def _same_settings(self, config: Path) -> None:
         if not config.is_file():
-            raise InputError(f"--resume: {self.path} holds no run to go on with (config.yaml is missing)")
+            raise InputError(
+                f"--resume: {self.path} holds no run to go on with (config.yaml is missing)"
+            )
         before = yaml.safe_load(config.read_text(encoding="utf-8"))
         now = yaml.safe_load(dump_yaml(self.settings, self.method))
         differ = [k for k in now if k not in FREE and before.get(k) != now[k]]
         if before.get("method") != self.method:
-            raise InputError(f"--resume: {self.path} is a run of {before.get('method')}, not of {self.method}")
+            raise InputError(
+                f"--resume: {self.path} is a run of {before.get('method')}, not of {self.method}"
+            )
         if differ:
-            raise InputError(f"--resume: {', '.join(differ)} differ from {config}: a resumed run keeps its settings, so leave these flags out")
+            raise InputError(
+                f"--resume: {', '.join(differ)} differ from {config}: a resumed run keeps its "
+                "settings, so leave these flags out"
+            )
 
     # -- steps
 
     def start(self, total: int, title: str | None = None) -> None:
-        """Everything is loaded: restore the newest good checkpoint if this is a resumed run, and begin to count time."""
+        """Everything is loaded: restore the newest good checkpoint if this is a resumed run, and
+        begin to count time.
+        """
         self.total = total
         if self.resume:
             self._restore()
         elif self.main:
             (self.path / "metrics.jsonl").write_text("")
-        self._bar = Progress(title or self.method, total, start=self.step, show=self.main).__enter__()
+        self._bar = Progress(
+            title or self.method, total, start=self.step, show=self.main
+        ).__enter__()
         self._step_started = time.monotonic()
 
     def running(self) -> bool:
@@ -135,7 +182,9 @@ class Run:
         """True when the step just ended is a multiple of `every`, or the last."""
         return (every > 0 and self.step % every == 0) or self.step == self.total
 
-    def end_step(self, metrics: Mapping[str, float], *, rows: int, tokens: int, show: tuple[str, ...] = ()) -> None:
+    def end_step(
+        self, metrics: Mapping[str, float], *, rows: int, tokens: int, show: tuple[str, ...] = ()
+    ) -> None:
         """Record a finished step. `rows` and `tokens` are global counts.
 
         Raises:
@@ -147,10 +196,18 @@ class Run:
         self.step += 1
         self.rows += rows
         self.tokens += tokens
-        values = {**self.meter.take(), **metrics, "num_tokens": self.tokens, "tokens_per_second": tokens / max(seconds, 1e-9)}
+        values = {
+            **self.meter.take(),
+            **metrics,
+            "num_tokens": self.tokens,
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+        }
         bad = [k for k, v in values.items() if not np.isfinite(v)]
         if bad:
-            raise RunError(f"{bad[0]} is {values[bad[0]]} at step {self.step}: nothing of this step was saved; {self.how_to_go_on()}")
+            raise RunError(
+                f"{bad[0]} is {values[bad[0]]} at step {self.step}: nothing of this step was "
+                f"saved; {self.how_to_go_on()}"
+            )
         self.metrics.update(values)
         self.record(values)
         if self._bar:
@@ -162,7 +219,11 @@ class Run:
         """A line of metrics.jsonl at the current step."""
         self.metrics.update(values)
         if self.main:
-            line = {"step": self.step, "seconds": round(time.monotonic() - self._began + self._seconds, 3), **values}
+            line = {
+                "step": self.step,
+                "seconds": round(time.monotonic() - self._began + self._seconds, 3),
+                **values,
+            }
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -170,7 +231,10 @@ class Run:
         """Lines of samples.jsonl at the current step."""
         if self.main:
             with open(self.path / "samples.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"step": self.step, **row}, ensure_ascii=False) + "\n" for row in rows)
+                file.writelines(
+                    json.dumps({"step": self.step, **row}, ensure_ascii=False) + "\n"
+                    for row in rows
+                )
 
     def pause(self) -> None:
         """What is done from here to the next step (evaluation, checkpoints) is not counted as training."""
@@ -189,11 +253,15 @@ class Run:
         if stop and self.running():
             if self.main:
                 self._write_summary("interrupted")
-            raise RunError(f"stopped at step {self.step} of {self.total}, saved: {self.how_to_go_on()}")
+            raise RunError(
+                f"stopped at step {self.step} of {self.total}, saved: {self.how_to_go_on()}"
+            )
         self.pause()
 
     def save_checkpoint(self) -> None:
-        """Modules, optimizers, random states, cursor, counters and the method's own state, whole or not at all."""
+        """Modules, optimizers, random states, cursor, counters and the method's own state, whole or
+        not at all.
+        """
         folder = self.path / "checkpoints"
         aside, final = folder / f".aside-{self.step}", folder / f"checkpoint-{self.step}"
         if self.main:
@@ -204,9 +272,14 @@ class Run:
         self.processes.wait()
         if self.main:
             counters = {
-                "step": self.step, "rows": self.rows, "tokens": self.tokens, "train_seconds": self.train_seconds, "state": self.state,
-                "seconds": time.monotonic() - self._began + self._seconds, "metrics": self.metrics,
-            }  # fmt: skip
+                "step": self.step,
+                "rows": self.rows,
+                "tokens": self.tokens,
+                "train_seconds": self.train_seconds,
+                "state": self.state,
+                "seconds": time.monotonic() - self._began + self._seconds,
+                "metrics": self.metrics,
+            }
             checkpoint.write_json(aside / "run.json", counters)
             checkpoint.seal(aside)
             checkpoint.publish(aside, final, self.keep.keep_checkpoints)
@@ -219,9 +292,14 @@ class Run:
                 say(f"passed over: {line}")
         if newest is None:
             if faults:
-                raise InputError(f"--resume: no whole checkpoint in {self.path / 'checkpoints'}: {faults[0]}")
+                raise InputError(
+                    f"--resume: no whole checkpoint in {self.path / 'checkpoints'}: {faults[0]}"
+                )
             if (self.path / "model").exists():
-                raise InputError(f"--resume: {self.path} is finished and kept no checkpoint to go on from: start a new run with --model {self.path / 'model'}")
+                raise InputError(
+                    f"--resume: {self.path} is finished and kept no checkpoint to go on from: "
+                    f"start a new run with --model {self.path / 'model'}"
+                )
             if self.main:
                 say(f"{self.path} has no checkpoint yet: starting from the beginning")
                 for name in ("metrics.jsonl", "samples.jsonl"):
@@ -260,9 +338,12 @@ class Run:
         values = self.settings.model_dump(mode="json")
         numbers = "\n".join(f"| {k} | {v:.5g} |" for k, v in self.metrics.items())
         return (
-            f"---\nlibrary_name: transformers\ntags: [{self.method}, fiducial]\n---\n\n# {self.method} of {values.get('model')}\n\n"
-            f"Trained with fiducial {version('fiducial')} on `{values.get('data')}`, seed {self.seed}, {self.step} steps.\n\n"
-            f"## Last metrics\n\n| metric | value |\n|---|---|\n{numbers}\n\n## Settings\n\n```yaml\n{dump_yaml(self.settings, self.method)}```\n"
+            f"---\nlibrary_name: transformers\ntags: [{self.method}, fiducial]\n---\n\n# "
+            f"{self.method} of {values.get('model')}\n\n"
+            f"Trained with fiducial {version('fiducial')} on `{values.get('data')}`, seed "
+            f"{self.seed}, {self.step} steps.\n\n"
+            f"## Last metrics\n\n| metric | value |\n|---|---|\n{numbers}\n\n## "
+            f"Settings\n\n```yaml\n{dump_yaml(self.settings, self.method)}```\n"
         )
 
     def _write_summary(self, status: str, error: str | None = None) -> None:
@@ -275,14 +356,19 @@ class Run:
             "train_seconds": round(self.train_seconds, 3),
             "rows": self.rows,
             "tokens": self.tokens,
-            "tokens_per_second": round(self.tokens / self.train_seconds, 1) if self.train_seconds else 0.0,
+            "tokens_per_second": round(self.tokens / self.train_seconds, 1)
+            if self.train_seconds
+            else 0.0,
             "peak_memory_bytes": peak_memory(self.processes.device),
             "metrics": self.metrics,
             "evaluation": self.evaluation,
             "seed": self.seed,
             "processes": self.processes.count,
             "command": command_line(),
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in ("fiducial", "torch", "transformers")}},
+            "versions": {
+                "python": platform.python_version(),
+                **{p: version(p) for p in ("fiducial", "torch", "transformers")},
+            },
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.processes.device}",
         }
         checkpoint.write_json(self.path / "summary.json", summary)
@@ -296,7 +382,9 @@ class Run:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory since the run began, in bytes: of the accelerator where there is one, else of this process."""
+    """Largest memory since the run began, in bytes: of the accelerator where there is one, else of
+    this process.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
@@ -313,11 +401,14 @@ def _reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: several runs in one process each get their own peak
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # Linux: several runs in one process each get their own peak
 
 
 def open_folder(out: str | None, default: str, resume: bool) -> Path:
-    """The folder of a command that makes several runs: `out`, or the first of default, default-2, ... that does not exist.
+    """The folder of a command that makes several runs: `out`, or the first of default, default-2,
+    ... that does not exist.
 
     Raises:
         InputError: it is in use and is not to be gone on with, or it cannot be made.
@@ -327,7 +418,9 @@ def open_folder(out: str | None, default: str, resume: bool) -> Path:
         number += 1
         path = Path(f"{default}-{number}")
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not resume)):
-        raise InputError(f"--out: {path} exists already: choose another folder, or go on with --resume")
+        raise InputError(
+            f"--out: {path} exists already: choose another folder, or go on with --resume"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -347,7 +440,9 @@ def _cut_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # not splitlines: U+2028 may stand in a sample
+    for line in path.read_text(encoding="utf-8").split("\n")[
+        :-1
+    ]:  # not splitlines: U+2028 may stand in a sample
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

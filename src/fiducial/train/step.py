@@ -1,4 +1,6 @@
-"""One optimizer step: accumulate, check, clip, update. The learning rate is a function of the step number, so there is no scheduler to save."""
+"""One optimizer step: accumulate, check, clip, update. The learning rate is a function of the step
+number, so there is no scheduler to save.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,27 @@ def learning_rate(step: int, total: int, peak: float, settings: OptimizerSetting
 
 
 class Stepper:
-    """A module and its optimizer. Call the module through `stepper.module`, so that gradients cross the processes."""
+    """A module and its optimizer. Call the module through `stepper.module`, so that gradients cross
+    the processes.
+    """
 
-    def __init__(self, module: nn.Module, peak: float, settings: OptimizerSettings, total: int, processes: Processes) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        peak: float,
+        settings: OptimizerSettings,
+        total: int,
+        processes: Processes,
+    ) -> None:
         trained = [p for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=peak, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            trained,
+            lr=peak,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
         self.module: Any
         self.module, self.optimizer = processes.accelerator.prepare(module, optimizer)
         self.peak, self.settings, self.total, self.processes = peak, settings, total, processes
@@ -38,7 +56,8 @@ class Stepper:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch's share of the loss: its sum over the global count.
 
-        The launcher's wrappers average gradients over processes where a sum is wanted, hence the factor.
+        The launcher's wrappers average gradients over processes where a sum is wanted, hence the
+        factor.
         """
         self.processes.accelerator.backward(loss * self.processes.count)
 
@@ -51,10 +70,21 @@ class Stepper:
         lr = learning_rate(number, self.total, self.peak, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = float(self.processes.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm))
+        norm = float(
+            self.processes.accelerator.clip_grad_norm_(
+                self.module.parameters(), self.settings.max_grad_norm
+            )
+        )
         if not math.isfinite(norm):
-            bad = [n for n, p in self.module.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-            raise RunError(f"the gradient is not finite in {len(bad)} tensors, first {bad[0] if bad else 'none'}: lower --learning-rate, or look for the row")
+            bad = [
+                n
+                for n, p in self.module.named_parameters()
+                if p.grad is not None and not torch.isfinite(p.grad).all()
+            ]
+            raise RunError(
+                f"the gradient is not finite in {len(bad)} tensors, first "
+                f"{bad[0] if bad else 'none'}: lower --learning-rate, or look for the row"
+            )
         self.processes.dirty = True
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
