@@ -30,7 +30,6 @@ from pathlib import Path
 
 import torch
 
-from fiducial.config import OptimizerSettings, RowSettings, RunSettings
 from fiducial.core import intervals
 from fiducial.data.prepare import split
 from fiducial.data.rows import LabelledRow
@@ -38,6 +37,7 @@ from fiducial.methods.prm import PRM, prm, solver, tensors
 from fiducial.methods.sft import SFT, sft
 from fiducial.models.load import load_renderer
 from fiducial.rewards.process import AGGREGATES, aggregate
+from fiducial.settings import OptimizerSettings, RowSettings, RunSettings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 NEVER = "\x00"

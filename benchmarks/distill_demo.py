@@ -38,7 +38,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fiducial.config import OptimizerSettings, RowSettings, RunSettings
 from fiducial.core import intervals
 from fiducial.demo import grammar
 from fiducial.demo.pipeline import MAX_NEW, Demo, make_world
@@ -47,6 +46,7 @@ from fiducial.methods.distill import Distill, distill
 from fiducial.methods.sft import SFT, sft
 from fiducial.models.load import load_policy, load_renderer
 from fiducial.rollout.answers import local_sampler
+from fiducial.settings import OptimizerSettings, RowSettings, RunSettings
 
 QUIET = RunSettings(checkpoint_every=0, eval_every=0, samples=5, tokens=2048)
 RESPONSES = 4

@@ -23,7 +23,7 @@ from pathlib import Path
 
 OURS = """
 import sys, time
-from fiducial.config import OptimizerSettings, RowSettings, RunSettings
+from fiducial.settings import OptimizerSettings, RowSettings, RunSettings
 from fiducial.methods import dpo as page
 case, out, rows = sys.argv[1:4]
 spent = []

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from fiducial.data.batches import Batches
-from fiducial.lab import policies
-from fiducial.lab.measured import Plan, run, write_world
+from fiducial.lab.runs.measured import Plan, run, write_world
+from fiducial.lab.worlds import policies
 
 
 def ragged(self: Batches, step: int) -> list[int]:

@@ -239,7 +239,7 @@ WORDS = {"to_go": "to_go", "stale": "--stale", "label_steps": "collect", "comple
 
 def prepare(folder: Path) -> None:
     """Models, rows and a reward function."""
-    from conftest import BAD, GOOD, PROMPTS, make_model, write_jsonl
+    from support import BAD, GOOD, PROMPTS, make_model, write_jsonl
 
     for kind in ("gpt2", "llama", "qwen3"):
         make_model(kind, folder / kind)

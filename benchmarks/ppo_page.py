@@ -22,7 +22,7 @@ from pathlib import Path
 
 OURS = """
 import sys
-from fiducial.config import OptimizerSettings, RunSettings
+from fiducial.settings import OptimizerSettings, RunSettings
 from fiducial.methods.ppo import PPO, CriticSettings, ppo
 model, prompts, reward, out, steps, critic = sys.argv[1:7]
 run = ppo(PPO(

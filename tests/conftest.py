@@ -1,132 +1,14 @@
-"""What all tests share: one thread, no network, a cache of their own, and three tiny random models
-of different make.
-
-The models differ where alignment code goes wrong: `llama` has grouped queries, BOS and EOS and no
-pad token; `gpt2` has absolute positions, dropout in its config and one token for BOS, EOS and
-padding; `qwen3` has a chat template, no BOS, and ends a turn with `<|im_end|>`.
-"""
+"""Fixtures of all tests: a cache of their own, model folders, files of rows."""
 
 from __future__ import annotations
 
-import json
 import os
-import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
-import torch
-from tokenizers import AddedToken, Tokenizer, decoders, processors
-from tokenizers.models import BPE
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-)
 
-torch.set_num_threads(1)
-
-ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = ("llama", "gpt2", "qwen3")
-MERGES = [
-    ("t", "h"),
-    ("th", "e"),
-    ("i", "n"),
-    ("e", "r"),
-    ("c", "a"),
-    ("ca", "t"),
-    (" ", "the"),
-    ("o", "n"),
-]
-CONTEXT = 128
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """Characters and eight merges, which also cross spaces: small enough to tokenize by hand."""
-    specials = {
-        "llama": ["<unk>", "<s>", "</s>"],
-        "gpt2": ["<|endoftext|>"],
-        "qwen3": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    }[kind]
-    tokens = [*specials, *string.ascii_lowercase, *" .,?!\n", *(a + b for a, b in MERGES)]
-    inner = Tokenizer(
-        BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=MERGES, unk_token=specials[0])
-    )
-    inner.decoder = decoders.Fuse()
-    inner.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in specials])
-    names: dict[str, Any] = {
-        "llama": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
-        "gpt2": {
-            "unk_token": "<|endoftext|>",
-            "bos_token": "<|endoftext|>",
-            "eos_token": "<|endoftext|>",
-            "pad_token": "<|endoftext|>",
-        },
-        "qwen3": {
-            "unk_token": "<|endoftext|>",
-            "pad_token": "<|endoftext|>",
-            "eos_token": "<|im_end|>",
-        },
-    }[kind]
-    if kind == "llama":
-        inner.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 1)]
-        )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
-    if kind == "qwen3":
-        tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def make_model(kind: str, folder: Path, **changes: Any) -> str:
-    """A random model and its tokenizer in the Hugging Face layout. Weights are large, so that
-    probabilities differ a lot from token to token.
-    """
-    tokenizer = make_tokenizer(kind)
-    common: dict[str, Any] = {
-        "vocab_size": 64,
-        "initializer_range": 0.25,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    common |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    if kind == "gpt2":
-        sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
-        sizes |= {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
-        config: Any = GPT2Config(**(sizes | common | changes))
-    else:
-        sizes = {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        }
-        sizes |= {
-            "head_dim": 8,
-            "max_position_embeddings": CONTEXT,
-            "tie_word_embeddings": kind == "qwen3",
-        }
-        config = (LlamaConfig if kind == "llama" else Qwen3Config)(**(sizes | common | changes))
-    torch.manual_seed(len(kind))
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+from support import ARCHITECTURES, BAD, GOOD, PROMPTS, make_model, write_jsonl
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -146,22 +28,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """make("gpt2", vocab_size=8): a model folder that differs from the common one."""
     return lambda kind, **changes: make_model(kind, tmp_path_factory.mktemp(kind), **changes)
-
-
-PROMPTS = [
-    "the cat",
-    "a",
-    "on the mat",
-    "who is in",
-    "cats ran on",
-    "i",
-    "one two three four",
-    "the end is near",
-    "say",
-    "more than this",
-]
-GOOD = [" sat", " e", " in the sun", " no", " the other one", " er", " on", " yes", " ok", " cat"]
-BAD = [" xyz zy", " q", " zq", " vv wv", " x", " zzz", " kkq", " j", " uvw", " qqqqqq"]
 
 
 @pytest.fixture(scope="session")

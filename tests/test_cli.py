@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from fiducial.cli import VERBS, main
-from fiducial.config import Settings, dump_yaml, parse
 from fiducial.errors import InputError
 from fiducial.methods.distill import Distill
 from fiducial.methods.dpo import DPO
@@ -15,6 +14,8 @@ from fiducial.methods.ppo import PPO
 from fiducial.methods.reinforce import Reinforce
 from fiducial.methods.reward_model import RewardModel
 from fiducial.methods.sft import SFT
+from fiducial.parse import parse
+from fiducial.settings import Settings, dump_yaml
 
 
 def refused(capsys, *args: str) -> str:
@@ -174,6 +175,6 @@ def test_bad_python_settings_raise_a_value_error():
     with pytest.raises(ValueError, match="beta"):
         DPO(model="m", data="d", beta=-1)
     with pytest.raises(InputError, match="betta"):
-        from fiducial.config import build
+        from fiducial.settings import build
 
         build(DPO, {"model": "m", "data": "d", "betta": 1})

@@ -11,13 +11,17 @@ import fiducial
 
 ROOT = Path(fiducial.__file__).parent
 LEVELS = [
-    {"errors", "config", "__version__"},
+    {"errors", "metrics", "settings"},
     {"core"},
-    {"data", "models", "losses"},
-    {"report", "rewards", "rollout", "train"},
-    {"methods", "collect"},
+    {"losses"},
+    {"data", "models"},
+    {"train"},
+    {"report"},
+    {"run"},
+    {"rollout", "rewards"},
+    {"methods", "use"},
     {"demo", "lab"},
-    {"cli", "__main__", "__init__"},
+    {"parse", "cli", "__main__", "__init__"},
 ]
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 

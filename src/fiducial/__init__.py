@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import lab as lab
     from . import losses as losses
-    from .collect.pairs import Collect as Collect
     from .core import advantages as advantages
     from .core import kl as kl
     from .methods.distill import Distill as Distill
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from .methods.reward_model import reward as reward
     from .methods.sft import SFT as SFT
     from .methods.sft import sft as sft
+    from .use.collect import Collect as Collect
 
 __version__ = "0.1.0"
 
@@ -58,12 +58,12 @@ _WHERE = {
     "DPO": "methods.dpo:DPO",
     "distill": "methods.distill:distill",
     "Distill": "methods.distill:Distill",
-    "collect": "collect.pairs:collect",
-    "Collect": "collect.pairs:Collect",
-    "generate": "collect.generate:generate",
-    "Generate": "collect.generate:Generate",
-    "evaluate": "collect.evaluate:evaluate",
-    "Evaluate": "collect.evaluate:Evaluate",
+    "collect": "use.collect:collect",
+    "Collect": "use.collect:Collect",
+    "generate": "use.generate:generate",
+    "Generate": "use.generate:Generate",
+    "evaluate": "use.evaluate:evaluate",
+    "Evaluate": "use.evaluate:Evaluate",
     "Policy": "models.roles:Policy",
     "Trajectory": "rollout.trajectory:Trajectory",
     "LocalSampler": "rollout.sampler:LocalSampler",

@@ -49,12 +49,12 @@ VERBS = {
         "learn from a teacher on samples of one's own: the reverse KL, token by token",
     ),
     "collect": Verb(
-        "collect.pairs:Collect:collect",
+        "use.collect:Collect:collect",
         "sample responses, have a judge compare them, write preference rows",
     ),
-    "generate": Verb("collect.generate:Generate:generate", "answer a file of prompts"),
+    "generate": Verb("use.generate:Generate:generate", "answer a file of prompts"),
     "eval": Verb(
-        "collect.evaluate:Evaluate:evaluate",
+        "use.evaluate:Evaluate:evaluate",
         "win rate, score, KL and length of a model, with intervals",
     ),
     "lab": Verb(
@@ -130,7 +130,7 @@ def _run(name: str, args: list[str]) -> int:
             f"there is no verb {name!r}{f': did you mean {near[0]}?' if near else ''} (fiducial "
             "--help lists them)"
         )
-    from .config import parse
+    from .parse import parse
 
     module, settings_name, function_name = VERBS[name].where.split(":")
     found = importlib.import_module(f"fiducial.{module}")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..config import RowSettings
 from ..errors import InputError
+from ..settings import RowSettings
 from .rows import Content, read_rows
 
 T = TypeVar("T")

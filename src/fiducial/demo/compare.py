@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..collect.sampling import Model
-from ..config import RowSettings, RunSettings
 from ..core import intervals, kl
 from ..core.reductions import select
 from ..rewards.load import ModelReward, load_reward
+from ..settings import RowSettings, RunSettings
 from ..train.processes import Processes
+from ..use.answering import Model
 from .grammar import words
 from .world import World, annotator, gold
 

@@ -20,18 +20,18 @@ import torch
 from pydantic import Field
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..collect.pairs import Collect, collect
-from ..config import OptimizerSettings, RowSettings, RunSettings, Settings, command_line
 from ..methods.dpo import DPO, dpo
 from ..methods.grpo import GRPO, grpo
 from ..methods.ppo import PPO, ppo
 from ..methods.reinforce import Reinforce, reinforce
 from ..methods.reward_model import RewardModel, reward
 from ..methods.sft import SFT, sft
-from ..report.demo_page import write_demo_page
+from ..run import command_line, open_folder
+from ..settings import OptimizerSettings, RowSettings, RunSettings, Settings
 from ..train.progress import say
-from ..train.run import open_folder
+from ..use.collect import Collect, collect
 from .compare import compare
+from .page import write_demo_page
 from .world import World, build_tokenizer
 
 

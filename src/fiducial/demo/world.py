@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fiducial.demo import grammar
-from fiducial.demo.grammar import Prompt
+from . import grammar
+from .grammar import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -17,42 +17,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .catalogue import CATALOGUE as CATALOGUE
-    from .catalogue import Fault as Fault
-    from .diagnosis import Verdict as Verdict
-    from .estimators import estimator_table as estimator_table
-    from .estimators import kl_table as kl_table
-    from .kit import Draws as Draws
-    from .kit import check_likelihood as check_likelihood
-    from .kit import check_policy_loss as check_policy_loss
-    from .kit import check_preference_loss as check_preference_loss
-    from .kit import check_reward_loss as check_reward_loss
-    from .kit import check_value_loss as check_value_loss
-    from .kit import unbiased as unbiased
-    from .population import Batch as Batch
-    from .population import PairBatch as PairBatch
-    from .trainer import Arrival as Arrival
-    from .trainer import check_trainer as check_trainer
-    from .world import World as World
+    from .kit.catalogue import CATALOGUE as CATALOGUE
+    from .kit.catalogue import Fault as Fault
+    from .kit.checks import Draws as Draws
+    from .kit.checks import check_likelihood as check_likelihood
+    from .kit.checks import check_policy_loss as check_policy_loss
+    from .kit.checks import check_preference_loss as check_preference_loss
+    from .kit.checks import check_reward_loss as check_reward_loss
+    from .kit.checks import check_value_loss as check_value_loss
+    from .kit.checks import unbiased as unbiased
+    from .kit.diagnosis import Verdict as Verdict
+    from .kit.population import Batch as Batch
+    from .kit.population import PairBatch as PairBatch
+    from .kit.trainer import Arrival as Arrival
+    from .kit.trainer import check_trainer as check_trainer
+    from .study.estimators import estimator_table as estimator_table
+    from .study.estimators import kl_table as kl_table
+    from .worlds.world import World as World
 
 _WHERE = {
-    "estimator_table": "estimators",
-    "kl_table": "estimators",
-    "CATALOGUE": "catalogue",
-    "Fault": "catalogue",
-    "Draws": "kit",
-    "Verdict": "diagnosis",
-    "check_likelihood": "kit",
-    "check_policy_loss": "kit",
-    "check_preference_loss": "kit",
-    "check_reward_loss": "kit",
-    "check_value_loss": "kit",
-    "unbiased": "kit",
-    "Batch": "population",
-    "PairBatch": "population",
-    "World": "world",
-    "Arrival": "trainer",
-    "check_trainer": "trainer",
+    "estimator_table": "study.estimators",
+    "kl_table": "study.estimators",
+    "CATALOGUE": "kit.catalogue",
+    "Fault": "kit.catalogue",
+    "Draws": "kit.checks",
+    "Verdict": "kit.diagnosis",
+    "check_likelihood": "kit.checks",
+    "check_policy_loss": "kit.checks",
+    "check_preference_loss": "kit.checks",
+    "check_reward_loss": "kit.checks",
+    "check_value_loss": "kit.checks",
+    "unbiased": "kit.checks",
+    "Batch": "kit.population",
+    "PairBatch": "kit.population",
+    "World": "worlds.world",
+    "Arrival": "kit.trainer",
+    "check_trainer": "kit.trainer",
 }
 
 __all__ = [*_WHERE]

@@ -22,17 +22,18 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ..config import Settings, command_line
 from ..errors import RunError
-from ..report.lab_page import write_lab_page
 from ..report.numbers import number
 from ..rollout.shaping import overlong
+from ..run import command_line, open_folder
+from ..settings import Settings
 from ..train.progress import Progress, say
-from ..train.run import open_folder
-from . import derivation, estimators, exact, labels, overoptimisation, policies
-from .measured import METHODS, Plan, run_quietly, write_world
-from .trainer import places
-from .world import World
+from .kit.trainer import places
+from .page.page import write_lab_page
+from .runs.measured import METHODS, Plan, run_quietly, write_world
+from .study import derivation, estimators, labels, overoptimisation
+from .worlds import exact, policies
+from .worlds.world import World
 
 
 class Lab(Settings):

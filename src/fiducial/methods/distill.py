@@ -28,7 +28,6 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import losses
-from ..config import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..core import intervals
 from ..core.reductions import select
 from ..data.batches import stream
@@ -40,9 +39,10 @@ from ..models.roles import Policy
 from ..rollout.answers import fitting_prompt, local_sampler, show
 from ..rollout.sampler import LocalSampler
 from ..rollout.shared import sample_all
+from ..run import Run
+from ..settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..train.processes import accumulate
 from ..train.progress import say
-from ..train.run import Run
 from ..train.step import Stepper
 
 

@@ -16,20 +16,20 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import losses
-from ..config import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..core import intervals
 from ..core.reductions import select
 from ..data.batches import Batches, Fork, common, fork, pad
 from ..data.prepare import load, split, text_of
 from ..data.render import Rendered, Renderer
 from ..data.rows import Content, PreferenceRow
-from ..models.cache import cached, fingerprint
 from ..models.load import load_policy, load_renderer, save
 from ..models.roles import Policy
 from ..rollout.answers import show
+from ..run import Run
+from ..settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..train.processes import accumulate
 from ..train.progress import say
-from ..train.run import Run
+from ..train.reference_cache import cached, fingerprint
 from ..train.step import Stepper
 
 

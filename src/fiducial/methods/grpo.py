@@ -29,7 +29,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .. import losses
-from ..config import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..core import advantages, kl
 from ..core.corrections import stale
 from ..core.reductions import by_constant, by_response, by_token
@@ -45,9 +44,10 @@ from ..rollout.sampler import LocalSampler
 from ..rollout.shaping import KLSettings, LongSettings, Looks, ScoreSettings, look, shape, trusted
 from ..rollout.shared import sample_all
 from ..rollout.trajectory import Trajectory
+from ..run import Run
+from ..settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..train.processes import accumulate
 from ..train.progress import say
-from ..train.run import Run
 from ..train.step import Stepper
 
 

@@ -21,7 +21,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .. import losses
-from ..config import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..core import advantages, kl
 from ..core.reductions import select, whiten
 from ..data.batches import Batches, pad, stream
@@ -36,9 +35,10 @@ from ..rollout.answers import fitting_prompt, local_sampler, show
 from ..rollout.shaping import KLSettings, Looks, ScoreSettings, look, shape
 from ..rollout.shared import sample_all
 from ..rollout.trajectory import Trajectory
+from ..run import Run
+from ..settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..train.processes import Micro, accumulate
 from ..train.progress import say
-from ..train.run import Run
 from ..train.step import Stepper
 
 

@@ -21,7 +21,6 @@ from pydantic import Field
 from torch import Tensor
 
 from .. import losses
-from ..config import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..core import intervals
 from ..data.batches import Batches, pad
 from ..data.prepare import load, split, text_of
@@ -32,9 +31,10 @@ from ..errors import InputError
 from ..models.load import load_renderer, load_scorer, pick_pad_token, plain, save
 from ..models.roles import Scorer
 from ..rewards.process import AGGREGATES, Aggregate, aggregate
+from ..run import Run
+from ..settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..train.processes import accumulate
 from ..train.progress import say
-from ..train.run import Run
 from ..train.step import Stepper
 
 

@@ -27,7 +27,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .. import losses
-from ..config import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..core import advantages, kl
 from ..core.reductions import by_constant
 from ..data.batches import stream
@@ -51,9 +50,10 @@ from ..rollout.shaping import (
 )
 from ..rollout.shared import sample_all
 from ..rollout.trajectory import Trajectory
+from ..run import Run
+from ..settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..train.processes import accumulate
 from ..train.progress import say
-from ..train.run import Run
 from ..train.step import Stepper
 
 

@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 
 from .. import losses
-from ..config import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..data.batches import Batches, pad
 from ..data.prepare import load, split
 from ..data.render import Rendered, Renderer
@@ -18,9 +17,10 @@ from ..data.rows import ChatRow, CompletionRow, Content, TextRow
 from ..models.load import load_policy, load_renderer, save
 from ..models.roles import Policy
 from ..rollout.answers import show
+from ..run import Run
+from ..settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 from ..train.processes import accumulate
 from ..train.progress import say
-from ..train.run import Run
 from ..train.step import Stepper
 
 

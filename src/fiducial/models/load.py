@@ -18,10 +18,10 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from ..config import LoraSettings, RowSettings, RunSettings
 from ..data.render import Renderer, set_chat_template
 from ..errors import InputError, RunError
-from . import tabular as tabular  # its folders load like any other
+from ..settings import LoraSettings, RowSettings, RunSettings
+from . import tabular as tabular
 from .roles import Policy, Scorer, plain
 
 hf_logging.disable_progress_bar()

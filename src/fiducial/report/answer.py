@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from fiducial.report.figures import change, window
-from fiducial.report.folder import Run
-from fiducial.report.numbers import Estimate, count, number, percent, with_interval
-from fiducial.train.registry import EVAL
+from ..metrics import EVAL
+from .figures import change, window
+from .folder import Run
+from .numbers import Estimate, count, number, percent, with_interval
 
 ACCURACIES = ("rewards/accuracies", "accuracy")
 _KINDS = (

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from ..config import Settings
 from ..errors import InputError
+from ..settings import Settings
 from .page import write_report
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from fiducial.report.folder import Point, Run
-from fiducial.report.numbers import Estimate, mean_of, number
-from fiducial.train.registry import EVAL, GROUPS, Metric, Range, base, lookup
+from ..metrics import EVAL, GROUPS, Metric, Range, base, lookup
+from .folder import Point, Run
+from .numbers import Estimate, mean_of, number
 
 # Okabe and Ito's palette. A method keeps its colour on every page.
 BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, GREY = (

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from fiducial.report.numbers import Estimate
-from fiducial.train.registry import finite
+from ..metrics import finite
+from .numbers import Estimate
 
 Point = tuple[float, float]
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from fiducial.report.answer import answer, kind, role
-from fiducial.report.figures import (
+from ..metrics import EVAL, alarms, finite, known, lookup
+from .answer import answer, kind, role
+from .figures import (
     COLOURS,
     GREEN,
     Figure,
@@ -24,19 +25,9 @@ from fiducial.report.figures import (
     was_thinned,
     window,
 )
-from fiducial.report.folder import Run, read_run
-from fiducial.report.numbers import (
-    UNKNOWN,
-    Estimate,
-    count,
-    duration,
-    number,
-    percent,
-    size,
-    with_interval,
-)
-from fiducial.report.render import write_page
-from fiducial.train.registry import EVAL, alarms, finite, known, lookup
+from .folder import Run, read_run
+from .numbers import UNKNOWN, Estimate, count, duration, number, percent, size, with_interval
+from .render import write_page
 
 NAMES = {
     "sft": "SFT",

@@ -15,15 +15,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 PLOTLY = "plotly.min.js"
 
 
-def environment() -> Environment:
-    """The templates of this package, every value escaped."""
-    loader = PackageLoader("fiducial.report", "templates")
+def environment(templates: Path | None = None) -> Environment:
+    """The templates of this package, and of the folder of another page, every value escaped."""
+    own = PackageLoader("fiducial.report", "templates")
+    loader = own if templates is None else ChoiceLoader([FileSystemLoader(templates), own])
     return Environment(
         loader=loader,
         autoescape=True,
@@ -57,7 +58,13 @@ def asset(name: str) -> str:
 
 
 def write_page(
-    folder: Path, name: str, template: str, data: dict[str, Any], **context: Any
+    folder: Path,
+    name: str,
+    template: str,
+    data: dict[str, Any],
+    *,
+    templates: Path | None = None,
+    **context: Any,
 ) -> Path:
     """Renders `template` to `folder/name` (aside, then renamed), with plotly's script once beside it."""
     script, style = asset("page.js"), asset("page.css")
@@ -68,7 +75,7 @@ def write_page(
         "base-uri 'none'; form-action 'none'"
     )
     html = (
-        environment()
+        environment(templates)
         .get_template(template)
         .render(
             **context,

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from ..config import LoraSettings, RowSettings, RunSettings
 from ..data.prepare import messages_of
 from ..data.render import Renderer, same_tokens
 from ..data.rows import Content
@@ -25,6 +24,7 @@ from ..errors import InputError, RunError
 from ..models.load import load_renderer, load_scorer
 from ..models.roles import Scorer
 from ..rollout.trajectory import Trajectory
+from ..settings import LoraSettings, RowSettings, RunSettings
 from ..train.processes import Processes
 from .process import ProcessReward
 from .verifiable import VERIFIABLE, ColumnFault

@@ -15,12 +15,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..config import Settings
 from ..core import kl
 from ..core.corrections import CORRECTIONS
 from ..core.reductions import masked_mean, select
 from ..models.roles import Policy, Reference, Scorer
 from ..rewards import Scored
+from ..settings import Settings
 from ..train.processes import Processes
 from .trajectory import Trajectory
 

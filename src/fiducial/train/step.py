@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import OptimizerSettings
 from ..errors import RunError
+from ..settings import OptimizerSettings
 from .processes import Processes
 
 

@@ -1,0 +1,1 @@
+"""One question per file: the derivation of DPO, labels, estimators, credit, over-optimization."""

@@ -1,0 +1,84 @@
+"""Log-probabilities of the reference, computed once and kept on disk under a hash of model, data
+and rendering.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..models.roles import Policy, plain
+
+if TYPE_CHECKING:
+    from .processes import Processes
+
+
+def folder() -> Path:
+    """FIDUCIAL_CACHE, or `fiducial` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FIDUCIAL_CACHE") or Path(base) / "fiducial")
+
+
+@torch.no_grad()
+def fingerprint(policy: Policy, rows: Any) -> str:
+    """SHA-256 over the configuration, every weight (adapters aside, for they are off in a
+    reference) and the token ids and masks themselves.
+    """
+    config = plain(policy.lm).config.to_dict()
+    settings = {
+        k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")
+    }
+    state = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, weight in sorted(policy.lm.named_parameters()):
+        if "lora_" not in name:
+            state.update(
+                f"{name.replace('base_layer.', '')}{tuple(weight.shape)}{weight.dtype}".encode()
+            )
+            state.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    state.update(str(getattr(policy.lm, "autocast_dtype", None)).encode())
+    state.update(json.dumps(rows, separators=(",", ":")).encode())
+    return state.hexdigest()
+
+
+def cached(key: str, compute: Callable[[], Tensor], processes: Processes) -> Tensor:
+    """The tensor stored under `key`, or computed and stored. A folder that cannot be written costs
+    the cache, not the run.
+    """
+    path = folder() / f"reference-{key}.safetensors"
+    stored = _read(path)
+    if not processes.any(stored is None):
+        assert stored is not None
+        return stored
+    value = compute()
+    if processes.main:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_name(f".{path.name}.{os.getpid()}")
+            save_file({"logprobs": value.contiguous()}, aside, metadata={"sha256": _digest(value)})
+            os.replace(aside, path)
+        except OSError:
+            pass
+    return value
+
+
+def _read(path: Path) -> Tensor | None:
+    """The stored tensor, or None where there is none or a byte of it has changed."""
+    try:
+        with safe_open(path, "pt") as file:
+            value: Tensor = file.get_tensor("logprobs")
+            return value if (file.metadata() or {}).get("sha256") == _digest(value) else None
+    except (OSError, SafetensorError):
+        return None
+
+
+def _digest(value: Tensor) -> str:
+    return hashlib.sha256(value.contiguous().view(torch.uint8).numpy().data).hexdigest()

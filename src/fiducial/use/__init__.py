@@ -1,0 +1,1 @@
+"""What is done with a model: generate, collect, label steps, evaluate, best of n."""

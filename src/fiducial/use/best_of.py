@@ -1,0 +1,138 @@
+"""Best of n: draw n responses for each answer and keep the one with the highest score. Nothing is
+trained, and how far it goes from the model is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..core import intervals
+from ..core.best_of_n import kl_bound
+from ..data.rows import PromptRow
+from ..errors import InputError, RunError
+from ..rewards import Responses
+from ..rewards.load import FunctionReward, ModelReward, load_reward
+from ..rewards.process import Aggregate, ProcessReward
+from ..rewards.verifiable import VERIFIABLE
+from ..settings import RunSettings
+from ..train.processes import Processes
+
+
+def best_rows(scores: Sequence[float], n: int) -> list[int]:
+    """Of each n scores in a row the place of the highest; of equal ones the first drawn, so that
+    among them the model's own proportions stay.
+    """
+    return [
+        max(range(start, start + n), key=scores.__getitem__) for start in range(0, len(scores), n)
+    ]
+
+
+@dataclass
+class BestOf:
+    """Keeps the best of n by a score, and remembers the scores of all that were drawn."""
+
+    n: int
+    name: str
+    scorer: FunctionReward | ModelReward | ProcessReward
+    temperature: float
+    drawn: list[float] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+    """The prompt's number of each that was kept."""
+
+    @staticmethod
+    def open(
+        n: int | None,
+        score: str | None,
+        aggregate: Aggregate | None,
+        temperature: float,
+        processes: Processes,
+    ) -> BestOf | None:
+        """What --best-of, --score and --aggregate ask for; None where none of them is given.
+
+        Raises:
+            InputError: one is given without the other, the score only compares, or the n would all
+                be the same.
+        """
+        if n is None and score is None and aggregate is None:
+            return None
+        if score is None:
+            flag = f"--best-of {n}" if n is not None else f"--aggregate {aggregate}"
+            forms = f"a reward model's folder, file.py:function, or one of {', '.join(VERIFIABLE)}"
+            raise InputError(f"{flag} needs --score, by which the best is chosen: {forms}")
+        if n is None:
+            raise InputError(
+                "--score chooses the best of several and needs --best-of N: how many are drawn for "
+                "each answer"
+            )
+        if n > 1 and temperature == 0:
+            raise InputError(
+                f"--best-of {n} with --temperature 0: all {n} would be the one most likely "
+                "response; sample, at --temperature 1 say"
+            )
+        scorer = load_reward(score, RunSettings(), processes, "--score")
+        if isinstance(scorer, FunctionReward) and {"first", "second"} <= scorer.takes:
+            raise InputError(
+                f"--score: {score} compares two responses where each needs a score: give one with "
+                "TRL's signature, (prompts, completions)"
+            )
+        if aggregate is not None:
+            if not isinstance(scorer, ProcessReward):
+                raise InputError(
+                    f"--aggregate {aggregate} makes one score of those of the steps, and --score "
+                    f"{score} is no process reward model"
+                )
+            scorer.how = aggregate
+        return BestOf(n, score, scorer, temperature)
+
+    def check_rows(self, rows: Sequence[PromptRow]) -> None:
+        """An InputError if a row lacks what the score reads."""
+        if isinstance(self.scorer, FunctionReward):
+            self.scorer.check_rows(rows)
+
+    def keep(self, numbers: list[int], responses: Responses) -> tuple[list[int], Responses]:
+        """The best of each n responses in a row; their scores are the last of `kept`.
+
+        Raises:
+            RunError: a score is no finite number.
+        """
+        scores = self.scorer(responses)
+        if any(not math.isfinite(s) for s in scores):
+            raise RunError(
+                f"{self.name} gave a score that is not finite: there is no best among such"
+            )
+        best = best_rows(scores, self.n)
+        self.drawn += scores
+        self.kept += [scores[i] for i in best]
+        self.prompts += (chosen := [numbers[i] for i in best])
+        return chosen, responses.take(best)
+
+    def means(self) -> dict[str, dict[str, float]]:
+        """Mean score with its interval, of all that were drawn and of those that were kept."""
+        return {
+            "drawn_score": intervals.mean(
+                self.drawn, [p for p in self.prompts for _ in range(self.n)]
+            ),
+            "kept_score": intervals.mean(self.kept, self.prompts),
+        }
+
+    def bound(self) -> str:
+        """The KL that the choice costs, as a clause."""
+        at = "" if self.temperature == 1 else f" at temperature {self.temperature:g}"
+        return f"the best of {self.n} is at most {kl_bound(self.n):.3g} nats a response from the model{at} (log n - (n - 1)/n)"
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+
+        def shown(m: dict[str, Any]) -> str:
+            return f"{m['value']:.4g} [{m['low']:.4g}, {m['high']:.4g}]"
+
+        means = self.means()
+        return (
+            f"mean score {shown(means['drawn_score'])} of all {len(self.drawn):,} drawn, "
+            f"{shown(means['kept_score'])} of the {len(self.kept):,} kept; "
+            f"{self.bound()}"
+        )
