@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiducial.data.batches import Fork, common, fork, pad
+from fiducial.core.shared_prefix import SharedPrefix, common_length, shared_prefix
+from fiducial.data.batches import pad
 from fiducial.data.render import Rendered
 from fiducial.methods.dpo import Pair, pair_logprobs
 from fiducial.models.load import load_policy
@@ -35,21 +36,21 @@ def apart(policy, pairs):
 
 
 def test_a_row_by_hand():
-    batch, how = fork([PAIRS[0]])
-    assert batch.ids.tolist() == [[5, 6, 7, 8, 9, 9, 10, 11, 12]]
-    assert batch.mask.tolist() == [[False] * 3 + [True] * 6]
+    ids, mask, how = shared_prefix([PAIRS[0]])
+    assert ids.tolist() == [[5, 6, 7, 8, 9, 9, 10, 11, 12]]
+    assert mask.tolist() == [[False] * 3 + [True] * 6]
     assert how.positions.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 6]]
     assert how.branch.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 2]]
     assert how.previous.tolist()[0][3:] == [2, 3, 2, 5, 6, 7]
     seen = how.attention()[0, 0]
     assert seen[5].tolist() == [True, True, True, False, False, True, False, False, False]
-    assert [common(p) for p in PAIRS] == [3, 1, 4]
+    assert [common_length(p) for p in PAIRS] == [3, 1, 4]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
 def test_log_probabilities_and_gradients_are_those_of_two_rows(models, kind):
     policy = load_policy(str(models[kind]), LoraSettings(), RunSettings())
-    assert policy.forks
+    assert policy.supports_shared_prefix
 
     def gradient(values):
         policy.zero_grad()
@@ -67,7 +68,10 @@ def test_log_probabilities_and_gradients_are_those_of_two_rows(models, kind):
 
 def test_a_response_does_not_see_the_other_one(models):
     policy = load_policy(str(models["gpt2"]), LoraSettings(), RunSettings())
-    other = [Pair(p.chosen, sequence(p.rejected.ids[: common(p)], [20, 21, 22])) for p in PAIRS[:2]]
+    other = [
+        Pair(p.chosen, sequence(p.rejected.ids[: common_length(p)], [20, 21, 22]))
+        for p in PAIRS[:2]
+    ]
     assert torch.allclose(
         pair_logprobs(policy, PAIRS[:2], CPU)[0], pair_logprobs(policy, other, CPU)[0], atol=1e-5
     )
@@ -77,7 +81,7 @@ def test_a_model_that_looks_past_the_mask_is_asked_for_two_rows(models):
     policy = load_policy(str(models["llama"]), LoraSettings(), RunSettings())
     inner = policy.lm.base_model.forward
     policy.lm.base_model.forward = lambda *a, attention_mask=None, **k: inner(*a, **k)
-    assert not policy.forks
+    assert not policy.supports_shared_prefix
     assert torch.equal(pair_logprobs(policy, PAIRS, CPU)[1], apart(policy, PAIRS)[1])
 
 
@@ -91,19 +95,17 @@ def test_a_model_that_looks_past_the_mask_is_asked_for_two_rows(models):
 )
 def test_every_token_has_the_neighbours_of_its_own_sequence(groups):
     rows = [Rendered([i for i, _ in g], [False] + [m for _, m in g[1:]], "") for g in groups]
-    batch, how = fork([rows])
-    start = common(rows)
+    ids, mask, how = shared_prefix([rows])
+    start = common_length(rows)
     for number, row in enumerate(rows, start=1):
         columns = [*range(start), *(how.branch[0] == number).nonzero()[:, 0].tolist()]
-        assert batch.ids[0, columns].tolist() == row.ids
+        assert ids[0, columns].tolist() == row.ids
         assert how.positions[0, columns].tolist() == list(range(len(row)))
-        assert batch.mask[0, columns[start:]].tolist() == row.mask[start:] and not any(
-            row.mask[:start]
-        )
+        assert mask[0, columns[start:]].tolist() == row.mask[start:] and not any(row.mask[:start])
         for place in range(max(start, 1), len(row)):
             assert how.previous[0, columns[place]] == columns[place - 1]
             assert (
                 how.attention()[0, 0, columns[place]].nonzero()[:, 0].tolist()
                 == columns[: place + 1]
             )
-    assert isinstance(how, Fork)
+    assert isinstance(how, SharedPrefix)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from test_sequence import EXACT, LENGTHS, WORLD, off, tensor, token_scores
 
 from fiducial.core import kl
 from fiducial.lab.worlds import exact as lab_exact
 from fiducial.lab.worlds import policies
 from fiducial.rewards import Scored
 from fiducial.rollout.shaping import KLSettings, Looks, ScoreSettings, overlong, shape
+from test_sequence import EXACT, LENGTHS, WORLD, off, tensor, token_scores
 from world import (
     PREFIXES,
     RESPONSES,

@@ -15,7 +15,7 @@ import torch
 
 from fiducial import losses
 from fiducial.core import advantages
-from fiducial.core.reductions import by_constant, by_response, by_token
+from fiducial.core.loss_aggregation import constant, sequence_mean, token_mean
 from world import (
     LENGTH,
     PREFIXES,
@@ -170,21 +170,21 @@ GRPO = {
     ),
     "a mean within each response": (
         advantages.group_mean,
-        by_response,
+        sequence_mean,
         lambda r: [x - sum(r) / 2 for x in r],
         lambda n: [1 / 2 / n[0], 1 / 2 / n[1]],
         0.9865,
     ),
     "a mean over the tokens of a step of one group": (
         advantages.group_mean,
-        by_token,
+        token_mean,
         lambda r: [x - sum(r) / 2 for x in r],
         lambda n: [1 / sum(n)] * 2,
         0.9964,
     ),
     "GRPO, both divisions": (
         advantages.group_normalised,
-        by_response,
+        sequence_mean,
         lambda r: [(x - sum(r) / 2) / (sample_deviation(r) + 1e-4) for x in r],
         lambda n: [1 / 2 / n[0], 1 / 2 / n[1]],
         0.9864,
@@ -203,7 +203,7 @@ def test_10_each_normalisation_of_grpo_alone_turns_the_gradient(what):
 
 
 def test_10_a_constant_length_keeps_the_direction_and_divides_by_itself():
-    found = by_groups(WORLD, 2, advantages.leave_one_out, lambda m: by_constant(m, LENGTH))
+    found = by_groups(WORLD, 2, advantages.leave_one_out, lambda m: constant(m, LENGTH))
     np.testing.assert_allclose(found, exact_gradient_of_j(WORLD) / LENGTH, atol=EXACT)
 
 
@@ -235,8 +235,8 @@ def test_12_no_baseline_a_constant_and_the_greedy_responses_score_all_have_exact
     for advantage in (
         r,
         r - 3.7,
-        advantages.against_greedy(r, greedy),
-        advantages.against_greedy(r[:, None].expand(15, 4), greedy),
+        advantages.remax(r, greedy),
+        advantages.remax(r[:, None].expand(15, 4), greedy),
     ):
         np.testing.assert_allclose(one_by_one(WORLD, advantage), goal, atol=EXACT)
 
@@ -272,7 +272,7 @@ def test_12_reward_to_go_has_the_gradient_of_the_whole_return_and_as_a_rule_less
 ):
     world = World.make(seed)
     rewards, mask, goal = tokens_paid(world), all_responses().mask, exact_gradient_of_j(world)
-    whole, to_go = advantages.whole(rewards, mask), advantages.to_go(rewards, mask)
+    whole, to_go = advantages.sequence_return(rewards, mask), advantages.reward_to_go(rewards, mask)
     np.testing.assert_allclose(whole, paid(world), atol=EXACT)
     for i, n in enumerate(LENGTHS):  # by hand: what comes from each token on
         assert to_go[i, 1 : 1 + n].tolist() == pytest.approx(
@@ -300,7 +300,7 @@ def test_12_reward_to_go_has_the_gradient_of_the_whole_return_and_as_a_rule_less
 
 def test_12_groups_of_returns_to_go_are_exact_column_by_column():
     mask, rewards = all_responses().mask, tokens_paid(WORLD)
-    to_go = advantages.to_go(rewards, mask)
+    to_go = advantages.reward_to_go(rewards, mask)
     rows = list(itertools.chain(*itertools.product(range(15), repeat=2)))
     np.testing.assert_allclose(
         by_groups(WORLD, 2, lambda _, ids: advantages.leave_one_out(to_go[rows], ids)),
@@ -311,7 +311,10 @@ def test_12_groups_of_returns_to_go_are_exact_column_by_column():
 
 @pytest.mark.parametrize(("size", "measured"), [(2, 0.9794), (3, 0.9911)])
 def test_12_whitening_a_small_batch_has_a_bias_and_this_is_its_size(size, measured):
-    mask, to_go = all_responses().mask, advantages.to_go(tokens_paid(WORLD), all_responses().mask)
+    mask, to_go = (
+        all_responses().mask,
+        advantages.reward_to_go(tokens_paid(WORLD), all_responses().mask),
+    )
 
     def advantage(_, ids):
         rows = torch.tensor(list(itertools.product(range(15), repeat=size)))
@@ -372,7 +375,7 @@ def slow_off_policy(
 
 def share(mask):
     """by_response of single responses."""
-    return torch.cat([by_response(m[None]) for m in mask])
+    return torch.cat([sequence_mean(m[None]) for m in mask])
 
 
 def geometric(ratios: list[float]) -> float:

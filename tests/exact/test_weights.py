@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_sequence import EXACT, OTHER, WORLD, off, slow_off_policy, tensor, token_scores
 
 from fiducial import losses
 from fiducial.core import advantages, corrections, kl
-from fiducial.core.reductions import by_constant, by_response, by_token
+from fiducial.core.loss_aggregation import constant, sequence_mean, token_mean
+from test_sequence import EXACT, OTHER, WORLD, off, slow_off_policy, tensor, token_scores
 from world import all_responses, distribution, grads, tabular
 
 NAN = math.nan
@@ -59,7 +59,7 @@ GROUPED = [
     (advantages.group_mean, centred, IDS),
     (advantages.group_normalised, normalised, IDS),
     (lambda r, g: advantages.group_normalised(r, g, eps=0.5), lambda r: normalised(r, 0.5), IDS),
-    (advantages.spread, lambda r: [max(r) > min(r)] * len(r), IDS),
+    (advantages.nonzero_std, lambda r: [max(r) > min(r)] * len(r), IDS),
 ]
 grouped = pytest.mark.parametrize(
     ("function", "slow", "ids"),
@@ -94,7 +94,7 @@ def test_a_response_alone_has_no_others_and_no_spread():
     with pytest.raises(ValueError, match="two responses a group"):
         advantages.leave_one_out(tensor(RETURNS), torch.tensor(IDS))
     alone = torch.tensor([3, 7])
-    for function in (advantages.group_mean, advantages.group_normalised, advantages.spread):
+    for function in (advantages.group_mean, advantages.group_normalised, advantages.nonzero_std):
         assert not function(tensor(RETURNS), torch.tensor(IDS))[alone].any()
 
 
@@ -102,13 +102,13 @@ def test_a_response_alone_has_no_others_and_no_spread():
     "call",
     [
         lambda: advantages.group_mean(torch.zeros(4), torch.zeros(3, dtype=torch.long)),
-        lambda: advantages.spread(torch.zeros(4), torch.zeros(4, 1)),
-        lambda: advantages.against_greedy(torch.zeros(4), torch.zeros(4, 1)),
-        lambda: advantages.against_greedy(torch.zeros(4, 3), torch.zeros(3)),
-        lambda: advantages.whole(torch.zeros(4, 3), torch.ones(4, 1)),
-        lambda: advantages.to_go(torch.zeros(4, 3), torch.ones(4)),
+        lambda: advantages.nonzero_std(torch.zeros(4), torch.zeros(4, 1)),
+        lambda: advantages.remax(torch.zeros(4), torch.zeros(4, 1)),
+        lambda: advantages.remax(torch.zeros(4, 3), torch.zeros(3)),
+        lambda: advantages.sequence_return(torch.zeros(4, 3), torch.ones(4, 1)),
+        lambda: advantages.reward_to_go(torch.zeros(4, 3), torch.ones(4)),
         lambda: corrections.tis(torch.zeros(4, 3), torch.zeros(4, 1), torch.ones(4, 3)),
-        lambda: corrections.stale(
+        lambda: corrections.off_policy_mask(
             torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(4, 1), torch.ones(4, 3), threshold=1.0
         ),
         lambda: kl.penalty(
@@ -132,7 +132,7 @@ def test_23_equal_rewards_give_a_gradient_of_zero_and_no_nan(value, size, dtype)
     for function in (advantages.group_mean, advantages.group_normalised, advantages.leave_one_out):
         found = function(returns, ids)
         assert found.dtype == dtype and found.abs().max() < 1e-7
-    assert not advantages.spread(returns, ids).any()
+    assert not advantages.nonzero_std(returns, ids).any()
     now = torch.zeros(2 * size, 3, dtype=dtype, requires_grad=True)
     each = advantages.group_normalised(returns, ids)[:, None].expand(-1, 3)
     loss, _ = losses.ppo_clip(now, torch.zeros_like(now), each, torch.ones_like(now))
@@ -180,9 +180,9 @@ def test_advantages_by_hand():
     assert advantages.group_normalised(
         tensor([1.0, 4.0, 0.0, 3.0, 6.0]), groups, eps=0.0
     ).tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5, -1, 0, 1])
-    assert advantages.against_greedy(tensor([1.0, 4.0]), tensor([2.0, 5.0])).tolist() == [-1, -1]
+    assert advantages.remax(tensor([1.0, 4.0]), tensor([2.0, 5.0])).tolist() == [-1, -1]
     rewards, mask = tensor([[NAN, 1.0, 2.0, NAN, 4.0]]), torch.tensor([[0, 1, 1, 0, 1]])
-    assert advantages.whole(rewards, mask).tolist() == [7] and advantages.to_go(
+    assert advantages.sequence_return(rewards, mask).tolist() == [7] and advantages.reward_to_go(
         rewards, mask
     ).tolist() == [[0, 7, 6, 0, 4]]
     assert advantages.whitened(tensor([[1.0, 3.0, NAN]]), torch.tensor([[1, 1, 0]])).tolist() == [
@@ -195,20 +195,20 @@ def test_advantages_by_hand():
 
 def test_token_weights_by_hand():
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
-    assert by_response(mask).tolist() == [
+    assert sequence_mean(mask).tolist() == [
         pytest.approx([1 / 6, 1 / 6, 1 / 6, 0]),
         [0, 0.5, 0, 0],
         [0, 0, 0, 0],
     ]  # over the two that have a token
-    assert by_token(mask).tolist() == [[0.25, 0.25, 0.25, 0], [0, 0.25, 0, 0], [0, 0, 0, 0]]
-    assert by_constant(mask, 5).tolist() == [
+    assert token_mean(mask).tolist() == [[0.25, 0.25, 0.25, 0], [0, 0.25, 0, 0], [0, 0, 0, 0]]
+    assert constant(mask, 5).tolist() == [
         pytest.approx([1 / 15] * 3 + [0]),
         pytest.approx([0, 1 / 15, 0, 0]),
         [0, 0, 0, 0],
     ]
-    for found in (by_response(mask), by_token(mask)):
+    for found in (sequence_mean(mask), token_mean(mask)):
         assert found.sum().item() == pytest.approx(1)
-    for f in (by_response, by_token, lambda m: by_constant(m, 5)):
+    for f in (sequence_mean, token_mean, lambda m: constant(m, 5)):
         assert not f(torch.zeros(2, 3)).any()
         torch.testing.assert_close(f(mask.flip(0)), f(mask).flip(0))
 
@@ -225,14 +225,14 @@ def padded_case():
 
 
 MASKED = {
-    "to_go": lambda v, m: advantages.to_go(v[0], m),
-    "whole": lambda v, m: advantages.whole(v[0], m),
+    "to_go": lambda v, m: advantages.reward_to_go(v[0], m),
+    "whole": lambda v, m: advantages.sequence_return(v[0], m),
     "whitened": lambda v, m: advantages.whitened(v[0], m),
-    "by_response": lambda v, m: by_response(m),
-    "by_token": lambda v, m: by_token(m),
-    "by_constant": lambda v, m: by_constant(m, 9),
+    "sequence_mean": lambda v, m: sequence_mean(m),
+    "token_mean": lambda v, m: token_mean(m),
+    "constant": lambda v, m: constant(m, 9),
     **{name: lambda v, m, f=f: f(v[0], v[1], m) for name, f in corrections.CORRECTIONS.items()},
-    "stale": lambda v, m: corrections.stale(v[0], v[1], v[2], m, threshold=0.1),
+    "stale": lambda v, m: corrections.off_policy_mask(v[0], v[1], v[2], m, threshold=0.1),
     **{
         f"penalty {e}": lambda v, m, e=e: kl.penalty(v[0], v[1], v[2], m, estimator=e)
         for e in ("k2", "k2_tokens", "weighted_k3", "forward_k3")
@@ -411,7 +411,9 @@ def test_stale_by_hand():
     fallen = tensor([[0.9, 0.1, NAN], [0.9, 0.1, NAN], [0.1, NAN, NAN], [-2.0, -1.0, -0.5]])
     mask, old = ~fallen.isnan(), tensor([[-1.0] * 3] * 4)
     advantage = tensor([[-1.0, -1.0, 9.0], [1.0, 1.0, -9.0], [-1.0, 0.0, 0.0], [-1.0, -1.0, -1.0]])
-    found = corrections.stale((old - fallen).requires_grad_(), old, advantage, mask, threshold=0.4)
+    found = corrections.off_policy_mask(
+        (old - fallen).requires_grad_(), old, advantage, mask, threshold=0.4
+    )
     assert found.tolist() == [
         [False] * 3,
         [True, True, False],
@@ -420,6 +422,6 @@ def test_stale_by_hand():
     ]  # fell and is worse; is better; fell little; rose
     assert found.dtype == torch.bool
     assert (
-        corrections.stale(old - fallen, old, advantage, mask, threshold=0.6).tolist()
+        corrections.off_policy_mask(old - fallen, old, advantage, mask, threshold=0.6).tolist()
         == mask.tolist()
     )

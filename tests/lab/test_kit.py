@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 from fiducial import lab, losses
 from fiducial.core import advantages, corrections, kl
-from fiducial.core.reductions import by_constant, by_response, select
+from fiducial.core.loss_aggregation import constant, sequence_mean
+from fiducial.core.reductions import select
 from fiducial.lab import (
     CATALOGUE,
     check_likelihood,
@@ -71,7 +72,7 @@ def dpo(b):
 
 
 def shipped_gspo(b, **clips):
-    each = b.rewards[:, None] * by_response(b.mask)
+    each = b.rewards[:, None] * sequence_mean(b.mask)
     return losses.gspo_sum(b.logprobs, b.old_logprobs, each, b.mask, **clips)[0]
 
 
@@ -111,7 +112,7 @@ SHIPPED = {
     "reinforce": (policy(), lambda b: sequence.reinforce(b, sequence.whole(b))),
     "reinforce, to go": (
         policy(),
-        lambda b: sequence.reinforce(b, advantages.to_go(sequence.paid(b), b.mask)),
+        lambda b: sequence.reinforce(b, advantages.reward_to_go(sequence.paid(b), b.mask)),
     ),
     "reinforce, whitened": (policy(), sequence.reinforce_plus_plus),
     "reinforce and k2 in the loss": (
@@ -128,7 +129,7 @@ SHIPPED = {
     ),
     "dr. grpo": (
         groups,
-        lambda b: sequence.grouped(b, advantages.group_mean, lambda m: by_constant(m, 2)),
+        lambda b: sequence.grouped(b, advantages.group_mean, lambda m: constant(m, 2)),
     ),
     "clip-higher": (
         policy("clip", clip_high=0.28),

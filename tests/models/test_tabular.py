@@ -387,7 +387,7 @@ def test_a_saved_critic_is_read_back_with_its_values(folder, tmp_path):
 
 def test_a_table_walks_one_response_at_a_time_and_pairs_get_two_rows(folder):
     policy = load_policy(folder, *PLAIN)
-    assert not policy.forks
+    assert not policy.supports_shared_prefix
 
     def row(p: int, y: int) -> Rendered:
         prompt, response = WORLD.prompts[p], WORLD.responses[y]

@@ -59,7 +59,7 @@ def gae(
 # ---- returns: what a token is credited with ----
 
 
-def whole(rewards: Tensor, mask: Tensor) -> Tensor:
+def sequence_return(rewards: Tensor, mask: Tensor) -> Tensor:
     """[N] the return of each response, the sum of its rewards [N, T]: the response as one arm of a bandit.
 
     Raises:
@@ -69,11 +69,11 @@ def whole(rewards: Tensor, mask: Tensor) -> Tensor:
     return select(rewards, mask).sum(1)
 
 
-def to_go(rewards: Tensor, mask: Tensor) -> Tensor:
+def reward_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
     r"""[N, T] the reward from each token on, :math:`\sum_{k\ge t} r_k`; 0 outside the mask. What
     came before a token is not its doing.
 
-    The expected gradient is that of :func:`whole`. Where rewards come before the end (a KL paid
+    The expected gradient is that of :func:`sequence_return`. Where rewards come before the end (a KL paid
     token by token, a step's) the variance is another, as a rule the smaller one.
 
     Raises:
@@ -144,7 +144,7 @@ def group_normalised(returns: Tensor, groups: Tensor, *, eps: float = 1e-4) -> T
     return centred / (variance.sqrt() + eps)
 
 
-def against_greedy(returns: Tensor, greedy: Tensor) -> Tensor:
+def remax(returns: Tensor, greedy: Tensor) -> Tensor:
     """ReMax: the score of the greedy response to the same prompt as the baseline, which no sampled
     response has a part in. Li et al. 2023, arXiv 2310.10505.
 
@@ -174,7 +174,7 @@ def whitened(returns: Tensor, mask: Tensor) -> Tensor:
     )  # in float64 equal returns have no deviation, in float32 a rounding error for one
 
 
-def spread(returns: Tensor, groups: Tensor) -> Tensor:
+def nonzero_std(returns: Tensor, groups: Tensor) -> Tensor:
     """[N] true where the responses of a row's group [N] do not all have one return [N]: groups
     without spread teach nothing.
     """

@@ -69,7 +69,7 @@ CORRECTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def stale(
+def off_policy_mask(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, threshold: float
 ) -> Tensor:
     r"""[N, T] the mask without responses that have a negative advantage and that the policy has

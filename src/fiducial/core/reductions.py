@@ -56,32 +56,3 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-
     var = masked_mean((select(x, mask) - mean) ** 2, mask)
     scaled = (select(x, mask) - mean) * torch.rsqrt(var + eps)
     return select(scaled if shift_mean else scaled + mean, mask)
-
-
-# ---- how much a token counts in a step: weights [N, T] that sum to 1 (or nearly), for all the rows
-# of an optimizer step ----
-
-
-def by_response(mask: Tensor) -> Tensor:
-    r"""GRPO: :math:`\frac1N\sum_i\frac1{|y_i|}`, every response counts the same, so a token of a
-    short one counts for more. arXiv 2402.03300, eq. 3.
-    """
-    mask = mask.bool()
-    each = mask.sum(1, keepdim=True)
-    rows = (each > 0).sum().clamp(min=1)
-    return select(
-        torch.ones(mask.shape, dtype=torch.float64, device=mask.device) / each.clamp(min=1) / rows,
-        mask,
-    )
-
-
-def by_token(mask: Tensor) -> Tensor:
-    r"""DAPO: :math:`1/\sum_i|y_i|`, every token of the step counts the same. arXiv 2503.14476, eq. 12."""
-    return mask.double() / mask.bool().sum().clamp(min=1)
-
-
-def by_constant(mask: Tensor, length: int) -> Tensor:
-    r"""Dr. GRPO: :math:`1/(N\,L)` with the constant L, the longest a response may be: the sum over
-    tokens but for the scale. arXiv 2503.20783.
-    """
-    return mask.double() / (mask.shape[0] * length)

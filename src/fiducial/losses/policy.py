@@ -123,7 +123,7 @@ def gspo(
 
     Written by tokens (the paper's GSPO-token, eq. 13), which has the same gradient where the
     advantages of a response are equal, and a response counts once: multiply
-    :func:`~fiducial.core.reductions.by_response` into the advantages of the sum form. The true
+    :func:`~fiducial.core.loss_aggregation.sequence_mean` into the advantages of the sum form. The true
     ratio of a response is the product, not the geometric mean: off policy s is a surrogate with a
     bias of its own.
 

@@ -153,7 +153,7 @@ def distill(settings: Distill) -> Run:
             count, gaps = int(trajectory.mask.sum()), [0.0]
             plan = processes.plan([[int(n)] for n in trajectory.lengths], settings.run.tokens)
             for micro in accumulate(plan, processes, stepper.module):
-                ids, mask = trajectory.narrow(micro.rows, processes.device)
+                ids, mask = trajectory.slice_rows(micro.rows, processes.device)
                 if settings.estimator == "exact":
                     now = stepper.module(ids, mask, temperature, teacher=teacher)
                     theirs = now.teacher_logprobs
@@ -252,7 +252,7 @@ def evaluate(
     )
 
     def compute(rows: list[int]) -> tuple[Tensor, ...]:
-        ids, mask = trajectory.narrow(rows, run.processes.device)
+        ids, mask = trajectory.slice_rows(rows, run.processes.device)
         found = policy(ids, mask, settings.temperature, teacher=teacher)
         assert found.kl is not None and found.teacher_logprobs is not None
         return found.kl.sum(1), -found.logprobs.sum(1), -found.teacher_logprobs.sum(1)

@@ -18,7 +18,8 @@ from torch import Tensor
 from .. import losses
 from ..core import intervals
 from ..core.reductions import select
-from ..data.batches import Batches, Fork, common, fork, pad
+from ..core.shared_prefix import SharedPrefix, common_length, shared_prefix
+from ..data.batches import Batches, pad
 from ..data.prepare import load, split, text_of
 from ..data.render import Rendered, Renderer
 from ..data.rows import Content, PreferenceRow
@@ -78,10 +79,10 @@ class Pair(NamedTuple):
     chosen: Rendered
     rejected: Rendered
 
-    def costs(self, forks: bool) -> list[int]:
+    def costs(self, shared: bool) -> list[int]:
         """Lengths of the rows that the pair takes: one that holds the prompt once, or two."""
         both = [len(self.chosen), len(self.rejected)]
-        return [sum(both) - common(self)] if forks else both
+        return [sum(both) - common_length(self)] if shared else both
 
 
 def dpo(settings: DPO) -> Run:
@@ -124,7 +125,9 @@ def dpo(settings: DPO) -> Run:
             rows = batches[run.step]
             pairs = [train[i] for i in rows]
             for micro in accumulate(
-                run.processes.plan([p.costs(policy.forks) for p in pairs], settings.run.tokens),
+                run.processes.plan(
+                    [p.costs(policy.supports_shared_prefix) for p in pairs], settings.run.tokens
+                ),
                 run.processes,
                 stepper.module,
             ):
@@ -218,11 +221,15 @@ def pair_logprobs(policy: Policy, pairs: list[Pair], device: torch.device) -> tu
     """Log-probabilities [B], [B] of the chosen and the rejected responses, summed over their
     tokens, in nats. A prompt is read once for both.
     """
-    if getattr(policy, "module", policy).forks:  # a data-parallel wrapper has the policy inside
-        batch, how = fork(pairs)
-        batch, how = batch.to(device), Fork(*(x.to(device) for x in how))
-        logprobs = policy(batch.ids, batch.mask, fork=how).logprobs
-        return select(logprobs, how.branch == 1).sum(1), select(logprobs, how.branch == 2).sum(1)
+    if getattr(
+        policy, "module", policy
+    ).supports_shared_prefix:  # a data-parallel wrapper has the policy inside
+        ids, mask, layout = shared_prefix(pairs)
+        layout = SharedPrefix(*(x.to(device) for x in layout))
+        logprobs = policy(ids.to(device), mask.to(device), shared_prefix=layout).logprobs
+        return select(logprobs, layout.branch == 1).sum(1), select(
+            logprobs, layout.branch == 2
+        ).sum(1)
     batch = pad([p.chosen for p in pairs] + [p.rejected for p in pairs]).to(device)
     chosen, rejected = policy(batch.ids, batch.mask).logprobs.sum(1).split(len(pairs))
     return chosen, rejected
@@ -237,7 +244,7 @@ def reference_logprobs(policy: Policy, pairs: list[Pair], tokens: int, run: Run)
             return (torch.stack([chosen, rejected], 1),)
 
         return run.processes.map_rows(
-            [p.costs(policy.forks) for p in pairs],
+            [p.costs(policy.supports_shared_prefix) for p in pairs],
             tokens,
             2,
             pair,
@@ -264,7 +271,7 @@ def evaluate(
         )
 
     (logprobs,) = run.processes.map_rows(
-        [p.costs(policy.forks) for p in pairs], settings.run.tokens, 2, compute
+        [p.costs(policy.supports_shared_prefix) for p in pairs], settings.run.tokens, 2, compute
     )
     _, metrics = losses.dpo(
         *logprobs.T, *reference.T, beta=settings.beta, label_smoothing=settings.label_smoothing

@@ -30,8 +30,7 @@ from torch import Tensor
 
 from .. import losses
 from ..core import advantages, kl
-from ..core.corrections import stale
-from ..core.reductions import by_constant, by_response, by_token
+from ..core.loss_aggregation import constant, sequence_mean, token_mean
 from ..data.batches import Batches, stream
 from ..data.prepare import load
 from ..data.render import Renderer
@@ -91,9 +90,9 @@ LOSSES: dict[str, Callable[[Parts], Callable[..., tuple[Tensor, dict[str, Tensor
 CLIPPED = {"ppo_clip": "clip_ratio", "gspo": "clip_ratio/responses", "cispo": "clip_ratio/capped"}
 """What the share that is cut is called: each has its own healthy range."""
 MEANS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "response": lambda mask, longest: by_response(mask),
-    "token": lambda mask, longest: by_token(mask),
-    "constant": by_constant,
+    "response": lambda mask, longest: sequence_mean(mask),
+    "token": lambda mask, longest: token_mean(mask),
+    "constant": constant,
 }
 """Mask [N, T] and the longest that a response may be to the weight of each token [N, T]."""
 
@@ -293,7 +292,7 @@ def grpo(settings: GRPO) -> Run:
                 limit=settings.max_new_tokens,
             )
             advantage = ADVANTAGES[parts.advantage](
-                advantages.whole(shaped, trajectory.mask), groups
+                advantages.sequence_return(shaped, trajectory.mask), groups
             )[:, None]
             trust, mask, known = trusted(trajectory, looks, settings.long)
 
@@ -358,7 +357,7 @@ def gather(
         before = len(good) + len(flat)
         found.append((trajectory, scored))
         groups = torch.arange(len(drawn)).repeat_interleave(size)
-        has = advantages.spread(torch.tensor(scored.scores, dtype=torch.float64), groups)[
+        has = advantages.nonzero_std(torch.tensor(scored.scores, dtype=torch.float64), groups)[
             ::size
         ].tolist()
         good += [before + g for g, yes in enumerate(has) if yes]
@@ -410,14 +409,16 @@ def improve(
             plan = processes.plan([[int(trajectory.lengths[i])] for i in rows], settings.run.tokens)
             for micro in accumulate(plan, processes, stepper.module):
                 numbers = [rows[i] for i in micro.rows]
-                ids, whole = trajectory.narrow(numbers, device)
+                ids, whole = trajectory.slice_rows(numbers, device)
                 now = stepper.module(ids, whole, trajectory.temperature)
                 old, ref, adv, weight, learned = (
                     x[numbers, : ids.shape[1]].to(device)
                     for x in (looks.logprobs, looks.ref_logprobs, advantage, weights, mask)
                 )
                 if settings.stale is not None:
-                    learned = stale(now.logprobs, old, adv, learned, threshold=settings.stale)
+                    learned = off_policy_mask(
+                        now.logprobs, old, adv, learned, threshold=settings.stale
+                    )
                 loss, metrics = loss_sum(now.logprobs, old, adv * weight, learned)
                 if parts.penalty != "k1":  # k1 is in the reward
                     loss = (

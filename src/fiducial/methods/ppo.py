@@ -298,7 +298,7 @@ def improve(
             approx_kl = torch.zeros((), dtype=torch.float64)
             for micro in accumulate(plan, processes, *(s.module for s in steppers)):
                 numbers = [rows[i] for i in micro.rows]
-                ids, mask = trajectory.narrow(numbers, device)
+                ids, mask = trajectory.slice_rows(numbers, device)
                 now = steppers[0].module(ids, mask, trajectory.temperature)
                 values = now.values if len(steppers) == 1 else select(steppers[1].module(ids), mask)
                 old, ref, old_values, adv, ret = (

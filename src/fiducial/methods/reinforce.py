@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import losses
 from ..core import advantages, kl
-from ..core.reductions import by_constant
+from ..core.loss_aggregation import constant
 from ..data.batches import stream
 from ..data.prepare import load
 from ..data.render import Renderer
@@ -144,7 +144,7 @@ class Seen:
 BASELINES: dict[str, Callable[[Tensor, Seen], Tensor]] = {
     "none": lambda returns, seen: returns,
     "mean": lambda returns, seen: returns - seen.mean,
-    "remax": lambda returns, seen: advantages.against_greedy(returns, seen.greedy),
+    "remax": lambda returns, seen: advantages.remax(returns, seen.greedy),
     "rloo": lambda returns, seen: advantages.leave_one_out(returns, seen.groups),
     "reinforce++": lambda returns, seen: advantages.whitened(returns, seen.mask),
 }
@@ -278,7 +278,7 @@ def reinforce(settings: Reinforce) -> Run:
                 trajectory, looks, advantage * trust, mask, penalty, stepper, settings, run
             )
 
-            average = float(advantages.whole(shaped, trajectory.mask).mean())
+            average = float(advantages.sequence_return(shaped, trajectory.mask).mean())
             run.state["mean"] = (
                 MEMORY * run.state["mean"] + (1 - MEMORY) * average
                 if "mean" in run.state
@@ -287,7 +287,7 @@ def reinforce(settings: Reinforce) -> Run:
             settings.kl.adapt(run.state, metrics["objective/kl"], len(batch))
             if settings.baseline == "rloo":
                 known["groups/no_spread"] = 1 - float(
-                    advantages.spread(torch.tensor(scored.scores), groups).float().mean()
+                    advantages.nonzero_std(torch.tensor(scored.scores), groups).float().mean()
                 )
             run.end_step(
                 metrics | known | scored.metrics() | moved,
@@ -339,8 +339,8 @@ def returns(rewards: Tensor, mask: Tensor, settings: Reinforce) -> Tensor:
     if (
         settings.credit or ("to_go" if settings.baseline == "reinforce++" else "response")
     ) == "to_go":
-        return advantages.to_go(rewards, mask)
-    return advantages.whole(rewards, mask)[:, None].expand(mask.shape)
+        return advantages.reward_to_go(rewards, mask)
+    return advantages.sequence_return(rewards, mask)[:, None].expand(mask.shape)
 
 
 def improve(
@@ -357,10 +357,10 @@ def improve(
     the batch would give long responses another weight.
     """
     processes, device = run.processes, run.processes.device
-    weights = by_constant(mask, settings.max_new_tokens).to(advantage.dtype)
+    weights = constant(mask, settings.max_new_tokens).to(advantage.dtype)
     plan = processes.plan([[int(n)] for n in trajectory.lengths], settings.run.tokens)
     for micro in accumulate(plan, processes, stepper.module):
-        ids, whole = trajectory.narrow(micro.rows, device)
+        ids, whole = trajectory.slice_rows(micro.rows, device)
         now = stepper.module(ids, whole, trajectory.temperature)
         old, ref, adv, weight, learned = (
             x[micro.rows, : ids.shape[1]].to(device)

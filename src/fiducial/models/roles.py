@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.logprobs import chosen_logprobs, compared
-from ..data.batches import Fork, fork, pad
-from ..data.render import Rendered
+from ..core.shared_prefix import SharedPrefix
 
 
 def plain(model: Any) -> Any:
@@ -31,16 +30,16 @@ def autocast(model: Any, like: Tensor) -> Any:
     return torch.autocast(like.device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def hidden_states(model: Any, ids: Tensor, fork: Fork | None = None) -> Tensor:
-    """[B, T, H] of a right-padded batch `ids` [B, T], before any head; with `fork`, of rows whose
+def hidden_states(model: Any, ids: Tensor, shared_prefix: SharedPrefix | None = None) -> Tensor:
+    """[B, T, H] of a right-padded batch `ids` [B, T], before any head; with `shared_prefix`, of rows whose
     columns hang together as it says.
     """
     positions = (
         torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        if fork is None
-        else fork.positions
+        if shared_prefix is None
+        else shared_prefix.positions
     )
-    attention = {} if fork is None else {"attention_mask": fork.attention()}
+    attention = {} if shared_prefix is None else {"attention_mask": shared_prefix.attention()}
     with autocast(model, ids):
         return (
             plain(model)
@@ -100,7 +99,7 @@ class Policy(nn.Module):
         return int(plain(self.lm).get_output_embeddings().weight.shape[0])
 
     @functools.cached_property
-    def forks(self) -> bool:
+    def supports_shared_prefix(self) -> bool:
         """Whether a row may hold one prompt and several responses to it. Tried out once: an
         architecture that looks past the mask says no.
         """
@@ -110,24 +109,22 @@ class Policy(nn.Module):
             or getattr(config, "sliding_window", None) is not None
         ):
             return False
-        sequences = [
-            Rendered([1, 2, 3, 4, 5], [False, False, False, True, True], ""),
-            Rendered([1, 2, 3, 6, 7], [False, False, False, True, True], ""),
-        ]
-        size = plain(self.lm).get_input_embeddings().weight
-        batch, how = fork(
-            [[Rendered([i % len(size) for i in r.ids], r.mask, "") for r in sequences]]
+        weight = plain(self.lm).get_input_embeddings().weight
+        size, device = len(weight), weight.device
+        rows = [[i % size for i in row] for row in ([1, 2, 3, 4, 5], [1, 2, 3, 6, 7])]
+        labels = torch.tensor([[False, False, False, True, True]] * 2, device=device)
+        layout = SharedPrefix(
+            torch.tensor([[0, 1, 2, 3, 4, 3, 4]], device=device),
+            torch.tensor([[0, 0, 0, 1, 1, 2, 2]], device=device),
+            torch.tensor([[0, 0, 0, 2, 3, 2, 5]], device=device),
         )
-        apart = pad([Rendered([i % len(size) for i in r.ids], r.mask, "") for r in sequences])
+        ids = torch.tensor([rows[0] + rows[1][3:]], device=device)
+        mask = torch.tensor([[False, False, False, True, True, True, True]], device=device)
         with torch.no_grad():
-            together = self(
-                batch.ids.to(size.device),
-                batch.mask.to(size.device),
-                fork=Fork(*(x.to(size.device) for x in how)),
-            ).logprobs
-            alone = self(apart.ids.to(size.device), apart.mask.to(size.device)).logprobs
+            together = self(ids, mask, shared_prefix=layout).logprobs[mask]
+            alone = self(torch.tensor(rows, device=device), labels).logprobs[labels]
         tolerance = 1e-4 if getattr(plain(self.lm), "autocast_dtype", None) is None else 0.1
-        return bool(torch.allclose(together[0][batch.mask[0]], alone[apart.mask], atol=tolerance))
+        return bool(torch.allclose(together, alone, atol=tolerance))
 
     def forward(
         self,
@@ -135,7 +132,7 @@ class Policy(nn.Module):
         mask: Tensor,
         temperature: float = 1.0,
         entropy: bool = False,
-        fork: Fork | None = None,
+        shared_prefix: SharedPrefix | None = None,
         teacher: Policy | None = None,
     ) -> TokenOutputs:
         """Log-probabilities (and entropies, and values where there is a value head) of the labelled tokens.
@@ -144,8 +141,8 @@ class Policy(nn.Module):
             ids: [B, T] right-padded.
             mask: [B, T] true at labels; token 0 has nothing in front of it and cannot be one.
             temperature: divides the logits.
-            fork: given where a row holds several sequences with a common beginning (see
-                `fiducial.data.batches.fork`).
+            shared_prefix: given where a row holds several sequences with a common beginning (see
+                `fiducial.core.shared_prefix`).
             teacher: a policy of the same vocabulary. The exact KL(this, teacher) of each token's
                 state, with a gradient for this one alone, the teacher's log-probabilities and the
                 entropy are given too.
@@ -155,7 +152,7 @@ class Policy(nn.Module):
         """
         if bool(mask[:, 0].any()):
             raise ValueError("token 0 cannot be a label: nothing stands in front of it")
-        hidden = self._states(ids, mask, fork)
+        hidden = self._states(ids, mask, shared_prefix)
         kl = theirs = None
         if teacher is None:
             values, entropies = chosen_logprobs(
@@ -168,7 +165,7 @@ class Policy(nn.Module):
             )
         else:
             with torch.no_grad():
-                other = teacher._states(ids, mask, fork)
+                other = teacher._states(ids, mask, shared_prefix)
             kl, values, theirs, entropies = compared(
                 hidden,
                 other,
@@ -190,12 +187,12 @@ class Policy(nn.Module):
             )
         )  # type: ignore[arg-type]
 
-    def _states(self, ids: Tensor, mask: Tensor, fork: Fork | None) -> Tensor:
+    def _states(self, ids: Tensor, mask: Tensor, shared_prefix: SharedPrefix | None) -> Tensor:
         """[N, H] of the states from which the labelled tokens are predicted."""
-        if fork is None:
+        if shared_prefix is None:
             return hidden_states(self.lm, ids[:, :-1])[mask[:, 1:]]
         row, column = mask.nonzero(as_tuple=True)
-        return hidden_states(self.lm, ids, fork)[row, fork.previous[row, column]]
+        return hidden_states(self.lm, ids, shared_prefix)[row, shared_prefix.previous[row, column]]
 
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:

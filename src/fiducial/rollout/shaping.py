@@ -161,7 +161,7 @@ def look(
     """
 
     def compute(rows: list[int]) -> tuple[Tensor, ...]:
-        ids, mask = trajectory.narrow(rows, processes.device)
+        ids, mask = trajectory.slice_rows(rows, processes.device)
         mine = policy(ids, mask, trajectory.temperature, entropy=True)
         values = mine.values if critic is None else critic(ids)
         assert mine.entropy is not None

@@ -47,7 +47,7 @@ class Trajectory:
         columns = torch.arange(self.ids.shape[1], device=self.ids.device)
         return columns[None] == (self.lengths - 1)[:, None]
 
-    def narrow(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    def slice_rows(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Ids and mask of some rows, as wide as the longest of them."""
         width = int(self.lengths[rows].max())
         return self.ids[rows, :width].to(device), self.mask[rows, :width].to(device)

@@ -63,16 +63,15 @@ def of_methods(
 
     for p in range(len(world.prompts)):
         paid = torch.from_numpy(earned[p])
-        whole = advantages.whole(paid, known)
+        whole = advantages.sequence_return(paid, known)
         every = torch.ones(paid.shape, dtype=paid.dtype)
         add("reinforce_none", whole[:, None] * every)
         add(
             "remax",
-            advantages.against_greedy(whole, torch.full_like(whole, float(greedy[p])))[:, None]
-            * every,
+            advantages.remax(whole, torch.full_like(whole, float(greedy[p])))[:, None] * every,
         )
         add("rloo", (whole - likely[p] @ whole)[:, None] * every)
-        to_go = advantages.to_go(paid, known)
+        to_go = advantages.reward_to_go(paid, known)
         add(
             "reinforce_pp",
             to_go - (likely[p][:, None] * to_go).sum() / (likely[p][:, None] * known).sum(),
@@ -83,7 +82,7 @@ def of_methods(
         if judge is not None:
             steps = _steps(world, judge[p])
             both = paid + torch.from_numpy(steps)
-            to_go = advantages.to_go(both, known)
+            to_go = advantages.reward_to_go(both, known)
             add("rloo_steps", to_go - likely[p] @ to_go)
             add("step", torch.from_numpy(steps))
     return {name: torch.stack(rows).numpy() for name, rows in out.items()}

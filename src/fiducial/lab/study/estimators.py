@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import losses
 from ...core import kl
-from ...core.advantages import gae, to_go
+from ...core.advantages import gae, reward_to_go
 from ...core.kl import Estimator
 from ...core.reductions import select, whiten
 from ..kit import checks as kit
@@ -313,7 +313,7 @@ def _in_small_batches(case: Case, batches: int, size: int = 8) -> dict[str, dict
         )
 
     def plain_reinforce(batch: Batch) -> Tensor:
-        return sequence.reinforce(batch, to_go(sequence.paid(batch), batch.mask))
+        return sequence.reinforce(batch, reward_to_go(sequence.paid(batch), batch.mask))
 
     kinds: dict[str, tuple[Loss, Loss]] = {
         "PPO's surrogate, lambda 0.95, exact critic, whitened over 8 responses": (

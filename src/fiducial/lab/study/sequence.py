@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import losses
 from ...core import advantages, corrections, kl
-from ...core.reductions import by_constant, by_response, by_token
+from ...core.loss_aggregation import constant, sequence_mean, token_mean
 from ...rewards import Scored
 from ...rollout.shaping import Looks, ScoreSettings, shape
 from ..kit import checks as kit
@@ -44,7 +44,7 @@ def paid(batch: Batch) -> Tensor:
 
 def whole(batch: Batch) -> Tensor:
     """Returns [N] of whole responses."""
-    return advantages.whole(paid(batch), batch.mask)
+    return advantages.sequence_return(paid(batch), batch.mask)
 
 
 def reinforce(batch: Batch, advantage: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def reinforce(batch: Batch, advantage: Tensor) -> Tensor:
 def reinforce_plus_plus(batch: Batch) -> Tensor:
     """REINFORCE++: the reward to go, whitened over the batch."""
     return reinforce(
-        batch, advantages.whitened(advantages.to_go(paid(batch), batch.mask), batch.mask)
+        batch, advantages.whitened(advantages.reward_to_go(paid(batch), batch.mask), batch.mask)
     )
 
 
@@ -72,7 +72,7 @@ def grouped(
 
 def grpo(batch: Batch) -> Tensor:
     """GRPO as its paper has it: both divisions, and k3 of each token in the loss."""
-    weights = by_response(batch.mask)
+    weights = sequence_mean(batch.mask)
     each = advantages.group_normalised(batch.rewards, batch.group)[:, None] * weights
     price = kl.penalty(
         batch.logprobs, batch.ref_logprobs, batch.old_logprobs, batch.mask, estimator="forward_k3"
@@ -85,7 +85,7 @@ def grpo(batch: Batch) -> Tensor:
 
 def by_group(mask: Tensor, size: int = 2) -> Tensor:
     """Weights of DAPO where a step is one group; the rows of a group stand together."""
-    return torch.cat([by_token(m) for m in mask.split(size)]) * size / len(mask)
+    return torch.cat([token_mean(m) for m in mask.split(size)]) * size / len(mask)
 
 
 def centred(batch: Batch) -> Tensor:
@@ -119,7 +119,7 @@ def gspo(batch: Batch, **keywords: Any) -> Tensor:
     return losses.gspo_sum(
         batch.logprobs,
         batch.old_logprobs,
-        centred(batch) * by_response(batch.mask),
+        centred(batch) * sequence_mean(batch.mask),
         batch.mask,
         **keywords,
     )[0]
@@ -168,7 +168,7 @@ def rows(add: Add) -> None:
         "REINFORCE, greedy response's score (ReMax)",
         j,
         one,
-        lambda b: reinforce(b, advantages.against_greedy(whole(b), greedy[b.group])),
+        lambda b: reinforce(b, advantages.remax(whole(b), greedy[b.group])),
         "No sampled response has a part in it.",
     )
     add(
@@ -179,8 +179,8 @@ def rows(add: Add) -> None:
         "The others of the group know nothing of the response.",
     )
 
-    plain: Callable[[Tensor], Tensor] = functools.partial(by_constant, length=1)
-    constant = functools.partial(by_constant, length=two.population.world.horizon)
+    plain: Callable[[Tensor], Tensor] = functools.partial(constant, length=1)
+    by_length = functools.partial(constant, length=two.population.world.horizon)
     kin: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor], str]] = {
         "group mean, groups of 2": (
             advantages.group_mean,
@@ -189,7 +189,7 @@ def rows(add: Add) -> None:
         ),
         "Dr. GRPO, groups of 2": (
             advantages.group_mean,
-            constant,
+            by_length,
             "The group's mean, and a constant length: the right direction at another rate.",
         ),
         "GRPO's deviation alone, groups of 2": (
@@ -199,12 +199,12 @@ def rows(add: Add) -> None:
         ),
         "GRPO's mean within each response alone, groups of 2": (
             advantages.group_mean,
-            by_response,
+            sequence_mean,
             "A token of a short response weighs more.",
         ),
         "GRPO, groups of 2, k1 in the reward": (
             advantages.group_normalised,
-            by_response,
+            sequence_mean,
             "Both divisions; here responses of one token break even, so that the second changes no "
             "more than the length.",
         ),
