@@ -240,13 +240,13 @@ def method(name: str) -> Method | None:
 
 def title(name: str) -> str:
     """What pages call a method or variant; the name itself where the table does not know it."""
-    rows = [*VARIANTS, *METHODS]
+    rows: list[Variant | Method] = [*VARIANTS, *METHODS]
     return next((row.title for row in rows if row.name == name), name)
 
 
 def colour(name: str) -> Colour:
     """The colour of a method or variant on every page; green where the table does not know it."""
-    rows = [*VARIANTS, *METHODS]
+    rows: list[Variant | Method] = [*VARIANTS, *METHODS]
     return next((row.colour for row in rows if row.name == name), "green")
 
 

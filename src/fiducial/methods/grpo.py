@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .. import losses
 from ..core import advantages, kl
+from ..core.corrections import off_policy_mask
 from ..core.loss_aggregation import constant, sequence_mean, token_mean
 from ..data.batches import Batches, stream
 from ..data.prepare import load
