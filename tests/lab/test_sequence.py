@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fiducial.lab.runs.measured import METHODS, Plan, responses, run, teach_steps, write_world
+from fiducial.lab.runs.measured import METHODS, Plan, responses, run, teach_steps
 from fiducial.lab.study.credit import compared, decisive, exact_advantages, of_methods, worked
 from fiducial.lab.worlds import exact, policies
+from fiducial.lab.worlds.files import write_world
 from fiducial.lab.worlds.world import World
 
 SEEDS = (0, 1, 2)

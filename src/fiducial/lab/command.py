@@ -30,9 +30,10 @@ from ..settings import Settings
 from ..train.progress import Progress, say
 from .kit.trainer import places
 from .page.page import write_lab_page
-from .runs.measured import METHODS, Plan, run_quietly, write_world
+from .runs.measured import METHODS, Plan, run_quietly
 from .study import derivation, estimators, labels, overoptimisation
 from .worlds import exact, policies
+from .worlds.files import write_world
 from .worlds.world import World
 
 

@@ -30,7 +30,8 @@ from ...train.checkpoint import numbered
 from ...use.generate import Generate, generate
 from ..study.credit import credit
 from ..worlds import exact, policies
-from ..worlds.world import EOS, LETTERS, Array, World, bradley_terry
+from ..worlds.files import write_rows
+from ..worlds.world import EOS, LETTERS, Array, World
 
 Kind = Literal["table", "transformer"]
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,25 +49,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """What is run under each name: the verb, and the settings that make it this method."""
 ONLINE = {"ppo": (ppo, PPO), "reinforce": (reinforce, Reinforce), "grpo": (grpo, GRPO)}
-
-REWARD = '''"""The rewards of this world, for `fiducial ppo --reward reward.py:gold` (or :proxy, where a learned reward would err)."""
-
-from pathlib import Path
-
-from fiducial.lab.worlds.world import World
-
-world = World.load(Path(__file__).with_name("world.npz"))
-
-
-def gold(prompts, completions):
-    """The true reward of each response."""
-    return world.scores(prompts, completions)
-
-
-def proxy(prompts, completions):
-    """What a reward model would say."""
-    return world.scores(prompts, completions, "proxy")
-'''
 
 
 @dataclass(frozen=True)
@@ -93,73 +75,6 @@ class Plan:
     reward: Literal["reward", "proxy", "steps"] = "reward"
     settings: dict[str, Any] = field(default_factory=dict)
     credit: bool = False
-
-
-def write_world(
-    world: World, model: Any, folder: Path, *, preference: Array | None = None, copies: int = 100
-) -> Path:
-    """Everything that the commands need to run on this world: two policies, prompts, comparisons, a
-    reward function. Returns `folder`.
-
-    Args:
-        model: the transformer whose logits are the world's reference.
-        preference: [P, Y, Y] of the annotators; default: Bradley-Terry with the true rewards.
-        copies: how often every two responses are compared; each order comes as often as its
-            probability says, in whole numbers.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    world.save(folder / "world.npz")
-    policies.save(model, folder / "transformer")
-    policies.save(policies.table(world), folder / "table")
-    (folder / "reward.py").write_text(REWARD, encoding="utf-8")
-    write_rows(
-        folder / "prompts.jsonl",
-        ({"prompt": world.prompt_text(p)} for p in range(len(world.prompts))),
-    )
-    write_rows(
-        folder / "pairs.jsonl",
-        comparisons(
-            world, bradley_terry(world.reward) if preference is None else preference, copies
-        ),
-    )
-    return folder
-
-
-def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    """JSON lines."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def comparisons(world: World, preference: Array, copies: int) -> Iterator[dict[str, str]]:
-    """Preference rows: every two responses to a prompt `copies` times, in both orders, in
-    proportion to the probability of each order.
-
-    Raises:
-        ValueError: prompts of different lengths: a cut response is told from a finished one by the
-            rows' common limit.
-    """
-    if len({len(p) for p in world.prompts}) > 1:
-        raise ValueError(
-            "comparisons need prompts of one length: a cut response is told from a finished one by "
-            "--rows.max-length"
-        )
-    for p in range(len(world.prompts)):
-        # a response's wins in all decide its score, so what rounding takes in one comparison is
-        # given back in the next
-        owed = [0.0] * len(world.responses)
-        for i in reversed(range(len(world.responses))):
-            over = 0.0
-            for j in reversed(range(i)):
-                exact_wins = copies * float(preference[p, i, j])
-                wanted = exact_wins + owed[i] / i + over
-                wins = min(copies, max(0, round(wanted)))
-                over, owed[j] = wanted - wins, owed[j] + wins - exact_wins
-                a, b = world.response_text(i), world.response_text(j)
-                yield from [{"prompt": world.prompt_text(p), "chosen": a, "rejected": b}] * wins
-                yield from [{"prompt": world.prompt_text(p), "chosen": b, "rejected": a}] * (
-                    copies - wins
-                )
 
 
 def run(plan: Plan, folder: Path, out: Path) -> dict[str, Any]:

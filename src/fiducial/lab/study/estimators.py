@@ -20,9 +20,11 @@ from ...core import kl
 from ...core.advantages import gae, reward_to_go
 from ...core.kl import Estimator
 from ...core.reductions import select, whiten
-from ..kit import checks as kit
-from ..kit.diagnosis import Case, Loss, Measured, look, measure
-from ..kit.population import Batch, build, draw
+from ..kit import cases as kit
+from ..kit.batch import Batch, build
+from ..kit.case import Case
+from ..kit.measure import Loss, Measured, loss_gradient, measure
+from ..kit.population import draw
 from ..worlds import exact
 from ..worlds.world import Array, World
 from . import sequence
@@ -101,7 +103,7 @@ def estimator_table(*, batches: int = 1_000) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
 
     def add(name: str, estimates: str, case: Case, loss: Loss, words: str) -> None:
-        seen = case.look(loss)
+        seen = case.gradient(loss)
         found = measure(-case.parameters(seen.table), case.exact(case.population))
         out.append(
             _row(name, estimates, found, case.variance(seen) if found.scale else None, True, words)
@@ -331,7 +333,10 @@ def _in_small_batches(case: Case, batches: int, size: int = 8) -> dict[str, dict
         for name, pair in kinds.items():
             seen[name].append(
                 np.stack(
-                    [-case.parameters(look(loss, batch, case.what).table).ravel() for loss in pair]
+                    [
+                        -case.parameters(loss_gradient(loss, batch, case.learned).table).ravel()
+                        for loss in pair
+                    ]
                 )
             )
     out = {}

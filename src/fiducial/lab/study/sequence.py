@@ -17,9 +17,11 @@ from ...core import advantages, corrections, kl
 from ...core.loss_aggregation import constant, sequence_mean, token_mean
 from ...rewards import Scored
 from ...rollout.shaping import Looks, ScoreSettings, shape
-from ..kit import checks as kit
-from ..kit.diagnosis import Case, Loss
-from ..kit.population import Batch, Population
+from ..kit import cases as kit
+from ..kit.batch import Batch
+from ..kit.case import Case
+from ..kit.measure import Loss
+from ..kit.population import Population
 from ..worlds import exact
 
 # ---- the losses ----
