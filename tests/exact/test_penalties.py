@@ -1,5 +1,5 @@
-"""The KL in the loss, what is refused of it, and the score before it is a reward. Check 13 of the
-estimators themselves is in test_exact.py.
+"""The KL penalty in the loss, the settings that are refused, and how a score becomes a reward.
+Check 13 of the KL estimators themselves is in test_policy_gradient.py.
 """
 
 import itertools
@@ -46,7 +46,9 @@ def penalised(world: World, estimator: str) -> np.ndarray:
 
 
 def of_states(world: World, each) -> np.ndarray:
-    """[21] a gradient [3] for each state by its two distributions, as often as the policy comes there."""
+    """[21] a gradient [3] for each state by its two distributions, as often as the policy comes
+    there.
+    """
     pi = distribution(world.policy)
     out = np.zeros((len(PREFIXES), 3))
     for s, prefix in enumerate(PREFIXES):
@@ -244,7 +246,7 @@ def test_the_length_penalty_by_hand_with_the_papers_numbers():
     assert overlong(torch.tensor([1, 2, 3]), 3, 1).tolist() == [0, 0, 1]
 
 
-def test_the_reward_of_each_token_is_its_step_the_rest_of_the_score_and_the_price_of_its_log_ratio():
+def test_the_reward_of_each_token_is_its_step_the_rest_of_the_score_and_its_share_of_the_kl():
     every = all_responses()
     now = tensor(np.random.default_rng(2).normal(size=every.mask.shape))
     looks = Looks(

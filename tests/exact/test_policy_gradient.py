@@ -1,5 +1,5 @@
 """The package against a world in which everything is known: sampling, gradients, KL, advantages,
-PPO. Pairs are in test_exact_pairs.py.
+PPO. Pairs are in test_pairs.py.
 
 Numbers in parentheses are those of the checks in the design; tolerances are theirs too.
 """
@@ -479,7 +479,7 @@ def test_16_the_first_minibatch_has_ratio_one_nothing_clipped_and_the_policy_gra
 
 
 @pytest.mark.parametrize("eps", [0.2, 0.05])
-def test_16_the_derivative_is_zero_exactly_where_the_clip_is_meant_to_cut_and_minus_ratio_times_advantage_elsewhere(
+def test_16_the_derivative_is_zero_where_the_clip_cuts_and_minus_ratio_times_advantage_elsewhere(
     eps,
 ):
     ratios = [0.5, 1 - eps - 1e-6, 1 - eps + 1e-6, 1.0, 1 + eps - 1e-6, 1 + eps + 1e-6, 2.0]

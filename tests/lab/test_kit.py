@@ -320,7 +320,9 @@ def sigmoid_loss(u):
 
 
 def exact_kl_both_ways(b):
-    """Rao-Blackwell: the exact KL of every state, as a loss, and as the price of the tokens before it."""
+    """Rao-Blackwell: the exact KL of every state, as a loss, and as the price of the tokens before
+    it.
+    """
     p = (b.logits() / b.temperature).log_softmax(-1)[:, :-1]
     q = (b.ref_logits() / b.temperature).log_softmax(-1)[:, :-1]
     state = (p.exp() * (p - q)).sum(-1) * b.mask[:, 1:]
@@ -529,7 +531,9 @@ def own_cispo(b, *, weight=lambda rho: rho.detach().clamp(max=1.5), mask=None):
 
 
 def importance(b, weight, baseline=0.3, mask=None):
-    """The policy gradient with a weight of log-ratios [N, W], of responses that another policy wrote."""
+    """The policy gradient with a weight of log-ratios [N, W], of responses that another policy
+    wrote.
+    """
     d, _ = own_ratios(b)
     mask = b.mask if mask is None else mask
     return -(weight(d) * (b.rewards - baseline)[:, None] * b.logprobs * mask).sum(1).mean()
@@ -831,7 +835,8 @@ GROUPS = [
     (
         "GRPO",
         lambda b: rloo(b, advantage=deviation, penalty="k3", over="means"),
-        "divided by the group's standard deviation + mean of response means + per-token k3 as a loss",
+        "divided by the group's standard deviation + mean of response means + "
+        "per-token k3 as a loss",
     ),
 ]
 CLIP = [
@@ -1340,7 +1345,7 @@ def test_targets_of_policies_are_the_finite_differences_of_what_they_are_gradien
         (kit.policy_case("cispo", cap=math.inf), math.inf, math.inf),
     ],
 )
-def test_the_target_of_the_clipped_surrogate_is_its_finite_difference_and_so_is_that_of_cispo_without_a_cap(
+def test_the_targets_of_the_clipped_surrogate_and_of_cispo_without_a_cap_are_finite_differences(
     case, low, high
 ):
     p = case.population
@@ -1468,9 +1473,7 @@ def test_the_gradients_of_the_catalogue_are_told_apart(case):
     assert len(right) >= 1 or case.checked in (kit.TITLES["forward_kl"],)
     for c in right:  # with no mistake the closed form is the exact gradient, by another road
         assert (
-            measure(
-                c.gradient + (0 if c.penalty is None else c.penalty), target
-            ).relative_bias
+            measure(c.gradient + (0 if c.penalty is None else c.penalty), target).relative_bias
             < 1e-9
         )
     tried: dict[str, int] = {}
@@ -1587,7 +1590,7 @@ def test_the_table_of_estimators_measures_what_the_design_says():
     assert table["k1 as a loss"]["scale"] == 0
 
 
-def test_the_rows_of_the_sequence_level_methods_are_in_the_order_that_their_papers_and_the_design_give():
+def test_the_rows_of_the_sequence_level_methods_are_in_the_order_that_their_papers_give():
     table = {r["name"]: r for r in lab.estimator_table(batches=2)}
     bias = {n: r["relative_bias"] for n, r in table.items()}
     for name, scale in (

@@ -18,8 +18,8 @@ from .population import Population
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """N responses after their prompts, padded right, with everything a loss may need. Where the mask
-    is false, all tensors hold finite nonsense.
+    """N responses after their prompts, padded right, with everything a loss may need. Where the
+    mask is false, all tensors hold finite nonsense.
 
     trajectory: ids, mask, prompt_lengths, lengths, finished, temperature (see
     `fiducial.rollout.trajectory.Trajectory`). logprobs: [N, W] log-probabilities of the policy at

@@ -33,7 +33,8 @@ TITLES: dict[str, str] = {
 }
 OFF_POLICY = ("clip", "gspo", "cispo", "moved")
 MOVED = 0.5
-"""Standard deviation of the noise between the two policies: token ratios range from 0.26 to 1.83."""
+"""Standard deviation of the noise between the two policies: token ratios range from 0.26 to 1.83.
+"""
 
 
 @functools.cache

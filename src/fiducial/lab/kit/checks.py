@@ -1,5 +1,5 @@
-r"""Check a loss: pass a function from a batch to a scalar, and learn its bias, its cost, and the name
-of the mistake.
+r"""Check a loss: pass a function from a batch to a scalar, and learn its bias, its cost, and the
+name of the mistake.
 
     from fiducial.lab import check_policy_loss
 

@@ -90,7 +90,8 @@ def _sentence(names: tuple[str, ...], found: Measured | None) -> str:
     parts = [CATALOGUE[n].explanation for n in names]
     if found is not None and found.relative_bias > TOLERANCE:
         parts.append(
-            f"The expected gradient is off by {found.relative_bias:.2%} (cosine {found.cosine:.4f})."
+            f"The expected gradient is off by {found.relative_bias:.2%} "
+            f"(cosine {found.cosine:.4f})."
         )
     remedies = list(dict.fromkeys(CATALOGUE[n].remedy for n in names if CATALOGUE[n].remedy))
     if remedies:
@@ -221,8 +222,8 @@ def _about_scale(scale: float, case: Case) -> list[str]:
     for natural in (1.0, 1 / tokens):
         if abs(scale / natural / ((g - 1) / g) - 1) < 1e-6:
             return [
-                f"The gradient has (G - 1) / G = {(g - 1) / g:.3g} of the exact length, because the "
-                "mean of the group includes the response itself. All terms share this factor."
+                f"The gradient has (G - 1) / G = {(g - 1) / g:.3g} of the exact length, because "
+                "the mean of the group includes the response itself. All terms share this factor."
             ]
     return []
 

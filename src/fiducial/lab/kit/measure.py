@@ -18,7 +18,8 @@ from .layout import Rows
 Loss = Callable[[Any], object]
 """From a Batch or PairBatch to a scalar tensor, or to a tuple whose first entry is one."""
 Learned = Literal["raw", "values", "scores"]
-"""The tensor of a Batch that is learned: raw logits, a critic's values, or a reward model's scores."""
+"""The tensor of a Batch that is learned: raw logits, a critic's values, or a reward model's scores.
+"""
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,7 +76,8 @@ class Population:
     def advantages(self) -> Array:
         """[P, S, V] Q - V of the policy that sampled."""
         v, q = exact.values(self.world, self.data)
-        return q - v[..., None]
+        out: Array = q - v[..., None]
+        return out
 
     def with_(self, **changes: object) -> Population:
         """A copy with other values in these fields."""
@@ -149,8 +150,8 @@ def likelihoods(population: Population) -> Array:
 
 
 def outside(population: Population, kind: Kind, *trailing: int) -> tuple[Array, Array]:
-    """What a table holds where no token of the policy follows: [P, Y, ...] at the last token of each
-    response, and [W, ...] in each column of padding.
+    """What a table holds where no token of the policy follows: [P, Y, ...] at the last token of
+    each response, and [W, ...] in each column of padding.
     """
     where = layout(population.world.prompts, population.world.horizon)
     rest = filler("nonsense", where.rows - where.states, kind, *trailing)

@@ -1,4 +1,4 @@
-"""How a loss reads log-probabilities from logits, and which tokens it trains on, by its gradient."""
+"""How a loss reads log-probabilities, and which tokens it trains on, shown by its gradient."""
 
 from __future__ import annotations
 

@@ -37,13 +37,13 @@ def likelihood(p: Population) -> Array:
 
 def _likelihood(p: Population, data: Array) -> Array:
     """E log pi of responses with these log-probabilities of the next token [P, S, V]."""
-    weight = exact.visits(p.tree, data)[..., None] * (np.exp(data) - np.exp(p.policy))
-    return weight / p.temperature / float(len(p.world.prompts))
+    out: Array = exact.visits(p.tree, data)[..., None] * (np.exp(data) - np.exp(p.policy))
+    return out / p.temperature / len(p.world.prompts)
 
 
 def clip(p: Population, *, low: float, high: float) -> Array:
-    """PPO's surrogate of the population's advantages, state by state: visits of the old policy times
-    the ratio's gradient where the clip keeps it.
+    """PPO's surrogate of the population's advantages, state by state: visits of the old policy
+    times the ratio's gradient where the clip keeps it.
     """
     ratio = np.exp(p.policy - p.data)
     kept = ~(((p.advantages > 0) & (ratio > 1 + high)) | ((p.advantages < 0) & (ratio < 1 - low)))
@@ -56,8 +56,8 @@ def cispo(p: Population, *, cap: float) -> Array:
 
 
 def gspo(p: Population, *, low: float, high: float) -> Array:
-    """GSPO's surrogate of the rewards, response by response: s A / |y| for each of its tokens, where
-    the clip keeps it.
+    """GSPO's surrogate of the rewards, response by response: s A / |y| for each of its tokens,
+    where the clip keeps it.
     """
     tree, world = p.tree, p.world
     s = np.exp((exact.logprobs(tree, p.policy) - exact.logprobs(tree, p.data)) / tree.lengths)
@@ -68,8 +68,8 @@ def gspo(p: Population, *, low: float, high: float) -> Array:
     weight = np.zeros_like(p.policy)
     for y, t in np.argwhere(tree.path >= 0):
         weight[:, tree.path[y, t], tree.token[y, t]] += each[:, y]
-    out = weight - np.exp(p.policy) * weight.sum(-1, keepdims=True)
-    return out / p.temperature / float(len(world.prompts))
+    out: Array = weight - np.exp(p.policy) * weight.sum(-1, keepdims=True)
+    return out / p.temperature / len(world.prompts)
 
 
 def _by_state(p: Population, weight: Array) -> Array:
@@ -77,11 +77,13 @@ def _by_state(p: Population, weight: Array) -> Array:
     the token was sampled.
     """
     new = np.exp(p.policy)
-    out = exact.visits(p.tree, p.data)[..., None] * (weight - new * weight.sum(-1, keepdims=True))
-    return out / p.temperature / float(len(p.world.prompts))
+    out: Array = exact.visits(p.tree, p.data)[..., None] * (
+        weight - new * weight.sum(-1, keepdims=True)
+    )
+    return out / p.temperature / len(p.world.prompts)
 
 
 def values(p: Population) -> Array:
     """Minus half the squared error of the values, weighted by the visits to each state."""
     error = exact.values(p.world, p.policy)[0] - p.values
-    return exact.visits(p.tree, p.data) * error / float(len(p.world.prompts))
+    return exact.visits(p.tree, p.data) * error / len(p.world.prompts)

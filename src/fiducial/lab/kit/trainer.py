@@ -1,9 +1,9 @@
-"""Check a whole trainer, this package's or another: it receives a world's files and returns a model,
-whose exact distribution is then examined.
+"""Check a whole trainer, this package's or another: it receives a world's files and returns a
+model, whose exact distribution is then examined.
 
-A trainer with a wrong objective ends at the optimum of that objective, and for most wrong objectives
-this optimum is known exactly too. So the result not only says how far the model is from pi*, but
-also which wrong objective it has optimized.
+A trainer with a wrong objective ends at the optimum of that objective, and for most wrong
+objectives this optimum is known exactly too. So the result not only says how far the model is from
+pi*, but also which wrong objective it has optimized.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ SENTENCES = {
     "beta doubled": "The model has not moved far enough. Beta has twice its strength.",
     "no reference": "The model is at the optimum for a uniform reference. The reference's "
     "log-probabilities are missing or constant.",
-    "forward KL": "The model is at the optimum of E[r] - beta KL(ref || pi). k3 was used as a loss, "
-    "which has the gradient of the forward KL.",
+    "forward KL": "The model is at the optimum of E[r] - beta KL(ref || pi). k3 was used as a "
+    "loss, which has the gradient of the forward KL.",
 }
 
 
@@ -85,7 +85,8 @@ def check_trainer(
     """Run `train` on the files of a world, and report where it ended.
 
     Args:
-        train: receives a folder with `transformer/` and `table/` (models in the Hugging Face layout;
+        train: receives a folder with `transformer/` and `table/` (models in the Hugging Face
+        layout;
             start from one of them, and use it as the reference), `prompts.jsonl`, `pairs.jsonl`
             (prompt, chosen, rejected) and `reward.py` with `gold(prompts, completions)`.
             `World.load(folder / "world.npz")` has the rest: `.beta`, and `.horizon`, the most
@@ -160,8 +161,8 @@ def _normalized(logp: Array) -> Array:
 
 
 def _forward(ref: Array, reward: Array, beta: float) -> Array:
-    """The optimum of E[r] - beta KL(ref || pi): pi = beta ref / (c - r), where c exceeds every reward
-    and is such that pi sums to 1. It is found by bisection.
+    """The optimum of E[r] - beta KL(ref || pi): pi = beta ref / (c - r), where c exceeds every
+    reward and is such that pi sums to 1. It is found by bisection.
     """
     out = np.empty_like(ref)
     for p in range(len(ref)):

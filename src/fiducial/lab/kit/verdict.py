@@ -11,13 +11,14 @@ class Verdict:
     """The result of a check.
 
     ok: the expected gradient has the exact direction, and nothing changes it that should not.
-    name: "correct", or the name of the mistake in `fiducial.lab.CATALOGUE`; several names are joined
-    by " + ".
+    name: "correct", or the name of the mistake in `fiducial.lab.CATALOGUE`; several names are
+    joined by " + ".
     sentence: what is wrong, by how much, and what to do.
     checked: the kind of loss, and what it was compared with.
     cosine: between the expected gradient g and the exact gradient.
     relative_bias: |a g - exact| / |exact| at the best positive factor a.
-    scale: the length of g along the exact gradient. A mean over responses of sums over tokens has 1.
+    scale: the length of g along the exact gradient. A mean over responses of sums over tokens has
+    1.
     variance: E |g_i - g|^2 / |g|^2, where g_i is the contribution of one response (group, pair):
     the number of responses at which the noise is as large as the gradient.
     gap: the share of the way to the optimum that is left after a short training with this loss: 1

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from . import policies
 from .world import Array, World, bradley_terry
 
-REWARD = '''"""Reward functions of this world: `fiducial ppo --reward reward.py:gold` or `:proxy`."""
+REWARD = '''"""Rewards of this world: `fiducial ppo --reward reward.py:gold` or `:proxy`."""
 
 from pathlib import Path
 
@@ -39,8 +39,8 @@ def write_world(
     preference: Array | None = None,
     copies: int = 100,
 ) -> Path:
-    """Write two policies (`transformer/`, `table/`), `prompts.jsonl`, `pairs.jsonl`, `reward.py` and
-    `world.npz`. Returns `folder`.
+    """Write two policies (`transformer/`, `table/`), `prompts.jsonl`, `pairs.jsonl`, `reward.py`
+    and `world.npz`. Returns `folder`.
 
     Args:
         model: the transformer whose logits are the world's reference.

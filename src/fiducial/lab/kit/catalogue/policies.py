@@ -1,4 +1,4 @@
-"""Mistakes in policy losses: the KL penalty, rewards and returns, groups, ratios; and in critics."""
+"""Mistakes in policy losses (KL penalty, rewards and returns, groups, ratios) and in critics."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ FAULTS = (
     # -- KL
     Fault(
         "KL penalty missing",
-        "The KL penalty does not affect the expected gradient: it is left out, it is detached where "
-        "it should act, or k1 is used as a loss.",
+        "The KL penalty does not affect the expected gradient: it is left out, it is detached "
+        "where it should act, or k1 is used as a loss.",
         "Subtract beta * (logprobs - ref_logprobs), detached, from each token's reward.",
         "open-instruct#535, NeMo-RL#2506",
     ),
@@ -153,7 +153,8 @@ FAULTS = (
     ),
     Fault(
         "no reward-to-go",
-        "Rewards do not reach earlier tokens: they are not summed, or summed in the wrong direction.",
+        "Rewards do not reach earlier tokens: they are not summed, or summed in the wrong "
+        "direction.",
         "Sum the rewards from each token to the end.",
     ),
     Fault(

@@ -1,4 +1,4 @@
-"""The gradients of mistaken critic losses: where the squared error to a wrong target moves values."""
+"""The gradients of mistaken critic losses: squared errors to a wrong target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-r"""The gradients of mistaken losses where the policy has moved away from the policy that sampled the
+r"""The gradients of mistaken losses where the policy has moved away from the policy that sampled
+the
 responses: ratios, clips and weights.
 
 As in `fiducial.lab.kit.faults.policies`, a loss has the gradient :math:`-E_\mu\sum_t
@@ -27,8 +28,8 @@ def _log_ratio(t: Terms) -> Array:
 
 
 def _kept(ratio: Array, a: Array, low: float, high: float, sign: float = 1) -> Array:
-    """1 where PPO's clip keeps the gradient. sign -1: where it would with advantages of the opposite
-    sign.
+    """1 where PPO's clip keeps the gradient. sign -1: where it would with advantages of the
+    opposite sign.
     """
     return np.where(
         ((sign * a > 0) & (ratio > 1 + high)) | ((sign * a < 0) & (ratio < 1 - low)), 0.0, 1.0

@@ -163,8 +163,8 @@ def reward_gradient(
 
 
 def reward_candidates(population: Population) -> Iterator[Candidate]:
-    """Descent directions of mistaken reward-model losses: scores read elsewhere, or another function
-    of the margin.
+    """Descent directions of mistaken reward-model losses: scores read elsewhere, or another
+    function of the margin.
     """
     world, tree = population.world, population.tree
     where = layout(world.prompts, world.horizon)

@@ -20,8 +20,8 @@ from ..population import Population, likelihoods, outside
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """Quantities of every response of a population: [P, Y, T] unless another shape is given, 0 after
-    the end.
+    """Quantities of every response of a population: [P, Y, T] unless another shape is given, 0
+    after the end.
     """
 
     population: Population
@@ -36,7 +36,7 @@ class Terms:
     @functools.cached_property
     def probability(self) -> Array:
         """[P, Y] probability of the response in the data; sums to 1 over prompts and responses."""
-        return likelihoods(self.population) / float(len(self.population.world.prompts))
+        return likelihoods(self.population) / len(self.population.world.prompts)
 
     def at_tokens(self, table: Array) -> Array:
         """The entries of a table [P, S, V] at the tokens, or of a table [P, S] at their states."""
@@ -84,7 +84,8 @@ class Terms:
     @functools.cached_property
     def last(self) -> Array:
         """1 at the last token of each response."""
-        return self.mask * (self.position == self.lengths - 1)
+        out: Array = self.mask * (self.position == self.lengths - 1)
+        return out
 
     @functools.cached_property
     def reward(self) -> Array:
