@@ -116,7 +116,7 @@ def grpo(
             with run.explained():
                 trajectory, groups, scored, counts = gather(ready, settings, run)
             old = forward(trajectory, ready.roles, run.processes, settings.run.tokens)
-            rewards, metrics, scale = shape(
+            token_rewards, metrics, scale = shape(
                 trajectory,
                 scored,
                 old,
@@ -126,7 +126,7 @@ def grpo(
                 kl_in_reward=parts.penalty == "k1",
                 limit=settings.max_new_tokens,
             )
-            returns = advantages.sequence_return(rewards, trajectory.mask)
+            returns = advantages.sequence_return(token_rewards, trajectory.mask)
             advantage = ADVANTAGES[parts.advantage](returns, groups)[:, None]
             weights, mask, corrected = importance_weights(trajectory, old, settings.long)
 

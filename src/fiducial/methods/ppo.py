@@ -88,7 +88,7 @@ def ppo(
                 trajectory = ready.sample(chosen, run.step)
                 scored = ready.score(chosen, trajectory)
             old = forward(trajectory, ready.roles, run.processes, settings.run.tokens)
-            rewards, metrics, scale = shape(
+            token_rewards, metrics, scale = shape(
                 trajectory,
                 scored,
                 old,
@@ -99,7 +99,7 @@ def ppo(
                 limit=settings.max_new_tokens,
             )
             advantage, returns = advantages.gae(
-                rewards, old.values, trajectory.mask, gamma=settings.gamma, lam=settings.lam
+                token_rewards, old.values, trajectory.mask, gamma=settings.gamma, lam=settings.lam
             )
             weight = whiten(advantage, trajectory.mask) if settings.whiten else advantage
 

@@ -119,7 +119,7 @@ def reinforce(
                 if settings.baseline == "remax":
                     greedy = greedy_scores([i for i, _ in drawn], scored, ready, settings, run)
             old = forward(trajectory, ready.roles, run.processes, settings.run.tokens)
-            rewards, metrics, scale = shape(
+            token_rewards, metrics, scale = shape(
                 trajectory,
                 scored,
                 old,
@@ -137,14 +137,14 @@ def reinforce(
                 run.state.mean or 0.0,
             )
             advantage = BASELINES[settings.baseline](
-                credit(rewards, trajectory.mask, settings), batch
+                credit(token_rewards, trajectory.mask, settings), batch
             )
 
             moved = improve(
                 trajectory, old, advantage * weights, mask, penalty, stepper, settings, run
             )
 
-            average = float(advantages.sequence_return(rewards, trajectory.mask).mean())
+            average = float(advantages.sequence_return(token_rewards, trajectory.mask).mean())
             mean = run.state.mean
             run.state = replace(
                 run.state,

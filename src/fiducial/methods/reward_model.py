@@ -211,7 +211,7 @@ def evaluate(
     held_out: list[Ranking],
     train: list[Ranking],
     settings: RewardModel,
-    run: Run,
+    run: Run[None],
 ) -> dict[str, float]:
     """Held-out loss and accuracy; its interval and that of a judge who only looks at the length go
     to the summary.
@@ -266,7 +266,8 @@ def reference_scores(
 
 def _length_gaps(ranking: Ranking) -> list[int]:
     return [
-        ranking.responses[w].num_labels - ranking.responses[l].num_labels for w, l in ranking.pairs
+        ranking.responses[w].num_labels - ranking.responses[l].num_labels
+        for w, l in ranking.pairs  # noqa: E741
     ]
 
 

@@ -157,7 +157,8 @@ def load_function(name: str, flag: str) -> Callable[..., Any]:
             f"{flag}: {where} has no function {attribute}"
             + (f"; it has {', '.join(there)}" if there else "")
         )
-    return function
+    found: Callable[..., Any] = function
+    return found
 
 
 def _line_of(error: Exception, function: Callable[..., Any]) -> str:

@@ -95,7 +95,9 @@ class Scored:
 class Scorer(Protocol):
     """Something that scores responses: a function, a model, a judge, or several of them."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What metrics and messages call it."""
 
     def check_rows(self, rows: Sequence[PromptRow]) -> None:
         """Refuse, before any work, prompt rows that lack what this scorer reads.

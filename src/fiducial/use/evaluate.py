@@ -135,9 +135,9 @@ def divergence(
     The estimator is k1.
     """
     tokenizer, processes = model.renderer.tokenizer, model.processes
-    other = load_policy(
-        reference, LoraSettings(), RunSettings(), tokenizer, flag="--reference"
-    ).to(processes.device)
+    other = load_policy(reference, LoraSettings(), RunSettings(), tokenizer, flag="--reference").to(
+        processes.device
+    )
     per_response: list[float] = []
     tokens = 0
     for block in responses:

@@ -48,9 +48,7 @@ def generate(settings: Generate) -> int:
     if out is not None and processes.main:
         out.parent.mkdir(parents=True, exist_ok=True)
     count, samples = 0, settings.samples * (best.n if best else 1)
-    for numbers, responses in model.answer(
-        samples, params, seed=settings.seed, title="generate"
-    ):
+    for numbers, responses in model.answer(samples, params, seed=settings.seed, title="generate"):
         if best is not None:
             _, responses = best.keep(numbers, responses)
         lines = [json.dumps(row, ensure_ascii=False) for row in as_rows(responses, best)]

@@ -174,7 +174,10 @@ class Labeler:
         settings, model, params = self.settings, self.model, self.params
         n, longest = settings.completions, settings.max_new_tokens
         rates: dict[tuple[int, int], float] = {}
-        lengths, limit = [len(model.ids[i]) for i in numbers], context(plain(model.policy.lm).config)
+        lengths, limit = (
+            [len(model.ids[i]) for i in numbers],
+            context(plain(model.policy.lm).config),
+        )
         for group in alike(prefixes, lengths, longest, limit):
             several = [(p, c) for p in group for c in range(n)]
             prompt = [numbers[p.response] for p, _ in several]
