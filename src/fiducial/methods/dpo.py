@@ -1,8 +1,8 @@
 """Direct preference optimization: fit a policy to preference pairs, close to a frozen reference.
 
 Rafailov et al. 2023, arXiv 2305.18290. The KL-regularized objective has the optimum
-pi* = pi_ref exp(r / beta) / Z. Solved for the reward, r = beta log(pi* / pi_ref) + beta log Z, and Z
-cancels when two responses are compared. The policy itself is therefore the reward model, and the
+pi* = pi_ref exp(r / beta) / Z. Solved for the reward, r = beta log(pi* / pi_ref) + beta log Z, and
+Z cancels when two responses are compared. The policy itself is therefore the reward model, and the
 Bradley-Terry likelihood of the labels is its loss.
 """
 

@@ -194,7 +194,7 @@ def score(scorer: ScoreModel, responses: list[Rendered], device: torch.device) -
 
 
 def all_scores(
-    scorer: ScoreModel, responses: list[Rendered], settings: RewardModel, run: Run
+    scorer: ScoreModel, responses: list[Rendered], settings: RewardModel, run: Run[None]
 ) -> Tensor:
     """[R] scores without gradient, in micro-batches, on all processes."""
     (scores,) = run.processes.map_rows(

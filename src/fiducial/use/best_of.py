@@ -103,7 +103,10 @@ class BestOf:
     def bound(self) -> str:
         """The KL that the choice costs, as a clause."""
         at = "" if self.temperature == 1 else f" at temperature {self.temperature:g}"
-        return f"the best of {self.n} is at most {kl_bound(self.n):.3g} nats a response from the model{at} (log n - (n - 1)/n)"
+        return (
+            f"the best of {self.n} is at most {kl_bound(self.n):.3g} nats per response from the "
+            f"model{at} (log n - (n - 1)/n)"
+        )
 
     def summary(self) -> str:
         """One line for the terminal."""

@@ -106,8 +106,8 @@ def label_steps(settings: LabelSteps) -> dict[str, Any]:
         say(
             f"label-steps: {counts['steps']:,} steps of {counts['responses']:,} responses to "
             f"{counts['prompts']:,} prompts in {out}{left if unsplit else ''}; "
-            f"{counts['recoverable'] / counts['steps']:.1%} are labeled right: from there the model "
-            f"ended right at least once in {settings.completions} completions, so right means "
+            f"{counts['recoverable'] / counts['steps']:.1%} are labeled right: from there the "
+            f"model ended right at least once in {settings.completions} completions, so right means "
             "recoverable, not valid"
         )
     return counts
