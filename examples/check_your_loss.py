@@ -1,5 +1,5 @@
-"""Check a loss of your own: does its expected gradient have the right direction, and if not, what is
-wrong with it?
+"""Check a loss of your own: does its expected gradient have the right direction, and if not, what
+is wrong with it?
 
     python examples/check_your_loss.py
 
