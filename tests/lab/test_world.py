@@ -14,12 +14,13 @@ from fiducial.errors import InputError
 from fiducial.lab.worlds import exact, policies
 from fiducial.lab.worlds import world as lab
 from fiducial.lab.worlds.world import EOS, World, prompts_for, tree
-from fiducial.models.load import load_policy, load_renderer
+from fiducial.models.load import load_policy
 from fiducial.models.roles import Policy
-from fiducial.rewards.load import Responses
-from fiducial.rollout.answers import local_sampler
-from fiducial.rollout.sampler import LocalSampler
+from fiducial.rewards.types import Responses
+from fiducial.rollout.local import local_sampler
+from fiducial.rollout.sampling import Keys, SamplingParams, sampling_params
 from fiducial.settings import LoraSettings, RowSettings, RunSettings
+from fiducial.train.renderer import load_renderer
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +139,11 @@ def test_the_scores_of_texts_are_those_of_the_table(world):
 def test_what_a_model_samples_is_scored_by_the_table(world, folder):
     renderer = load_renderer(str(folder), RowSettings())
     policy = load_policy(str(folder), LoraSettings(), RunSettings(), renderer.tokenizer)
-    sampler = local_sampler(
-        policy, renderer, max_new_tokens=world.horizon, temperature=1.0, stop=()
-    )
     p = [i % 3 for i in range(300)]
-    drawn = sampler(
-        [world.prompts[i] for i in p], seed=0, step=0, prompt=p, sample=list(range(300))
+    drawn = local_sampler(policy).sample(
+        [world.prompts[i] for i in p],
+        sampling_params(renderer, world.horizon),
+        Keys(0, 0, p, list(range(300))),
     )
 
     class Row:
@@ -331,12 +331,11 @@ def test_a_prompt_and_its_longest_response_fit_the_context_of_table_and_transfor
         model = policies.load(one)
         limit = model.config.max_position_embeddings
         assert limit >= len(longest) + world.horizon
-        sampler = LocalSampler(model, world.horizon, frozenset({EOS}), limit)
-        assert len(sampler([longest], seed=0, step=0, prompt=[0], sample=[0])) == 1
+        sampler, keys = local_sampler(Policy(model)), Keys(0, 0, [0], [0])
+        params = SamplingParams(world.horizon, stop_ids=frozenset({EOS}))
+        assert len(sampler.sample([longest], params, keys)) == 1
         with pytest.raises(InputError, match="exceed the model's context"):
-            LocalSampler(model, limit, frozenset({EOS}), limit)(
-                [longest], seed=0, step=0, prompt=[0], sample=[0]
-            )
+            sampler.sample([longest], SamplingParams(limit, stop_ids=frozenset({EOS})), keys)
 
 
 def test_every_tree_is_made_once_and_numbers_its_responses_as_the_world_does():
