@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from .kit.trainer import Arrival as Arrival
     from .kit.trainer import check_trainer as check_trainer
     from .study.estimators import estimator_table as estimator_table
-    from .study.estimators import kl_table as kl_table
+    from .study.kl_estimators import kl_table as kl_table
     from .worlds.world import World as World
 
 _WHERE = {
     "estimator_table": "study.estimators",
-    "kl_table": "study.estimators",
+    "kl_table": "study.kl_estimators",
     "CATALOGUE": "kit.catalogue",
     "Fault": "kit.catalogue",
     "Draws": "kit.checks",

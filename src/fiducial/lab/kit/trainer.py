@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runs.measured import write_world
+from ..worlds.files import write_world
 from ..worlds import exact, policies
 from ..worlds.world import Array, World
 

@@ -280,7 +280,7 @@ def estimator_table(*, batches: int = 1_000) -> list[GradientEstimator]:
     return out
 
 
-def _with(function: Callable[..., Tensor], **keywords: Any) -> Loss:
+def _with(function: Callable[..., Tensor], **keywords: object) -> Loss:
     return lambda batch: function(batch, **keywords)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +92,7 @@ def grpo(batch: Batch) -> Tensor:
 
 def by_group(mask: Tensor, size: int = 2) -> Tensor:
     """DAPO's weights if one step is one group; rows of a group are adjacent."""
-    return torch.cat([token_mean(m) for m in mask.split(size)]) * size / len(mask)
+    return torch.cat([token_mean(m) for m in torch.split(mask, size)]) * size / len(mask)
 
 
 def centered(batch: Batch) -> Tensor:
@@ -102,7 +101,7 @@ def centered(batch: Batch) -> Tensor:
 
 
 def corrected(
-    batch: Batch, weights: Callable[..., Tensor] | None = None, **keywords: Any
+    batch: Batch, weights: Callable[..., Tensor] | None = None, **keywords: float
 ) -> Tensor:
     """The policy gradient at the current policy, on responses that another policy sampled.
 
@@ -116,7 +115,9 @@ def corrected(
     return reinforce(batch, w * centered(batch))
 
 
-def surrogate(batch: Batch, loss_sum: Callable[..., tuple[Tensor, Any]], **keywords: Any) -> Tensor:
+def surrogate(
+    batch: Batch, loss_sum: Callable[..., tuple[Tensor, object]], **keywords: float
+) -> Tensor:
     """A surrogate loss for several steps on the same responses: a mean over responses of sums over
     their tokens.
     """
@@ -125,7 +126,7 @@ def surrogate(batch: Batch, loss_sum: Callable[..., tuple[Tensor, Any]], **keywo
     ] / len(batch)
 
 
-def gspo(batch: Batch, **keywords: Any) -> Tensor:
+def gspo(batch: Batch, **keywords: float) -> Tensor:
     """GSPO: every response counts once."""
     return losses.gspo_sum(
         batch.logprobs,
@@ -240,91 +241,34 @@ def off_policy_rows(add: Add) -> None:
     """
     goal, case = "grad E[r] at the policy that has moved", kit.policy_case("moved")
     inf = math.inf
-    for name, words, loss in (
-        ("not corrected", "The responses are taken as if the current policy had sampled them.",
-        corrected), (
+    cases: tuple[tuple[str, str, Loss], ...] = (
+        (
+            "not corrected",
+            "The responses are taken as if the current policy had sampled them.",
+            corrected,
+        ),
+        (
             "token ratios, no cap",
-            "The ratio of
-            each
-           
-            token
-          
-           
-              alone:
-           
-            neither
-           
-           
-           
-           
-            the
-           
-           
-           
-           
-           
-            tokens
-           
-           
-           
-           
-           
-           
-            before
-           
-           
-           
-           
-           
-           
-           
-            nor
-           
-           
-           
-           
-           
-           
-           
-           
-            those
-           
-           
-           
-           
-           
-           
-           
-           
-           
-            after
-          
-        
-      
-       
-           
-            
-              are corrected.", _with(corrections.tis, cap=inf), ), ("TIS, cap
-             1.5", "Token
-            
-             ratios,
-       
-          
-              
-                    
-                                 truncated.", _with(corrections.tis, cap=1.5)), ( "IcePop, 0.5 to 2", "Token ratios; tokens outside the bounds are dropped.", _with(corrections.icepop, cap=2.0,
-      
-       
-             floor=0.5), ), ( "sequence ratio, no cap",
+            "The ratio of each token alone: tokens before and after it are not corrected.",
+            _with(corrections.tis, cap=inf),
+        ),
+        ("TIS, cap 1.5", "Token ratios, truncated.", _with(corrections.tis, cap=1.5)),
+        (
+            "IcePop, 0.5 to 2",
+            "Token ratios; tokens outside the bounds are dropped.",
+            _with(corrections.icepop, cap=2.0, floor=0.5),
+        ),
+        (
+            "sequence ratio, no cap",
             "The ratio of the whole response is the exact correction.",
             _with(corrections.sequence_tis, cap=inf),
-       
-        ), (
+        ),
+        (
             "sequence TIS, cap 2",
             "Truncated, it keeps part of the bias.",
             _with(corrections.sequence_tis, cap=2.0),
-       
-        ), (
+        ),
+        (
             "sequence MIS, cap 2",
             "Responses beyond the cap are dropped.",
             _with(corrections.sequence_mis, cap=2.0),
@@ -350,11 +294,10 @@ def off_policy_rows(add: Add) -> None:
             "4e-4 would remove nearly all of such a step.",
             functools.partial(gspo, clip=inf, clip_high=inf),
         ),
-   
-       
-        ): add(f"Off policy: {name}", goal, case,
-        loss, words)
+    )
+    for name, words, loss in cases:
+        add(f"Off policy: {name}", goal, case, loss, words)
 
 
-def _with(weights: Callable[..., Tensor], **keywords: Any) ->
-    Loss: return functools.partial(corrected, weights=weights, **keywords)
+def _with(weights: Callable[..., Tensor], **keywords: float) -> Loss:
+    return lambda batch: corrected(batch, weights, **keywords)
