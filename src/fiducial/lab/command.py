@@ -9,10 +9,9 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -24,7 +23,7 @@ from .page.page import write_lab_page
 from .runs import rows
 from .runs.folders import WORLDS, describe, make_worlds
 from .runs.jobs import Form, jobs
-from .runs.results import LabResults
+from .runs.results import LabResults, Studies
 from .runs.workers import Workers
 from .settings import Lab
 from .study import (
@@ -72,7 +71,7 @@ def lab(settings: Lab) -> Finished:
                 f"stopped. The finished runs are kept; continue with --out {folder} --resume"
             ) from None
         times["running the methods"] = time.monotonic() - began
-    found["overoptimisation"] = [rows.with_path(c, done) for c in found["overoptimisation"]]
+    proxies = [rows.with_path(curve, done) for curve in found.overoptimisation or []]
     results = LabResults(
         form=form,
         seed=settings.seed,
@@ -91,28 +90,40 @@ def lab(settings: Lab) -> Finished:
         lengths=rows.changes("lengths", done, worlds),
         credit=next((run.credit for _, run in done if run.credit), None),
         sensitivity=rows.sensitivity(done),
-        **found,
+        **vars(replace(found, overoptimisation=proxies)),
     )
     (folder / "lab.json").write_bytes(TypeAdapter(LabResults).dump_json(results, indent=1))
     return Finished(write_lab_page(folder, results), results)
 
 
-def studies(world: World, form: Form, times: dict[str, float]) -> dict[str, Any]:
-    """The sections that need no run, by their names in `LabResults`."""
-    out: dict[str, Any] = {}
+def studies(world: World, form: Form, times: dict[str, float]) -> Studies:
+    """Compute the sections that need no run."""
     with timed(times, "the derivation, side by side"):
-        out["setting"] = decision_process.decision_process(world)
-        out["frontier"] = frontier.frontier(world)
-        out["sparse"] = decision_process.sparse_answers(world)
-        out["derivation"], out["recovered"] = derivation.derive(world)
+        process, answers = (
+            decision_process.decision_process(world),
+            decision_process.sparse_answers(world),
+        )
+        curve, (steps, recovered) = frontier.frontier(world), derivation.derive(world)
     with timed(times, "what labels do"):
-        out["missing"], out["labels"] = labels.missing(world), labels.annotators(world)
+        missing, annotators = labels.missing(world), labels.annotators(world)
     with timed(times, "estimators against exact gradients"):
-        out["kl"], out["estimators"] = kl_estimators.kl_table(world), estimators.estimator_table()
+        kl, gradients = kl_estimators.kl_table(world), estimators.estimator_table()
     with timed(times, "best-of-n and over-optimization"):
-        out["best_of_n"] = frontier.best_of_n(world, [1, 2, 4, 8, 16, 32, 64, 256, 1024])
-        out["overoptimisation"] = overoptimization.curves(form)
-    return out
+        best = frontier.best_of_n(world, [1, 2, 4, 8, 16, 32, 64, 256, 1024])
+        proxies = overoptimization.curves(form)
+    return Studies(
+        setting=process,
+        frontier=curve,
+        sparse=answers,
+        derivation=steps,
+        recovered=recovered,
+        missing=missing,
+        labels=annotators,
+        kl=kl,
+        estimators=gradients,
+        best_of_n=best,
+        overoptimisation=proxies,
+    )
 
 
 def as_lines(finished: Finished) -> list[str]:

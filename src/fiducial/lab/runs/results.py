@@ -139,20 +139,10 @@ class Sensitivity:
     setting: str = ""
 
 
-@dataclass(frozen=True)
-class LabResults:
-    """All that the page shows. `timings`: seconds per stage. A section that was not computed is
-    None.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Studies:
+    """The sections that need no run. A section that was not computed is None."""
 
-    form: str
-    seed: int
-    command: str
-    machine: str
-    versions: dict[str, str]
-    timings: dict[str, float]
-    worlds: list[WorldFacts] | None = None
-    methods: list[MethodResult] | None = None
     frontier: Frontier | None = None
     setting: DecisionProcess | None = None
     sparse: list[SparseAnswer] | None = None
@@ -164,6 +154,20 @@ class LabResults:
     estimators: list[GradientEstimator] | None = None
     best_of_n: BestOfN | None = None
     overoptimisation: list[Overoptimization] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabResults(Studies):
+    """All that the page shows. `timings`: seconds per stage."""
+
+    form: str
+    seed: int
+    command: str
+    machine: str
+    versions: dict[str, str]
+    timings: dict[str, float]
+    worlds: list[WorldFacts] | None = None
+    methods: list[MethodResult] | None = None
     sensitivity: list[Sensitivity] | None = None
     parts: list[Change] | None = None
     lengths: list[Change] | None = None
