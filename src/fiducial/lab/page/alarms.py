@@ -1,6 +1,4 @@
-"""The alarms of the lab's page: what should make a reader doubt the numbers, or not use a method
-with these settings.
-"""
+"""The alarms of the lab's page: reasons to doubt the numbers, or not to use a method so."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ SHORT = 0.2
 
 
 def lab_alarms(lab: LabResults, identities: Sequence[tuple[str, Num]] = ()) -> list[str]:
-    """What should make a reader doubt the numbers, or not use a method as it was set. `identities`:
-    formulas in words, and how far off they are.
-    """
+    """The alarms. `identities`: formulas in words, and the difference between their sides."""
     found = [alarm for m in lab.methods or [] for alarm in _method_alarms(lab, m)]
     steps = [(f"The derivation's step {d.title!r}", d.difference) for d in lab.derivation or []]
     found += [
@@ -30,37 +26,38 @@ def lab_alarms(lab: LabResults, identities: Sequence[tuple[str, Num]] = ()) -> l
     for one in lab.overoptimisation or []:
         if one.path and not begins_with(one):
             found.append(
-                f"{one.title}: the trained policy does not begin where the curve does, and is not "
-                "drawn."
+                f"{one.title}: the trained policy does not begin where the curve does, so it is "
+                "not drawn."
             )
     for r in lab.best_of_n.rows if lab.best_of_n else []:
         if r.kl is not None and r.bound is not None and r.kl > r.bound + 1e-9:
             found.append(
                 f"Best of {r.n} has a KL of {number(r.kl)} nats, above its bound "
-                f"{number(r.bound)}, which cannot be."
+                f"{number(r.bound)}, which is impossible."
             )
     return found
 
 
 def _method_alarms(lab: LabResults, m: MethodResult) -> list[str]:
+    """What is wrong with the runs of one method."""
     ends, who = gaps(m), f"{with_policy(m)} on the {m.world} world"
     lost, found = len(m.runs) - len(ends), []
     far = sum(e > SHORT for e in ends)
     if far:
         those = "" if len(ends) == 1 else f" in {far} of {len(ends)} seeds"
         found.append(
-            f"{who} stops {share(max(ends))} short{those}. "
+            f"{who} leaves {share(max(ends))} of the gap{those}. "
             f"{m.cause or 'The cause was not measured.'}"
         )
     if ends and min(ends) < -HOLDS:
         found.append(
-            f"{who} ends above the optimum ({share(min(ends))}), which cannot be: two different "
-            "objectives were compared."
+            f"{who} ends above the optimum ({share(min(ends))}), which is impossible: two "
+            "different objectives were compared."
         )
     if any(above_frontier(lab, m.world, r) for r in m.runs):
         found.append(
-            f"{who} ends above the frontier, which cannot be: its KL and its reward are not those "
-            "of one policy."
+            f"{who} ends above the frontier, which is impossible: its KL and its reward are not "
+            "those of one policy."
         )
     if lost:
         found.append(f"{who}: {lost} of {len(m.runs)} runs have no gap.")

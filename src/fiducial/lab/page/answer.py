@@ -16,8 +16,8 @@ CLOSE = 0.1
 
 
 def lab_answer(lab: LabResults) -> list[str]:
-    """The sentences at the top: how far the methods end from the optimum, what the derivation and
-    the labels do, where a proxy turns over.
+    """The sentences at the top: how far from the optimum the methods end, what the derivation and
+    the labels show, and where a proxy turns over.
     """
     told = [
         " ".join(_near(lab)),
@@ -27,7 +27,7 @@ def lab_answer(lab: LabResults) -> list[str]:
 
 
 def _near(lab: LabResults) -> list[str]:
-    """A sentence a policy, for the first world in which methods were trained."""
+    """One sentence per kind of policy, for the first world in which methods were trained."""
     first = first_world(lab)
     here = sorted(
         (m for m in lab.methods or [] if m.world == first and gaps(m)),
@@ -47,7 +47,7 @@ def _near(lab: LabResults) -> list[str]:
         if not out:  # the first number says what it is
             m = own[0]
             ends[0] = (
-                f"{with_policy(m)} ends {share(median(gaps(m)))} short of the optimum "
+                f"{with_policy(m)} leaves {share(median(gaps(m)))} of the gap to the optimum "
                 f"({seeds(gaps(m))})"
             )
         out.append(
@@ -58,6 +58,7 @@ def _near(lab: LabResults) -> list[str]:
 
 
 def _many(own: list[MethodResult], start: str) -> str:
+    """How many methods end close to the optimum, and what the others leave."""
     close = [m for m in own if max(gaps(m)) <= CLOSE]
     far = [f"{m.name} {share(median(gaps(m)))} ({seeds(gaps(m))})" for m in own if m not in close]
     worst = max((max(gaps(m)), m.name) for m in close) if close else None
@@ -73,28 +74,26 @@ def _many(own: list[MethodResult], start: str) -> str:
         if named
         else ""
     )
-    return (
-        f"{start} {told}{ends}{'; what is left by the others: ' + ', '.join(far) if far else ''}."
-    )
+    return f"{start} {told}{ends}{'; the others leave: ' + ', '.join(far) if far else ''}."
 
 
 def _verdict(own: list[MethodResult]) -> str:
-    """Whether the seeds tell two methods apart: only where their ranges do not touch."""
+    """Which of two methods ends closer: told only if the ranges of their seeds do not touch."""
     if len(own) != 2:
         return ""
     near, far = gaps(own[0]), gaps(own[1])
     if min(len(near), len(far)) < 2:
-        return "; one seed shows no order"
+        return "; one seed does not show which ends closer"
     return (
         f"; every seed of {own[0].name} ends closer"
         if max(near) < min(far)
-        else "; the seeds overlap, neither is shown to end closer"
+        else "; the seeds overlap, so neither is shown to end closer"
     )
 
 
 def _sparse(lab: LabResults) -> list[str]:
-    """How many responses it takes where the reward comes once, at the end: an order only where the
-    seeds' ranges do not touch.
+    """How many responses the methods need if the reward comes once, at the end. An order is told
+    only if the ranges of the seeds do not touch.
     """
     found = sorted(
         (
@@ -110,13 +109,16 @@ def _sparse(lab: LabResults) -> list[str]:
     (_, first, few), (_, last, many) = arms[0], arms[-1]
     alone = all(max(few) < min(n) for _, name, n in found if name != first)
     order = (
-        "fewest in every seed"
+        "the fewest in every seed"
         if alone and len(few) > 1
-        else "the seeds overlap those of others"
+        else "its seeds overlap those of others"
         if len(few) > 1
-        else "one seed shows no order"
+        else "one seed does not show an order"
     )
-    told = f"to close 90% of the gap takes {first} {_range(few)} sampled responses ({order}), {last} {_range(many)}"
+    told = (
+        f"{first} needs {_range(few)} sampled responses to close 90% of the gap ({order}), {last} "
+        f"{_range(many)}"
+    )
     steps = [
         f"{name} {_range(n)}"
         for m in lab.methods or []
@@ -125,11 +127,11 @@ def _sparse(lab: LabResults) -> list[str]:
         if name == m.name
     ]
     counted = (
-        f"; with those that the process reward model learned from: {', '.join(steps)}"
+        f"; counting those that the process reward model was trained on: {', '.join(steps)}"
         if steps
         else ""
     )
-    return [f"Where the reward comes once, at the end of long responses, {told}{counted}."]
+    return [f"If the reward comes once, at the end of long responses, {told}{counted}."]
 
 
 def _range(values: Sequence[float]) -> str:
@@ -138,6 +140,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _elsewhere(lab: LabResults) -> list[str]:
+    """The smallest and the largest gap in the other worlds."""
     rest = sorted(
         (
             m
@@ -156,18 +159,19 @@ def _elsewhere(lab: LabResults) -> list[str]:
         for m in (rest[0], rest[-1])
     ]
     return [
-        f"On {where} what is left runs from {named[0]} to {named[1]}."
+        f"On {where} the gap left ranges from {named[0]} to {named[1]}."
         if len(rest) > 1
-        else f"On {where} {named[0]} is left."
+        else f"On {where} the gap left is {named[0]}."
     ]
 
 
 def _theory(lab: LabResults) -> list[str]:
+    """Whether the derivation holds, and what DPO's loss recovers."""
     out = []
     found = [d.difference for d in lab.derivation or [] if d.difference is not None]
     error = lab.recovered.largest_logprob_error if lab.recovered else None
     if found:
-        holds = "hold to" if max(found) <= HOLDS else "do not all hold: they are off by up to"
+        holds = "hold to" if max(found) <= HOLDS else "do not all hold: they differ by up to"
         out.append(f"The {len(found)} steps from the objective to DPO {holds} {off(max(found))}.")
     if error is not None:
         reached = (
@@ -175,28 +179,29 @@ def _theory(lab: LabResults) -> list[str]:
             if error < 1e-3
             else f"ends up to {number(error)} nats from the optimum"
         )
-        out.append(f"Minimising DPO's loss over all pairs {reached} in every log-probability.")
-    spread = (
+        out.append(f"Minimizing DPO's loss over all pairs {reached} in every log-probability.")
+    distances = (
         [s.total_variation for s in lab.missing.starts if s.total_variation is not None]
         if lab.missing
         else []
     )
-    if spread and one_loss(lab):
+    if distances and one_loss(lab):
         out.append(
-            f"With one response never compared, equal losses end up to {number(max(spread))} in "
-            "total variation from it."
+            "If one response is never compared, policies with the same loss are up to "
+            f"{number(max(distances))} in total variation from the optimum."
         )
     return out
 
 
 def _proxies(lab: LabResults) -> list[str]:
+    """In how many cases the true reward turns over."""
     curves = lab.overoptimisation or []
     turned = [c for c in curves if c.turns_over]
     if not curves:
         return []
     if not turned:
-        return [f"Along none of the {len(curves)} proxies does the true value turn over."]
+        return [f"The true reward turns over along none of the {len(curves)} proxies."]
     return [
-        f"Where a proxy is climbed, the true value turns over in {len(turned)} of {len(curves)} "
+        f"As a proxy is optimized, the true reward turns over in {len(turned)} of {len(curves)} "
         "cases."
     ]

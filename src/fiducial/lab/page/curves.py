@@ -28,6 +28,7 @@ PALETTE: dict[verbs.Colour, str] = {
 def curve(
     name: str, x: Sequence[float], y: Sequence[Num], color: str, **more: Any
 ) -> dict[str, Any]:
+    """One curve, as the page's script takes it."""
     return {
         "name": name,
         "x": list(x),
@@ -41,23 +42,23 @@ def curve(
 
 
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "Every kind": ("dpo", "ppo", "rloo", "grpo"),
-    "REINFORCE by its baseline": (
+    "One method of each kind": ("dpo", "ppo", "rloo", "grpo"),
+    "REINFORCE by baseline": (
         "reinforce_none",
         "reinforce_mean",
         "remax",
         "rloo",
         "reinforce_pp",
     ),
-    "GRPO and its kin": ("grpo", "dr_grpo", "dapo", "gspo", "cispo"),
-    "Rewards for steps": ("ppo", "ppo_steps", "rloo", "rloo_steps"),
+    "GRPO and its variants": ("grpo", "dr_grpo", "dapo", "gspo", "cispo"),
+    "Process rewards": ("ppo", "ppo_steps", "rloo", "rloo_steps"),
 }
-"""Pictures hold a family each: twelve ways in one could not be told apart."""
+"""One picture per family: twelve paths in one picture could not be told apart."""
 
 
 def families(methods: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
-    """The methods in their families, the first of which takes in what belongs to none; families
-    that show nothing new are left out.
+    """The methods by family. Methods of no family go to the first one; families that show no new
+    method are left out.
     """
     known = {key for keys in FAMILIES.values() for key in keys}
     out: dict[str, list[MethodResult]] = {}
@@ -71,7 +72,7 @@ def families(methods: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
 
 
 def keys_of(methods: Sequence[MethodResult]) -> list[tuple[str, str, str]]:
-    """A legend: name, colour, and a class for the dash."""
+    """A legend: names, colors, and the style class of the dash."""
     return list(
         dict.fromkeys(
             (label(m), colour(m.method), "" if DASHES.get(m.policy) == "solid" else "dash")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from statistics import median
+from typing import Any
 
 from ...report.figures import GREEN, INK, VERMILLION, Figure, figure, thin
 from ..runs.results import LabResults, MethodResult, PathPoint, RunResult, Sensitivity
+from ..study.results import Frontier
 from .curves import DASHES, FAMILIES, colour, curve, families, keys_of
 from .reading import (
     NEAR,
@@ -28,7 +30,7 @@ FLOOR = 1e-6
 
 
 def _path(run: RunResult) -> list[PathPoint]:
-    """At most a thousand points of a run's way, in order."""
+    """At most a thousand points of a run's path, in order."""
     steps = sorted(run.path, key=lambda s: s.step)
     return [
         steps[int(i)]
@@ -37,12 +39,12 @@ def _path(run: RunResult) -> list[PathPoint]:
 
 
 def frontier_figures(lab: LabResults) -> list[Figure]:
-    """E[r] over KL: what no policy can exceed, the optimum, and the way of each method's median
-    seed; a picture a family, the first one large.
+    """E[r] over KL: the curve that no policy can exceed, the optimum, and the path of each method's
+    median seed. One picture per family, the first one large.
     """
     f = lab.frontier
     assert f is not None
-    own = families(in_world(lab, f.world)) or {"Every kind": []}
+    own = families(in_world(lab, f.world)) or {"One method of each kind": []}
     first, *rest = own.items()
     out = [_frontier(lab, first[1], "")]
     for name, methods in rest:
@@ -54,10 +56,49 @@ def frontier_figures(lab: LabResults) -> list[Figure]:
 def _frontier(lab: LabResults, methods: list[MethodResult], family: str) -> Figure:
     f = lab.frontier
     assert f is not None
+    named = not family  # the legend of a small picture has only the methods
+    series = _bounds(f, named)
+    ends: list[tuple[float, str]] = []
+    for m in methods:
+        run = middle([r for r in m.runs if of_world(lab.world(f.world), r)])
+        if run is not None:
+            ends += [] if run.relative_gap is None else [(run.relative_gap, m.name)]
+            series.append(_method_path(m, run, named))
+    best = f.optimum
+    series.append(
+        curve(
+            "optimum",
+            [best.kl],
+            [best.reward],
+            VERMILLION,
+            mode="markers",
+            symbol="star",
+            big=True,
+            text=[f"β = {as_typed(best.beta)}"],
+            legend=named,
+        )
+    )
+    out = figure(
+        _frontier_title(ends, family),
+        "mean reward E[r] (points)",
+        series,
+        x="KL(π‖ref) (nats per response)",
+    )
+    shown = [y for s in series for y in s["y"] if y is not None and s.get("dash") != "dot"]
+    reach = max((1.05 if s["name"] == "best of n" else 1.3) * x for s in series[2:] for x in s["x"])
+    out["xrange"] = [-0.02 * reach, reach]  # the curve continues where no method goes
+    tops = [r for kl, r in zip(f.kl, f.reward, strict=True) if kl <= reach]
+    tops += [y for s in series[2:] for y in s["y"] if y is not None]
+    low, high = min(shown), max(tops)
+    out["range"] = [low - 0.06 * (high - low), high + 0.08 * (high - low)]
+    return out
+
+
+def _bounds(f: Frontier, named: bool) -> list[dict[str, Any]]:
+    """The frontier, the line on which J is that of the optimum, and best-of-n."""
     points = sorted(zip(f.kl, f.reward, f.beta, strict=True))
     best = f.optimum
     top = best.reward - best.beta * best.kl
-    named = not family  # the small pictures have the legend of their ways alone
     series = [
         curve(
             "frontier",
@@ -89,70 +130,47 @@ def _frontier(lab: LabResults, methods: list[MethodResult], family: str) -> Figu
                 text=[f"n = {c.n}" for c in chosen],
             )
         )
-    ends: list[tuple[float, str]] = []
-    for m in methods:
-        run = middle([r for r in m.runs if of_world(lab.world(f.world), r)])
-        if run is None:
-            continue
-        own = [s for s in _path(run) if s.kl is not None and s.reward is not None]
-        way = [(s.kl or 0.0, s.reward, f"step {s.step:,}") for s in own]
-        if (
-            run.kl is not None
-            and run.reward is not None
-            and (not way or way[-1][:2] != (run.kl, run.reward))
-        ):
-            way.append((run.kl, run.reward, "end"))
-        ends += [] if run.relative_gap is None else [(run.relative_gap, m.name)]
-        series.append(
-            curve(
-                label(m),
-                [w[0] for w in way],
-                [w[1] for w in way],
-                colour(m.method),
-                dash=DASHES.get(m.policy, "dot"),
-                legend=named,
-                mode="lines+markers" if len(way) <= 60 else "lines",
-                text=[w[2] for w in way],
-            )
-        )
-    series.append(
-        curve(
-            "optimum",
-            [best.kl],
-            [best.reward],
-            VERMILLION,
-            mode="markers",
-            symbol="star",
-            big=True,
-            text=[f"β = {as_typed(best.beta)}"],
-            legend=named,
-        )
+    return series
+
+
+def _method_path(m: MethodResult, run: RunResult, named: bool) -> dict[str, Any]:
+    """The path of one run, with its end."""
+    own = [s for s in _path(run) if s.kl is not None and s.reward is not None]
+    path = [(s.kl or 0.0, s.reward, f"step {s.step:,}") for s in own]
+    measured = run.kl is not None and run.reward is not None
+    if measured and (not path or path[-1][:2] != (run.kl, run.reward)):
+        path.append((run.kl or 0.0, run.reward, "end"))
+    return curve(
+        label(m),
+        [x for x, _, _ in path],
+        [y for _, y, _ in path],
+        colour(m.method),
+        dash=DASHES.get(m.policy, "dot"),
+        legend=named,
+        mode="lines+markers" if len(path) <= 60 else "lines",
+        text=[words for _, _, words in path],
     )
-    title = "No policy can lie above the curve: the most reward that each KL buys"
-    if ends and max(ends)[0] >= 0:
-        title = f"{f'{family}: each' if family else 'Each method'} climbs towards the frontier and ends within {share(max(ends)[0])} of the optimum"
-        near = sorted(ends)[:-1]
-        if near and max(ends)[0] > 0.05 >= near[-1][0]:
-            who = f"{family}: all" if family else "All"
-            title = f"{who} but {max(ends)[1]} ({share(max(ends)[0])} short) end within {share(near[-1][0])} of the optimum"
-    out = figure(title, "mean reward E[r] (points)", series, x="KL(π‖ref) (nats per response)")
-    shown = [y for s in series for y in s["y"] if y is not None and s.get("dash") != "dot"]
-    reach = max((1.05 if s["name"] == "best of n" else 1.3) * x for s in series[2:] for x in s["x"])
-    out["xrange"] = [-0.02 * reach, reach]  # the curve goes on where no method goes
-    low, high = (
-        min(shown),
-        max(
-            [p[1] for p in points if p[0] <= out["xrange"][1]]
-            + [y for s in series[2:] for y in s["y"] if y is not None]
-        ),
-    )
-    out["range"] = [low - 0.06 * (high - low), high + 0.08 * (high - low)]
-    return out
+
+
+def _frontier_title(ends: list[tuple[float, str]], family: str) -> str:
+    """What the picture shows. `ends`: gap and name of each method."""
+    if not ends or max(ends)[0] < 0:
+        return "No policy can be above the curve: it is the largest reward at each KL"
+    worst, name = max(ends)
+    near = sorted(ends)[:-1]
+    if near and worst > 0.05 >= near[-1][0]:
+        who = f"{family}: all" if family else "All"
+        return (
+            f"{who} methods except {name} (gap {share(worst)}) end within {share(near[-1][0])} of "
+            "the optimum"
+        )
+    who = f"{family}: each method" if family else "Each method"
+    return f"{who} moves toward the frontier and ends within {share(worst)} of the optimum"
 
 
 def gap_figures(lab: LabResults) -> list[Figure]:
-    """The gap on the way, every seed, a picture a world and family: over responses sampled where
-    all of it sample, else over steps.
+    """The gap during training, every seed, one picture per world and family. The axis is responses
+    sampled if all methods of the picture sample, else steps.
     """
     out = []
     first = first_world(lab)
@@ -167,16 +185,17 @@ def gap_figures(lab: LabResults) -> list[Figure]:
     )
     every = next(iter(families(in_world(lab, first)).values()), [])
     if sampling := [m for m in every if any(s.samples > 0 for r in m.runs for s in r.path)]:
-        title = f"{', '.join(dict.fromkeys(m.name for m in sampling))} on the {first} world, by what was sampled"
+        names = ", ".join(dict.fromkeys(m.name for m in sampling))
+        title = f"{names} on the {first} world, by responses sampled"
         out.append(_gap_figure(title, sampling, *_across(sampling)))
     for world in dict.fromkeys([first, *(m.world for m in lab.methods or [])]):
-        if world == sparse_world(lab):  # has pictures of its own
+        if world == sparse_world(lab):  # it has pictures of its own
             continue
         for family, methods in families(
             [m for m in in_world(lab, world) if any(r.path for r in m.runs)]
         ).items():
             left = sorted((median(gaps(m)), label(m)) for m in methods if gaps(m))
-            told = f": {left[0][1]} leaves least ({share(left[0][0])})" if len(left) > 1 else ""
+            told = f": {left[0][1]} leaves the least ({share(left[0][0])})" if len(left) > 1 else ""
             name = (
                 f"The {world} world"
                 if family == next(iter(FAMILIES))
@@ -187,8 +206,8 @@ def gap_figures(lab: LabResults) -> list[Figure]:
 
 
 def sparse_figures(lab: LabResults) -> list[Figure]:
-    """The gap against responses sampled in the world of sparse rewards, by family, on one axis;
-    what a process reward model had learned from is counted.
+    """The gap over responses sampled in the world of sparse rewards, by family, on one axis. The
+    responses that a process reward model was trained on are counted.
     """
     methods = in_world(lab, sparse_world(lab) or "")
     limits = _gap_limits(
@@ -201,8 +220,8 @@ def sparse_figures(lab: LabResults) -> list[Figure]:
         ]
     )
     groups = {
-        "One arm": ("ppo", *FAMILIES["REINFORCE by its baseline"]),
-        "Rewards for steps": FAMILIES["Rewards for steps"],
+        "The response as one arm": ("ppo", *FAMILIES["REINFORCE by baseline"]),
+        "Process rewards": FAMILIES["Process rewards"],
     }
     out = []
     for family, keys in groups.items():
@@ -211,7 +230,7 @@ def sparse_figures(lab: LabResults) -> list[Figure]:
             continue
         needed = sorted((median(n), m.name) for m in own if (n := samples_needed(m)))
         told = (
-            f"{family}: {needed[0][1]} is the first to be within {share(NEAR)}, after "
+            f"{family}: {needed[0][1]} is the first to reach a gap of {share(NEAR)}, after "
             f"{needed[0][0]:,.0f} responses"
             if needed
             else family
@@ -230,7 +249,9 @@ def _across(methods: Sequence[MethodResult]) -> tuple[str, Axis]:
 
 
 def _gap_limits(values: Sequence[float]) -> Figure:
-    """One logarithmic axis for all the pictures: decades, and between them where there are few."""
+    """One logarithmic axis for all pictures: ticks at decades, and between them if there are
+    few.
+    """
     if not values:
         return {}
     low, high = math.log10(max(min(values), FLOOR)), math.log10(max(*values, 1.0))
@@ -247,9 +268,7 @@ def _gap_figure(title: str, methods: list[MethodResult], x: str, at: Axis) -> Fi
     series = []
     for m in methods:
         own = middle(m.runs)
-        for run in sorted(
-            m.runs, key=lambda r: r is own
-        ):  # the median seed on top, the others pale
+        for run in sorted(m.runs, key=lambda r: r is own):  # the median seed is drawn on top
             steps = [s for s in _path(run) if s.relative_gap is not None]
             if steps:
                 series.append(
@@ -272,8 +291,8 @@ def _gap_figure(title: str, methods: list[MethodResult], x: str, at: Axis) -> Fi
 
 
 def heat_figure(one: Sensitivity) -> Figure:
-    """The gap left over learning rate and beta. Colour by logarithm between a thousandth and the
-    whole gap; the numbers stand in the cells.
+    """The gap left, over learning rate and beta. The color is logarithmic between a thousandth of
+    the gap and all of it; the cells hold the numbers.
     """
     cells = [x for row in one.relative_gap for x in row if x is not None]
     good = sum(x <= 0.05 for x in cells)

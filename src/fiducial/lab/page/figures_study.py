@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...report.figures import BLUE, GREEN, INK, PURPLE, SKY, VERMILLION, Figure, figure
+from ...report.figures import GREEN, INK, VERMILLION, Figure, figure
 from ...report.numbers import number
 from ..study.results import BestOfN, Credit, KLTable, Overoptimization
 from .curves import colour, curve
@@ -12,15 +12,16 @@ from .reading import begins_with
 from .text import share
 
 CREDIT = (
-    ("rloo", SKY, "solid", "RLOO"),
-    ("ppo", BLUE, "solid", "PPO, its critic"),
-    ("perfect", BLUE, "dot", "PPO, a perfect critic"),
-    ("rloo_steps", PURPLE, "solid", "RLOO, process rewards"),
+    ("rloo", colour("rloo"), "solid", "RLOO"),
+    ("ppo", colour("ppo"), "solid", "PPO, its critic"),
+    ("perfect", colour("ppo"), "dot", "PPO, a perfect critic"),
+    ("rloo_steps", colour("rloo_steps"), "solid", "RLOO, process rewards"),
 )
+"""The advantages that are drawn: key, color, dash and name."""
 
 
 def credit_figures(c: Credit) -> list[Figure]:
-    """The advantage of each token of a response: the exact one, and what methods make of one
+    """The advantage of each token of a response: the exact one, and what methods estimate from one
     sample.
     """
     out = []
@@ -51,7 +52,10 @@ def credit_figures(c: Credit) -> list[Figure]:
         )
         most = max(range(len(at)), key=lambda i: abs(t.exact[i]))
         which = "Right" if t.right else "Wrong"
-        told = f"{which}: token {most + 1} of {t.response} deserves {'most' if t.exact[most] > 0 else 'the blame'}, {number(t.exact[most])}"
+        told = (
+            f"{which}: token {most + 1} of {t.response} deserves the most "
+            f"{'credit' if t.exact[most] > 0 else 'blame'}, {number(t.exact[most])}"
+        )
         named = [
             (name, shade, "" if dash == "solid" else "dash")
             for key, shade, dash, name in CREDIT
@@ -70,6 +74,7 @@ def credit_figures(c: Credit) -> list[Figure]:
 
 
 def positions_figure(kl: KLTable) -> Figure:
+    """The KL of each token position."""
     at = list(range(1, len(kl.per_position) + 1))
     most = max(range(len(at)), key=lambda i: kl.per_position[i])
     total = sum(kl.per_position)
@@ -93,7 +98,7 @@ def positions_figure(kl: KLTable) -> Figure:
 
 
 def best_of_n_figure(best: BestOfN) -> Figure:
-    """Exact KL under its bound; the ideal case is a reward without ties over endlessly many
+    """The exact KL and its bound. The ideal case is a reward without ties over very many
     responses.
     """
     rows = [r for r in best.rows if r.kl is not None]
@@ -130,8 +135,7 @@ def best_of_n_figure(best: BestOfN) -> Figure:
         )
     far = max(rows, key=lambda r: r.n, default=None)
     told = (
-        f"At n = {far.n} the exact KL is {number(far.kl)} nats where the bound says "
-        f"{number(far.bound)}"
+        f"At n = {far.n} the exact KL is {number(far.kl)} nats and the bound is {number(far.bound)}"
         if far
         else "Best of n: exact KL and its bound"
     )
@@ -143,6 +147,7 @@ def best_of_n_figure(best: BestOfN) -> Figure:
 
 
 def proxy_figure(one: Overoptimization, limits: tuple[list[float], list[float]] | None) -> Figure:
+    """A proxy and the true reward over the root of the KL. `limits`: of both axes."""
     x = [max(k, 0.0) ** 0.5 for k in one.curve.kl]
     band = {}
     if one.error and len(one.error) == len(x):
@@ -152,21 +157,19 @@ def proxy_figure(one: Overoptimization, limits: tuple[list[float], list[float]] 
         }
     series = [
         curve("proxy", x, one.curve.proxy, GREEN, dash="dash"),
-        curve("true value", x, one.curve.gold, GREEN, **band),
+        curve("true reward", x, one.curve.gold, GREEN, **band),
     ]
     if one.path and begins_with(one):
-        way = [max(k, 0.0) ** 0.5 for k in one.path.kl]
+        root = [max(k, 0.0) ** 0.5 for k in one.path.kl]
         series += [
-            curve("PPO, proxy", way, one.path.proxy, colour("ppo"), dash="dash"),
-            curve("PPO, true value", way, one.path.gold, colour("ppo")),
+            curve("PPO, proxy", root, one.path.proxy, colour("ppo"), dash="dash"),
+            curve("PPO, true reward", root, one.path.gold, colour("ppo")),
         ]
     told = one.title
     if one.peak and one.last and one.turns_over:
-        told += (
-            f": the true value peaks at {number(one.peak.gold)} and ends at {number(one.last.gold)}"
-        )
+        told += f": the true reward peaks at {number(one.peak.gold)} and ends at {number(one.last.gold)}"
     elif one.last and not one.turns_over:
-        told += f": the true value does not turn over, and ends at {number(one.last.gold)}"
+        told += f": the true reward does not turn over, and ends at {number(one.last.gold)}"
     if one.peak and one.turns_over:
         series.append(
             curve(
@@ -184,7 +187,9 @@ def proxy_figure(one: Overoptimization, limits: tuple[list[float], list[float]] 
 
 
 def proxy_figures(curves: Sequence[Overoptimization]) -> list[Figure]:
-    """Small multiples. Drawn scores share their axes, and so do the curves of a world."""
+    """One picture per proxy. Those of sampled scores share their axes, and so do those of a
+    world.
+    """
     return [
         proxy_figure(
             c,
@@ -197,6 +202,7 @@ def proxy_figures(curves: Sequence[Overoptimization]) -> list[Figure]:
 
 
 def _limits(curves: Sequence[Overoptimization]) -> tuple[list[float], list[float]] | None:
+    """Both axes, wide enough for all that is drawn."""
     drawn = [line for c in curves for line in (c.curve, c.path if begins_with(c) else None) if line]
     xs = [max(k, 0.0) ** 0.5 for line in drawn for k in line.kl]
     ys = [y for line in drawn for y in [*line.proxy, *line.gold]]

@@ -8,49 +8,62 @@ from dataclasses import dataclass
 from ..study.results import DecisionProcess, Frontier, Num, Recovered
 
 FORMULAS = {
-    "objective": r"J(\pi) = \E[r(x,y)] - \beta \KL(\pi\parallel\pi_\ref) \break = \beta \E[\log Z(x)] - \beta \KL(\pi\parallel\pi^*)",
-    "partition": r"Z(x) = \sum_y \pi_\ref(y|x) e^{r(x,y)/\beta} \break = e^{V(s_0)/\beta}, \quad V(s) = \beta \log\sum_a \pi_\ref(a|s) e^{Q(s,a)/\beta}",
+    "objective": r"J(\pi) = \E[r(x,y)] - \beta \KL(\pi\parallel\pi_\ref) \break = \beta "
+    r"\E[\log Z(x)] - \beta \KL(\pi\parallel\pi^*)",
+    "partition": r"Z(x) = \sum_y \pi_\ref(y|x) e^{r(x,y)/\beta} \break = e^{V(s_0)/\beta}, "
+    r"\quad V(s) = \beta \log\sum_a \pi_\ref(a|s) e^{Q(s,a)/\beta}",
     "optimal_policy": r"\pi^*(y|x) = \frac{1}{Z(x)} \pi_\ref(y|x) e^{r(x,y)/\beta}",
     "reward": r"r(x,y) = \beta \log\frac{\pi^*(y|x)}{\pi_\ref(y|x)} + \beta \log Z(x)",
     "cancels": r"P(y\succ y'|x) = \sigma(r(x,y) - r(x,y')) "
     r"\break = \sigma\left( \beta \log\frac{\pi^*(y|x)}{\pi_\ref(y|x)} - \beta "
     r"\log\frac{\pi^*(y'|x)}{\pi_\ref(y'|x)} \right)",
-    "loss": r"L(\pi) = -\E[\log\sigma(\beta h)], \quad h = \log\frac{\pi(y_w|x)}{\pi_\ref(y_w|x)} - \log\frac{\pi(y_l|x)}{\pi_\ref(y_l|x)}",
-    "loss_gradient": r"\nabla L(\pi) = -\beta \E[\sigma(-\beta h) \break (\nabla\log\pi(y_w|x) - \nabla\log\pi(y_l|x))]",
+    "loss": r"L(\pi) = -\E[\log\sigma(\beta h)], \quad h = "
+    r"\log\frac{\pi(y_w|x)}{\pi_\ref(y_w|x)} - \log\frac{\pi(y_l|x)}{\pi_\ref(y_l|x)}",
+    "loss_gradient": r"\nabla L(\pi) = -\beta \E[\sigma(-\beta h) \break (\nabla\log\pi(y_w|x) "
+    r"- \nabla\log\pi(y_l|x))]",
     "chain": r"\pi_\ref(y|x) = \prod_t \pi_\ref(y_t|s_t), \quad s_t = (x, y_{<t})",
-    "log_ratio": r"\log\frac{\pi^*(y|x)}{\pi_\ref(y|x)} = \sum_t \log\frac{\pi^*(y_t|s_t)}{\pi_\ref(y_t|s_t)}",
+    "log_ratio": r"\log\frac{\pi^*(y|x)}{\pi_\ref(y|x)} = \sum_t "
+    r"\log\frac{\pi^*(y_t|s_t)}{\pi_\ref(y_t|s_t)}",
     "optimum_objective": r"J(\pi^*) = \E[r(x,y)] - \beta \KL(\pi^*\parallel\pi_\ref)",
     "optimum_partition": r"J(\pi^*) = \E[\beta \log Z(x)]",
     "soft_value": r"V(s_0) = \beta \log Z(x), \quad Z(x) = \sum_y \pi_\ref(y|x) e^{r(x,y)/\beta}",
     "sums": r"\sum_y \pi^*(y|x) = 1",
     "advantage": r"\beta \log\frac{\pi^*(a|s)}{\pi_\ref(a|s)} = Q(s,a) - V(s)",
-    "arm": r"\nabla J(\pi) = \E[(r(x,y) - \beta \log\frac{\pi(y|x)}{\pi_\ref(y|x)}) \nabla\log\pi(y|x)] "
+    "arm": r"\nabla J(\pi) = \E[(r(x,y) - \beta \log\frac{\pi(y|x)}{\pi_\ref(y|x)}) "
+    r"\nabla\log\pi(y|x)] "
     r"\break = \E[\sum_t (Q(s_t,a_t) - V(s_t)) \nabla\log\pi(a_t|s_t)]",
     "steps": r"\sum_t (V(s_{t+1}) - V(s_t)) = r(x,y) - \beta \log Z(x)",
-    "paid": r"V(s) = \beta \log\sum_a \pi_\ref(a|s) e^{(r(s,a) + V(s'))/\beta}, \quad V(s_0) = \beta \log Z(x), \quad r(x,y) = \sum_t r(s_t,a_t)",
+    "paid": r"V(s) = \beta \log\sum_a \pi_\ref(a|s) e^{(r(s,a) + V(s'))/\beta}, \quad V(s_0) = "
+    r"\beta \log Z(x), \quad r(x,y) = \sum_t r(s_t,a_t)",
     "slope": r"\frac{\d \E[r]}{\d \KL} = \beta",
     "variance": r"\frac{\d \E[r]}{\d (1/\beta)} = \Var(r)",
-    "k": r"k_1 = -\log\rho, \quad k_2 = \frac{1}{2} (\log\rho)^2, \quad k_3 = \rho - 1 - \log\rho, \quad \rho = \pi_\ref / \pi, \quad y\sim\pi",
-    "best_of_n": r"\KL(\pi_n\parallel\pi_\ref) \le \log n - \frac{n-1}{n}, \quad P(\text{win}) \le \frac{n}{n+1}",
-    "fit": r"\E[r] \approx d (\alpha - \beta d) \text{ or } d (\alpha - \beta \log d), \quad d = \sqrt{\KL}",
+    "k": r"k_1 = -\log\rho, \quad k_2 = \frac{1}{2} (\log\rho)^2, \quad k_3 = \rho - 1 - "
+    r"\log\rho, \quad \rho = \pi_\ref / \pi, \quad y\sim\pi",
+    "best_of_n": r"\KL(\pi_n\parallel\pi_\ref) \le \log n - \frac{n-1}{n}, \quad P(\text{win}) "
+    r"\le \frac{n}{n+1}",
+    "fit": r"\E[r] \approx d (\alpha - \beta d) \text{ or } d (\alpha - \beta \log d), \quad d "
+    r"= \sqrt{\KL}",
 }
 
 SPARSE = {
-    "arm": "The response as one arm of a bandit (REINFORCE, RLOO): on average its gradient is that "
-    "of the decision process. Their lengths, at a policy half-way to the optimum; the difference is that of their entries.",
-    "steps": "Or a reward for each step (a process reward): a perfect one pays the change in V, "
-    "which for the response above adds up to its reward less the value of the prompt.",
-    "paid": "Where every step earns a reward of its own, the same recursion holds: here with random ones, for the same prompt.",
+    "arm": "The response is one arm of a bandit (REINFORCE, RLOO): the expected gradient is that "
+    "of the decision process. Shown: the lengths of both gradients at a policy half-way to the "
+    "optimum, and the largest difference of their entries.",
+    "steps": "Each step has a reward (a process reward). A perfect process reward is the change in "
+    "V; over the response above these add up to its reward minus the value of the prompt.",
+    "paid": "If every step has a reward of its own, the same recursion holds. Shown: random "
+    "rewards, for the same prompt.",
 }
+"""The answers to a reward that comes only at the end."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A formula and its two sides as numbers; `left` and `right` are None where only the difference
-    is known.
+    """A formula and its two sides as numbers. `formula`: a key of FORMULAS. `left` and `right` are
+    None if only the difference is known.
     """
 
-    formula: str  # a key of FORMULAS
+    formula: str
     words: str
     difference: Num
     left: Num = None
@@ -58,9 +71,7 @@ class Identity:
 
 
 def identities(s: DecisionProcess) -> list[Identity]:
-    """Every formula of the setting with its two sides, from the numbers of one response under the
-    optimum.
-    """
+    """Every formula of the decision process with both sides, from the numbers of one response."""
     ref, pi = math.prod(d.ref for d in s.steps), math.prod(d.pi for d in s.steps)
     steps = sum(d.log_ratio for d in s.steps)
     value = s.steps[0].value if s.steps else s.beta_log_z
@@ -86,21 +97,21 @@ def identities(s: DecisionProcess) -> list[Identity]:
         ),
         Identity(
             "log_ratio",
-            "Log-ratios of tokens add up to the log-ratio of the response.",
+            "The log-ratios of the tokens add up to the log-ratio of the response.",
             abs(s.sum_log_ratio - steps),
             s.sum_log_ratio,
             steps,
         ),
         Identity(
             "optimum_objective",
-            "The objective: mean reward less β times the KL.",
+            "The objective is the mean reward minus β times the KL.",
             abs(s.objective - objective),
             s.objective,
             objective,
         ),
         Identity(
             "optimum_partition",
-            "At the optimum it is β log Z, the mean over prompts.",
+            "At the optimum it is the mean of β log Z over prompts.",
             abs(s.objective - mean),
             s.objective,
             mean,
@@ -114,7 +125,7 @@ def identities(s: DecisionProcess) -> list[Identity]:
         ),
         Identity(
             "optimal_policy",
-            "The optimum re-weights the reference.",
+            "The optimum reweights the reference.",
             abs(pi - optimum),
             pi,
             optimum,
@@ -128,7 +139,7 @@ def identities(s: DecisionProcess) -> list[Identity]:
         ),
         Identity(
             "reward",
-            "Turned round: the reward, written by the optimum.",
+            "Solved for the reward: the optimum gives the reward.",
             abs(s.reward - reward),
             s.reward,
             reward,
@@ -136,7 +147,10 @@ def identities(s: DecisionProcess) -> list[Identity]:
     ]
     if worst is not None:
         left, right = s.beta * worst.log_ratio, worst.q - worst.value
-        words = "Token by token: β times the log-ratio is the soft advantage (here the token with the largest difference)."
+        words = (
+            "For each token, β times the log-ratio is the soft advantage. Shown: the token with "
+            "the largest difference."
+        )
         out.append(Identity("advantage", words, abs(left - right), left, right))
     return out
 
@@ -174,7 +188,8 @@ def slope_identities(f: Frontier) -> list[Identity]:
         ),
         Identity(
             "variance",
-            "Its reward rises by the variance of the reward. Shown: the largest relative difference.",
+            "Its reward rises with 1/β by the variance of the reward. Shown: the largest relative "
+            "difference.",
             f.variance_error,
         ),
     ]

@@ -31,11 +31,11 @@ def methods_table(lab: LabResults) -> Table | None:
     head: list[Cell] = [
         "Method, policy",
         "World",
-        ("Gap left", f"% of J(optimum) {MINUS} J(ref); median, seeds"),
+        ("Gap left", f"share of J(optimum) {MINUS} J(ref); median, seeds"),
         ("Total variation", "from the optimum"),
-        ("KL", "nats per response; that of the optimum"),
-        ("Responses sampled", "pairs seen"),
-        "Time of a run",
+        ("KL", "nats per response; the optimum's below"),
+        ("Responses sampled", "and pairs seen"),
+        "Time per run",
     ]
     named = any(behind.values())
     rows = []
@@ -46,16 +46,16 @@ def methods_table(lab: LabResults) -> Table | None:
             row.append((f"{known(e.relative_bias)}; {known(e.variance)}", e.name) if e else DASH)
         rows.append(row)
     return table(
-        [*head, *([("Its gradient", "relative bias; variance of a sample")] if named else [])],
+        [*head, *([("Its gradient", "relative bias; variance of one sample")] if named else [])],
         rows,
         left=(1,),
     )
 
 
 def causes(lab: LabResults) -> list[str]:
-    """Why methods stopped short, of those that are no alarm."""
+    """Why methods leave a part of the gap, for those that are no alarm."""
     return [
-        f"{label(m)}, {m.world}, {share(max(gaps(m)))} short: {m.cause}"
+        f"{label(m)}, {m.world}, {share(max(gaps(m)))} left: {m.cause}"
         for m in lab.methods or []
         if m.cause and gaps(m) and max(gaps(m)) <= SHORT
     ]
@@ -95,15 +95,15 @@ def _method_row(lab: LabResults, m: MethodResult) -> list[Cell]:
 
 
 def _behind(lab: LabResults, m: MethodResult) -> GradientEstimator | None:
-    """The estimator whose expectation the method follows: the one it names, or the only one that
-    carries its name.
+    """The estimator whose expectation the method follows: the one that it names, or the only one
+    with its name.
     """
     found = [
         e
         for e in lab.estimators or []
         if (e.name == m.estimator if m.estimator else m.name.lower() in e.name.lower())
     ]
-    return found[0] if len(found) == 1 else None  # of several it is not known which
+    return found[0] if len(found) == 1 else None  # with several it is not known which one
 
 
 AT = 0.05
@@ -114,7 +114,7 @@ def _arrived(c: Change) -> Cell:
     """The optimum at which a method ended."""
     near = c.distance is not None and c.distance < AT
     return (
-        c.nearest if near else "none that is known",
+        c.nearest if near else "none of the known ones",
         f"{known(c.distance)} from it"
         if near
         else f"nearest: {c.nearest}, {known(c.distance)} away",
@@ -130,7 +130,7 @@ def parts_table(parts: list[Change]) -> Table:
     return table(
         [
             "What is run",
-            ("Gap left", "%"),
+            "Gap left",
             ("Total variation", "from the optimum"),
             ("Ended at the optimum of", "total variation"),
         ],
@@ -153,17 +153,17 @@ def lengths_table(rows: list[Change]) -> Table:
     ]
     head: list[Cell] = [
         "What is run",
-        ("Gap left", "%"),
+        "Gap left",
         ("Total variation", "from the optimum"),
-        ("Cut at the limit", "share of responses"),
+        ("Truncated at the limit", "share of responses"),
         ("Ended at the optimum of", "total variation"),
     ]
     return table(head, cells, left=(4,))
 
 
 def needed_table(lab: LabResults) -> Table | None:
-    """The world of sparse rewards: responses sampled until the gap stayed below a tenth, and what
-    is left at the end.
+    """The world of sparse rewards: responses sampled until the gap stayed below a tenth, and the
+    gap left at the end.
     """
     methods = in_world(lab, sparse_world(lab) or "")
     if not methods:
@@ -207,7 +207,7 @@ def worlds_table(lab: LabResults) -> Table | None:
     head: list[Cell] = [
         "World",
         "Prompts",
-        ("Responses", "to a prompt"),
+        ("Responses", "per prompt"),
         ("Vocabulary", "tokens"),
         ("Longest response", "tokens"),
         ("β", "points per nat"),

@@ -59,10 +59,11 @@ def missing_section(lab: LabResults, m: Missing) -> dict[str, str | Table]:
         f"In the {m.world} world no pair holds the response {m.never_compared!r} to the prompt "
         f"{m.prompt!r}. "
         + (
-            "The starts below reach the same loss at different policies: the minimiser is not "
-            "unique, and the data cannot choose."
+            "The starts below reach the same loss at different policies: the minimizer is not "
+            "unique, and the data cannot decide between them."
             if one_loss(lab)
-            else "The starts below do not reach one loss at different policies, so this run does not show that the minimiser is not unique."
+            else "The starts below do not reach one loss at different policies, so this run does "
+            "not show that the minimizer is not unique."
         )
     )
     return {
@@ -72,7 +73,7 @@ def missing_section(lab: LabResults, m: Missing) -> dict[str, str | Table]:
                 "Start",
                 ("Loss", "nats per pair"),
                 ("Total variation", "from the optimum"),
-                ("Probability of it", f"at the minimiser; optimum {best}"),
+                ("Its probability", f"at the minimizer; optimum {best}"),
             ],
             rows,
         ),
@@ -97,7 +98,7 @@ def labels_table(lab: LabResults) -> Table | None:
         "Annotator",
         ("Bayes accuracy", "share of labels"),
         ("Entropy", "nats per label"),
-        ("Total variation", "minimiser from the optimum"),
+        ("Total variation", "minimizer from the optimum"),
         ("Gap left", "%"),
     ]
     return table(head, rows)
@@ -120,10 +121,10 @@ def kl_tables(kl: KLTable) -> dict[str, Table]:
         for e in kl.estimators
     ]
     head: list[Cell] = [
-        "GradientEstimator",
+        "Estimator",
         ("Mean", "nats"),
         ("Bias", "nats"),
-        ("Deviation", "nats, one sample"),
+        ("Standard deviation", "nats, one sample"),
         ("As a loss", "its gradient is"),
         ("As a loss", "cosine"),
         ("As a loss", "relative error"),
@@ -134,10 +135,10 @@ def kl_tables(kl: KLTable) -> dict[str, Table]:
     if kl.schulman:
         out["schulman"] = table(
             [
-                ("Shift", "deviations"),
-                ("k1", "deviation / KL"),
-                ("k2", "deviation / KL"),
-                ("k3", "deviation / KL"),
+                ("Shift", "standard deviations"),
+                ("k1", "standard deviation / KL"),
+                ("k2", "standard deviation / KL"),
+                ("k3", "standard deviation / KL"),
                 ("k2", "bias / KL"),
             ],
             [
@@ -166,13 +167,13 @@ def estimators_table(lab: LabResults) -> Table | None:
         for e in lab.estimators
     ]
     head: list[Cell] = [
-        "GradientEstimator",
+        "Estimator",
         "Estimates",
         "Expectation",
         ("Cosine", "with what it estimates"),
         ("Relative bias", "of its expectation"),
-        ("Scale", "length / length"),
-        ("Variance", "one sample, / |gradient|²"),
+        ("Scale", "length / exact length"),
+        ("Variance", "of one sample / |gradient|²"),
     ]
     return table(head, rows, left=(1, 2))
 
@@ -231,7 +232,7 @@ def proxies_table(lab: LabResults) -> Table:
     head: list[Cell] = [
         "Proxy",
         ("Peak", "points, at √nats"),
-        ("Last", "points, at √nats"),
+        ("End", "points, at √nats"),
         "Turns over",
         ("Fit", "alpha; beta"),
         ("Error of the fit", "root mean square, points"),
