@@ -17,7 +17,8 @@ from pydantic import TypeAdapter
 
 from ..errors import RunError
 from ..report.numbers import number
-from ..run import command_line, open_folder
+from ..train.folders import open_folder
+from ..train.machine import command_line
 from ..train.progress import say
 from .page.page import write_lab_page
 from .runs import rows

@@ -167,7 +167,8 @@ def proxy_figure(one: Overoptimization, limits: tuple[list[float], list[float]] 
         ]
     told = one.title
     if one.peak and one.last and one.turns_over:
-        told += f": the true reward peaks at {number(one.peak.gold)} and ends at {number(one.last.gold)}"
+        peak, last = number(one.peak.gold), number(one.last.gold)
+        told += f": the true reward peaks at {peak} and ends at {last}"
     elif one.last and not one.turns_over:
         told += f": the true reward does not turn over, and ends at {number(one.last.gold)}"
     if one.peak and one.turns_over:

@@ -102,7 +102,7 @@ PARTS: dict[str, Exchange] = {
     "constant length": Exchange(
         "GRPO, constant length",
         "grpo",
-        {"mean": "constant"},
+        {"loss_aggregation": "constant"},
         "Divided by a constant instead of each response's length.",
     ),
     "no deviation, exact KL": Exchange(
@@ -113,12 +113,12 @@ PARTS: dict[str, Exchange] = {
     "no deviation, constant length": Exchange(
         "GRPO, no standard deviation, constant length",
         "grpo",
-        {"advantage": "rloo", "mean": "constant"},
+        {"advantage": "rloo", "loss_aggregation": "constant"},
     ),
     "all three": Exchange(
         "GRPO, all three",
         "grpo",
-        {"advantage": "rloo", "mean": "constant", "kl": {"estimator": "k2"}},
+        {"advantage": "rloo", "loss_aggregation": "constant", "kl": {"estimator": "k2"}},
     ),
     "KL in the reward": Exchange(
         "GRPO, KL in the reward",
@@ -152,7 +152,7 @@ LENGTHS: dict[str, Exchange] = {
     "off-policy mask": Exchange(
         "Dr. GRPO, four epochs, off-policy mask at 0.05 nats per token",
         "dr_grpo",
-        {"epochs": 4, "stale": 0.05},
+        {"epochs": 4, "off_policy_mask": 0.05},
         "The mask drops responses from which the policy has moved away within the batch.",
     ),
 }
@@ -192,7 +192,15 @@ def jobs(form: Form, seed: int) -> list[Job]:
     for method in SEQUENCE:
         add("long", method, "table", seeds, points=50)
     add("long", "ppo", "table", seeds, points=50, reward="steps")
-    add("long", "rloo", "table", seeds, points=50, reward="steps", settings={"credit": "to_go"})
+    add(
+        "long",
+        "rloo",
+        "table",
+        seeds,
+        points=50,
+        reward="steps",
+        settings={"credit": "reward_to_go"},
+    )
     add("sparse", "ppo", "table", seeds)
     add("exploit", "ppo", "table", seeds[:1], reward="proxy")
     return [*out, *exchanged(seed), *grid(form, seed)]

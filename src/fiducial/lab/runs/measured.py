@@ -19,10 +19,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from ...methods.dpo import DPO, dpo
-from ...methods.grpo import GRPO, grpo
-from ...methods.ppo import PPO, ppo
-from ...methods.reinforce import Reinforce, reinforce
+from ...methods.dpo import dpo
+from ...methods.grpo import grpo
+from ...methods.ppo import ppo
+from ...methods.reinforce import reinforce
+from ...methods.settings.dpo import DPO
+from ...methods.settings.grpo import GRPO
+from ...methods.settings.ppo import PPO
+from ...methods.settings.reinforce import Reinforce
 from ...run import Run
 from ...settings import OptimizerSettings, RowSettings, RunSettings, Settings
 from ...train.checkpoint import numbered
@@ -34,7 +38,7 @@ from .plan import Plan
 from .process_reward import TAUGHT, teach_steps
 from .results import MeasuredRun, PathPoint, RunResult
 
-ONLINE: dict[str, tuple[Callable[..., Run], type[Settings]]] = {
+ONLINE: dict[str, tuple[Callable[..., Run[Any]], type[Settings]]] = {
     "ppo": (ppo, PPO),
     "reinforce": (reinforce, Reinforce),
     "grpo": (grpo, GRPO),
@@ -73,7 +77,7 @@ def run(plan: Plan, folder: Path, out: Path) -> MeasuredRun:
     )
 
 
-def train(plan: Plan, world: World, folder: Path, out: Path) -> Run:
+def train(plan: Plan, world: World, folder: Path, out: Path) -> Run[Any]:
     """The run itself."""
     every = max(1, plan.steps // plan.points) if plan.points else 0
     common: dict[str, Any] = {

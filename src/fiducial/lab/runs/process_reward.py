@@ -6,9 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
-from ...methods.prm import PRM, prm
+from ...methods.prm import prm
+from ...methods.settings.prm import PRM
 from ...settings import RowSettings, RunSettings
-from ...use.generate import Generate, generate
+from ...use.generate import generate
+from ...use.settings import Generate
 from ..worlds.files import write_rows
 from ..worlds.world import EOS, LETTERS, World
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ...report.numbers import number
-from ...rollout.shaping import overlong
+from ...rewards.shaping import overlong
 from ...verbs import title
 from ..kit.trainer import places
 from ..study.results import Curve, Overoptimization

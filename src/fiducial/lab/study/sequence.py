@@ -14,8 +14,10 @@ from torch import Tensor
 from ... import losses
 from ...core import advantages, corrections, kl
 from ...core.loss_aggregation import constant, sequence_mean, token_mean
-from ...rewards import Scored
-from ...rollout.shaping import Looks, ScoreSettings, shape
+from ...rewards.shaping import shape
+from ...rewards.types import Scored
+from ...rollout.forward import RolloutLogprobs
+from ...settings import ScoreSettings
 from ..kit import checks as kit
 from ..kit.diagnosis import Case, Loss
 from ..kit.population import Batch, Population
@@ -28,19 +30,14 @@ def paid(batch: Batch) -> Tensor:
     """Rewards of tokens [N, W] as the methods shape them: k1 at every token, the score at the last
     one.
     """
-    looks = Looks(
+    logprobs = RolloutLogprobs(
         batch.logprobs.detach(),
         batch.ref_logprobs,
         torch.zeros_like(batch.ref_logprobs),
         batch.old_values,
     )
-    return shape(
-        batch.trajectory,
-        Scored(batch.rewards.tolist(), {}),
-        looks,
-        ScoreSettings(),
-        {"beta": batch.beta},
-    )[0]
+    scored = Scored(batch.rewards.tolist(), {})
+    return shape(batch.trajectory, scored, logprobs, ScoreSettings(), beta=batch.beta)[0]
 
 
 def returns(batch: Batch) -> Tensor:
