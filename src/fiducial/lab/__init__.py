@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .kit.trainer import check_trainer as check_trainer
     from .kit.verdict import Verdict as Verdict
     from .study.estimators import estimator_table as estimator_table
-    from .study.estimators import kl_table as kl_table
+    from .study.kl_estimators import kl_table as kl_table
     from .worlds.world import World as World
 
 _WHERE = {
@@ -52,7 +52,7 @@ _WHERE = {
     "check_trainer": "kit.trainer",
     "check_value_loss": "kit.checks",
     "estimator_table": "study.estimators",
-    "kl_table": "study.estimators",
+    "kl_table": "study.kl_estimators",
     "unbiased": "kit.small_batches",
 }
 
