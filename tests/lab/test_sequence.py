@@ -54,7 +54,7 @@ def test_grpo_as_its_paper_has_it_stops_at_another_optimum_and_arrives_when_its_
             tmp_path / "exchanged",
             "grpo",
             advantage="rloo",
-            mean="constant",
+            loss_aggregation="constant",
             kl={"estimator": "k2"},
         )
         < 0.01
