@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fiducial.rollout.shaping import KLSettings, Looks, ScoreSettings, overlong, shape
 from pydantic import ValidationError
 
 from fiducial.core import kl
 from fiducial.lab.worlds import exact as lab_exact
 from fiducial.lab.worlds import policies
 from fiducial.rewards import Scored
-from fiducial.rollout.shaping import KLSettings, Looks, ScoreSettings, overlong, shape
 from test_sequence import EXACT, LENGTHS, WORLD, off, tensor, token_scores
 from world import (
     PREFIXES,
