@@ -208,7 +208,7 @@ OTHERS: list[Verb] = [
     Verb(
         "lab",
         "Run every method against the exactly known optimum, and write the page.",
-        ".lab.command:Lab",
+        ".lab.settings:Lab",
         ".lab.command:lab",
     ),
     Verb(
