@@ -7,7 +7,6 @@ from typing import Any
 
 from ...report.figures import (
     BLUE,
-    COLOURS,
     GREEN,
     INK,
     PURPLE,
@@ -15,6 +14,7 @@ from ...report.figures import (
     VERMILLION,
     Figure,
     figure,
+    method_colour,
     thin,
 )
 from ...report.numbers import MINUS, number
@@ -112,7 +112,7 @@ def label(m: Trained) -> str:
 
 
 def colour(method: str) -> str:
-    return COLOURS.get(method, VERMILLION)
+    return method_colour(method)
 
 
 def here(lab: Lab, world: str) -> list[Trained]:
@@ -509,8 +509,8 @@ def proxy_figure(one: Overoptimisation, limits: tuple[list[float], list[float]] 
     if one.path and begins_with(one):
         way = [max(k, 0.0) ** 0.5 for k in one.path.kl]
         series += [
-            curve("PPO, proxy", way, one.path.proxy, COLOURS["ppo"], dash="dash"),
-            curve("PPO, true value", way, one.path.gold, COLOURS["ppo"]),
+            curve("PPO, proxy", way, one.path.proxy, method_colour("ppo"), dash="dash"),
+            curve("PPO, true value", way, one.path.gold, method_colour("ppo")),
         ]
     told = one.title
     if one.peak and one.last and one.turns_over:
