@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from fiducial.demo import grammar
-from fiducial.demo.world import Prompt, World, annotator, build_tokenizer, gold, gold_parts
+from fiducial.demo.world import Prompt, StoryWorld, annotator, build_tokenizer, gold, gold_parts
 
 FOX = "Tell me about a shy fox who wants a friend."
 # words:          10                             5                        7
@@ -37,7 +37,7 @@ def value(story: str, prompt: str = FOX) -> float:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(World(0).corpus(1000))
+    return build_tokenizer(StoryWorld(0).corpus(1000))
 
 
 # gold
@@ -240,7 +240,7 @@ def test_each_fault_spoils_what_it_names(fault, part):
 
 
 def test_prompts_are_split_with_nothing_shared():
-    training, held_out = World(3).prompts()
+    training, held_out = StoryWorld(3).prompts()
     assert (len(set(training)), len(set(held_out)), len(set(training) | set(held_out))) == (
         288,
         96,
@@ -255,25 +255,25 @@ def test_prompts_are_split_with_nothing_shared():
         for p in held_out
         for pair in itertools.combinations((p.trait, p.animal, p.wish), 2)
     )
-    assert World(3).prompts() == (training, held_out) and set(World(4).prompts()[1]) != set(
-        held_out
-    )
+    assert StoryWorld(3).prompts() == (training, held_out) and set(
+        StoryWorld(4).prompts()[1]
+    ) != set(held_out)
 
 
 def test_texts_ask_only_for_training_prompts_and_do_not_depend_on_the_count():
-    world = World(0)
+    world = StoryWorld(0)
     training = {prompt.text for prompt in world.prompts()[0]}
     corpus, demonstrations = world.corpus(500), world.demonstrations(500)
     asked = [document.split("\n")[0] for document in corpus if "\n" in document]
     assert set(asked) <= training and 0.85 < len(asked) / 500 < 0.95
     assert {prompt.text for prompt, _ in demonstrations} == training
     assert world.corpus(20) == corpus[:20] and world.demonstrations(20) == demonstrations[:20]
-    assert World(1).corpus(20) != corpus[:20]
+    assert StoryWorld(1).corpus(20) != corpus[:20]
 
 
 def test_the_same_in_another_process_whatever_the_hash_seed():
     program = (
-        "import hashlib, json; from fiducial.demo.world import *; w = World(5); d = "
+        "import hashlib, json; from fiducial.demo.world import *; w = StoryWorld(5); d = "
         "w.demonstrations(40); p, s = d[0][0].text, [x for _, x in d]\n"
         "j = annotator(2); made = [[x.text for x in w.prompts()[1]], w.corpus(200), s, gold([p] * "
         "40, s), [j(p, s[0], x, 'k') for x in s]]\n"
@@ -304,7 +304,7 @@ def test_importing_the_world_does_not_import_torch():
 
 
 def test_demonstrations_leave_room_and_every_fault_is_there():
-    rows = World(0).demonstrations(1500)
+    rows = StoryWorld(0).demonstrations(1500)
     parts = [gold_parts(prompt.text, story) for prompt, story in rows]
     mean = sum(math.prod(p.values()) for p in parts) / len(parts)
     assert 0.4 < mean < 0.65
@@ -335,7 +335,7 @@ def test_preference_probability_by_hand():
 
 
 def test_labels_follow_the_exact_probability():
-    rows, n = World(0).demonstrations(4), 4000
+    rows, n = StoryWorld(0).demonstrations(4), 4000
     judge = annotator(7)
     for (prompt, a), (_, b) in itertools.pairwise(rows):
         p = judge.prefer_probability(prompt.text, a, b)
@@ -344,7 +344,7 @@ def test_labels_follow_the_exact_probability():
 
 
 def test_labels_depend_on_the_question_alone():
-    (prompt, a), (_, b), *_ = World(0).demonstrations(2)
+    (prompt, a), (_, b), *_ = StoryWorld(0).demonstrations(2)
     judge, keys = annotator(1), list(range(200))
     labels = [judge(prompt.text, a, b, key) for key in keys]
     assert [judge(prompt.text, a, b, key) for key in reversed(keys)] == labels[::-1]
@@ -364,7 +364,7 @@ def test_longer_is_liked_at_equal_gold():
 
 
 def test_bayes_accuracy_is_that_of_the_best_of_all_predictors():
-    (prompt, a), (_, b), (_, c), *_ = World(0).demonstrations(3)
+    (prompt, a), (_, b), (_, c), *_ = StoryWorld(0).demonstrations(3)
     pairs = [(prompt.text, x, y) for x, y in ((a, b), (b, c), (c, a), (a, a))]
     judge = annotator(0)
     chances = [judge.prefer_probability(*pair) for pair in pairs]
@@ -379,7 +379,7 @@ def test_bayes_accuracy_is_that_of_the_best_of_all_predictors():
 
 
 def test_the_labels_are_as_noisy_as_people():
-    rows = World(0).demonstrations(2 * 288)  # the same prompts twice
+    rows = StoryWorld(0).demonstrations(2 * 288)  # the same prompts twice
     pairs = [
         (prompt.text, a, b) for (prompt, a), (_, b) in zip(rows[:288], rows[288:], strict=True)
     ]
@@ -391,7 +391,7 @@ def test_the_labels_are_as_noisy_as_people():
 
 def test_text_comes_back_exactly(tokenizer):
     for text in (
-        *World(1).corpus(200),
+        *StoryWorld(1).corpus(200),
         "A tidy  Zebra, isn't it?\n\n é ☃ <b>",
         "",
         " leading and trailing ",
@@ -400,12 +400,12 @@ def test_text_comes_back_exactly(tokenizer):
 
 
 def test_nearly_every_word_is_one_token_and_stories_are_short(tokenizer):
-    documents = World(1).corpus(300)
+    documents = StoryWorld(1).corpus(300)
     num_words = sum(len(grammar.words(document)) for document in documents)
     pieces = [piece.lstrip("Ġ") for document in documents for piece in tokenizer.tokenize(document)]
     assert num_words / sum(piece.isalpha() and piece != "Ċ" for piece in pieces) > 0.95
     num_tokens = sorted(
-        len(tokenizer(story).input_ids) for _, story in World(1).demonstrations(300)
+        len(tokenizer(story).input_ids) for _, story in StoryWorld(1).demonstrations(300)
     )
     assert num_tokens[int(0.95 * 300)] <= 64
     assert len(tokenizer) < 768
