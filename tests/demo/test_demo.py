@@ -83,7 +83,7 @@ def test_the_table_is_counted_from_the_answers(made: Made) -> None:
     assert ppo["gold"]["n"] == 96 and 0 <= ppo["win_rate"]["value"] <= 1
     assert sft["win_rate"] is None and sft["kl"] is None
     assert dpo["responses_sampled"] == 0 and dpo["models_held"] == ["policy"] and not dpo["online"]
-    assert [p["step"] for p in data["paths"]["dpo"]][0] == 0 and "sft" not in data["paths"]
+    assert data["paths"]["dpo"][0]["step"] == 0 and "sft" not in data["paths"]
     # the scale is set so
     assert sft["proxy"]["value"] == pytest.approx(sft["gold"]["value"], abs=1e-9)
     assert ppo["sensitivity"] and dpo["sensitivity"] and not sft["sensitivity"]

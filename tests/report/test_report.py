@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from fiducial.report.render import script_json
 from pages import EVIL, HOSTILE, check_that_nothing_is_fetched, page_data
 
 Rows = list[dict[str, Any]]
+Curve = Callable[[float], float]
+Change = Mapping[str, Curve]
+"""Metrics by their name, as functions of the share of the run that is done."""
 
 
 def folder(
@@ -47,10 +51,10 @@ def folder(
     return path
 
 
-def ppo_history(steps: int = 40, **change: Any) -> list[dict[str, Any]]:
+def ppo_history(change: Change | None = None, steps: int = 40) -> Rows:
     """A healthy PPO run; `change` replaces a metric by a function of the share of the run done."""
     noise = random.Random(0)
-    healthy: dict[str, Any] = {
+    healthy: dict[str, Curve] = {
         "reward": lambda t: t,
         "objective/kl": lambda t: 2 * t,
         "kl": lambda t: 0.1 * t,
@@ -67,21 +71,20 @@ def ppo_history(steps: int = 40, **change: Any) -> list[dict[str, Any]]:
     }
     rows = []
     for i in range(1, steps + 1):
-        row = {"step": i, "seconds": float(i)}
-        for name, value in {**healthy, **change}.items():
+        row: dict[str, Any] = {"step": i, "seconds": float(i)}
+        for name, value in (healthy | dict(change or {})).items():
             noisy = name in ("reward", "objective/kl", "kl", "explained_variance", "entropy")
             row[name] = value(i / steps) + (0.001 * noise.gauss(0, 1) if noisy else 0)
         rows.append(row)
     return rows
 
 
-def group_history(loss: str = "ppo_clip", **change: Any) -> list[dict[str, Any]]:
+def group_history(loss: str = "ppo_clip", change: Change | None = None) -> Rows:
     """A healthy run without a critic: of grpo with one update a batch, gspo or cispo with several,
     or reinforce.
     """
-    rows = ppo_history(
-        **{"groups/no_spread": lambda t: 0.2 + 0.2 * t, "groups/sampled": lambda t: 8, **change}
-    )
+    groups: Change = {"groups/no_spread": lambda t: 0.2 + 0.2 * t, "groups/sampled": lambda t: 8}
+    rows = ppo_history({**groups, **(change or {})})
     own: dict[str, dict[str, float]] = {
         "ppo_clip": {"clip_ratio": 0.0, "approx_kl": 0.0, "ratio": 1.0, "ratio/max": 1.0},
         "gspo": {"clip_ratio/responses": 0.24, "approx_kl": 1e-4},
@@ -96,7 +99,7 @@ def group_history(loss: str = "ppo_clip", **change: Any) -> list[dict[str, Any]]
 
 def dpo_history(
     steps: int = 40, chosen: float = -1.0, accuracy: float = 0.7, margin: float = 1.0
-) -> list[dict[str, Any]]:
+) -> Rows:
     return [
         {
             "step": i,
@@ -199,48 +202,51 @@ def test_healthy_runs_raise_no_alarm() -> None:
     assert (
         alarms(
             ppo_history(
-                **{"objective/kl": lambda t: noise.gauss(0, 1), "kl": lambda t: noise.gauss(0, 0.1)}
+                {"objective/kl": lambda t: noise.gauss(0, 1), "kl": lambda t: noise.gauss(0, 0.1)}
             )
         )
         == []
     )
     assert (
-        alarms(ppo_history(clip_ratio=lambda t: 0.0, epochs_done=lambda t: 1)) == []
+        alarms(ppo_history({"clip_ratio": lambda t: 0.0, "epochs_done": lambda t: 1})) == []
     )  # one pass over the batch cannot clip
 
 
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (ppo_history(**{"objective/kl": lambda t: -0.4}), ["-0.4", "nats per response", "top-k"]),
+        (ppo_history({"objective/kl": lambda t: -0.4}), ["-0.4", "nats per response", "top-k"]),
         (
-            ppo_history(**{"ratio/first": lambda t: 1.02 if t == 0.5 else 1.0}),
+            ppo_history({"ratio/first": lambda t: 1.02 if t == 0.5 else 1.0}),
             ["1.02 at step 20", "must be 1", "dropout"],
         ),
         (
-            ppo_history(sampler_gap=lambda t: 0.2 if t == 1 else 0.001),
+            ppo_history({"sampler_gap": lambda t: 0.2 if t == 1 else 0.001}),
             ["0.2 nats at step 40", "heuristic", "sync"],
         ),
-        (ppo_history(explained_variance=lambda t: -0.5), ["-0.5", "heuristic", "critic"]),
+        (ppo_history({"explained_variance": lambda t: -0.5}), ["-0.5", "heuristic", "critic"]),
         (
-            ppo_history(approx_kl=lambda t: 0.08),
+            ppo_history({"approx_kl": lambda t: 0.08}),
             ["0.08 nats per token", "heuristic", "learning rate"],
         ),
-        (ppo_history(clip_ratio=lambda t: 0.3), ["30% of tokens", "heuristic"]),
-        (ppo_history(clip_ratio=lambda t: -0.0001), ["steps are too small", "heuristic"]),
+        (ppo_history({"clip_ratio": lambda t: 0.3}), ["30% of tokens", "heuristic"]),
+        (ppo_history({"clip_ratio": lambda t: -0.0001}), ["steps are too small", "heuristic"]),
         (
-            group_history(**{"groups/no_spread": lambda t: t}),
+            group_history(change={"groups/no_spread": lambda t: t}),
             ["88.8% of the groups", "heuristic", "medium difficulty"],
         ),
         (
-            ppo_history(**{"completions/finished": lambda t: 0.5}),
+            ppo_history({"completions/finished": lambda t: 0.5}),
             ["50% of responses", "heuristic", "max_new_tokens"],
         ),
         (
-            ppo_history(**{"completions/mean_length": lambda t: 30 + 40 * t}),
+            ppo_history({"completions/mean_length": lambda t: 30 + 40 * t}),
             ["from 32.5 to 65.5 tokens", "heuristic", "length"],
         ),
-        (ppo_history(entropy=lambda t: 2 * math.exp(-9 * t)), ["Entropy", "heuristic", "beta"]),
+        (
+            ppo_history({"entropy": lambda t: 2 * math.exp(-9 * t)}),
+            ["Entropy", "heuristic", "beta"],
+        ),
         (dpo_history(chosen=-80), ["nats per response", "heuristic", "raise beta"]),
         (dpo_history(accuracy=1.0), ["first third", "heuristic", "look at them"]),
         (dpo_history(margin=-1.0), ["below 0", "exchanged"]),
@@ -262,7 +268,7 @@ def test_healthy_runs_raise_no_alarm() -> None:
     ],
 )
 def test_each_alarm_fires_alone_with_its_number_and_its_remedy(
-    rows: list[dict[str, Any]], words: list[str]
+    rows: Rows, words: list[str]
 ) -> None:
     (sentence,) = alarms(rows)
     assert [word for word in words if word not in sentence] == []
@@ -310,9 +316,8 @@ def test_the_answer_weakens_when_one_half_is_inside_the_interval(tmp_path: Path)
             **{"accuracy on held-out pairs": held},
         )
 
-    assert (
-        told(0.76, 0.86)
-        == "The reward model scores the chosen answer higher on 81% ± 5 of held-out pairs (n = 256)."
+    assert told(0.76, 0.86) == (
+        "The reward model scores the chosen answer higher on 81% ± 5 of held-out pairs (n = 256)."
     )
     assert told(0.48, 0.58).startswith("It is not shown to do better than a coin flip: 53% ± 5")
     assert told(0.2, 0.3).startswith("It does worse than a coin flip: the reward model scores")
@@ -447,7 +452,7 @@ def test_missing_and_torn_files_are_said_not_fatal(tmp_path: Path) -> None:
     html = write_report(folder(tmp_path / "none")).read_text(encoding="utf-8")
     for name in ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json"):
         assert f"{name} is missing" in html
-    torn = folder(tmp_path / "torn", ppo_history(10))
+    torn = folder(tmp_path / "torn", ppo_history(steps=10))
     with (torn / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "rew')
     (torn / "summary.json").write_text('{"status": ')
@@ -480,7 +485,7 @@ def test_missing_and_torn_files_are_said_not_fatal(tmp_path: Path) -> None:
 
 
 def test_long_curves_are_thinned_and_the_page_says_so(tmp_path: Path) -> None:
-    rows = ppo_history(3000)
+    rows = ppo_history(steps=3000)
     rows[1234]["reward"] = 99.0
     html = write_report(folder(tmp_path / "long", rows, config={"method": "ppo"})).read_text(
         encoding="utf-8"
@@ -492,9 +497,9 @@ def test_long_curves_are_thinned_and_the_page_says_so(tmp_path: Path) -> None:
         and max(drawn[0]["y"]) == 99.0
         and drawn[0]["x"][-1] == 3000
     )
-    assert "thinned" not in write_report(folder(tmp_path / "short", ppo_history(50))).read_text(
-        encoding="utf-8"
-    )
+    assert "thinned" not in write_report(
+        folder(tmp_path / "short", ppo_history(steps=50))
+    ).read_text(encoding="utf-8")
 
 
 def test_thinning_keeps_ends_and_extremes() -> None:
@@ -510,12 +515,11 @@ def test_thinning_keeps_ends_and_extremes() -> None:
     assert thin(points[:100], 100) == points[:100]
 
 
-def test_smoothing_is_a_mean_of_neighbours() -> None:
+def test_smoothing_is_a_mean_of_neighbors() -> None:
     points = [(float(i), float(i % 2)) for i in range(80)]
-    assert smooth(points)[40] == (
-        40.0,
-        pytest.approx(2 / 5),
-    )  # two neighbours each side of an even place: 0 1 0 1 0
+    x, y = smooth(points)[40]
+    # two neighbors on each side of an even place: 0 1 0 1 0
+    assert x == 40.0 and y == pytest.approx(2 / 5)
     assert smooth(points[:39]) == []
 
 
