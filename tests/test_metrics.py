@@ -103,5 +103,5 @@ def test_lookup_knows_held_out_and_unknown_names() -> None:
 
 
 def test_each_of_several_rewards_has_the_name_that_its_user_gave() -> None:
-    assert lookup("reward/gold").title == "Reward gold" and known("reward/gold")
+    assert lookup("reward/gold").title == "Reward: gold" and known("reward/gold")
     assert lookup("reward/gold").sentence == METRICS["reward/<name>"].sentence

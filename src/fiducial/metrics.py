@@ -135,7 +135,7 @@ METRICS: dict[str, Metric] = {
         "that is optimized, so a rise alone does not show that responses are better: read samples "
         "and use a judge on held-out prompts."
     ),
-    "reward/<name>": _metric("learning", "Reward <name>", "score")(
+    "reward/<name>": _metric("learning", "Reward: <name>", "score")(
         "Mean score by one of several rewards, before its weight. If one rises while another "
         "falls, the weights decide which of them wins."
     ),

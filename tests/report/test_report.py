@@ -660,3 +660,12 @@ def test_the_settings_of_report_are_read_without_torch_or_plotly() -> None:
     code = "import sys, fiducial.report.command; print({'torch', 'plotly'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def test_a_reward_model_says_nothing_and_its_page_misses_no_samples(tmp_path: Path) -> None:
+    rows: Rows = [{"step": i, "accuracy": 0.6} for i in range(1, 9)]
+    silent = write_report(folder(tmp_path / "rm", rows, config={"method": "reward"}))
+    assert "What it said" not in (html := silent.read_text("utf-8")) and "samples.jsonl" not in html
+    speaks = write_report(folder(tmp_path / "dpo", dpo_history(), config={"method": "dpo"}))
+    html = speaks.read_text("utf-8")
+    assert "What it said" in html and "samples.jsonl is missing" in html

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from .. import verbs
 from ..metrics import EVAL, base, lookup
-from .figures import change, window
+from .figures import change, spoken, window
 from .folder import RunRecord
 from .numbers import Estimate, count, number, percent, with_interval
 
@@ -80,7 +80,10 @@ def _change_words(
 
 def _general(run: RunRecord) -> list[str]:
     """For a method that the table does not know: how its first two metrics changed."""
-    told = [_change_words(run, n, lookup(n).title, lookup(n).unit) for n in run.decides[:2]]
+    told = [
+        _change_words(run, name, lookup(name).title, spoken(lookup(name).unit))
+        for name in run.decides[:2]
+    ]
     return [f"{words}." for words in told if words]
 
 

@@ -98,16 +98,17 @@ def change(values: Sequence[float]) -> int:
     return 0 if abs(gap) <= noise else (1 if gap > 0 else -1)
 
 
+def spoken(unit: str) -> str:
+    """The unit if it can follow a number in a sentence, else nothing."""
+    words = ("nats", "token", "second", "epoch")
+    return "" if unit.startswith("share") or not any(w in unit for w in words) else unit
+
+
 def says(title: str, values: Sequence[float], unit: str = "") -> str:
     """A title that says what the picture shows: `KL to the reference rises from 0.1 to 2.4 nats
     per response`.
     """
-    unit = (
-        unit
-        if any(word in unit for word in ("nats", "token", "second", "epoch"))
-        and not unit.startswith("share")
-        else ""
-    )
+    unit = spoken(unit)
     if len(values) < 2:
         return f"{title}: {number(values[0])} {unit}".rstrip()
     first, last = window(values, False).value, window(values, True).value

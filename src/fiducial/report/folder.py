@@ -4,14 +4,14 @@ the page shows.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .. import verbs
-from ..metrics import EVAL, finite
+from ..metrics import EVAL, finite, lookup
 from .numbers import Estimate
 
 Point = tuple[float, float]
@@ -48,11 +48,18 @@ class RunRecord:
     @property
     def decides(self) -> tuple[str, ...]:
         """The metrics that decide, from the table of methods; for a method that the table does not
-        know, the first six that it wrote.
+        know, the first six that it wrote, those about learning before the others.
         """
         row = verbs.method(self.method)
+        if row:
+            return row.decides
         own = [name for name in self.series if not name.startswith(EVAL) and name != "seconds"]
-        return row.decides if row else tuple(own[:6])
+        return tuple(sorted(own, key=lambda name: lookup(name).group != "learning")[:6])
+
+    @property
+    def silent(self) -> bool:
+        """Whether a model of this kind writes no responses that could be shown."""
+        return self.kind in ("reward", "process")
 
     @property
     def evaluation(self) -> dict[str, Estimate]:
@@ -91,15 +98,17 @@ def read_run(path: Path) -> RunRecord:
         for row in _lines(path / "metrics.jsonl", notes, "there are no curves")
         if finite(row.get("step"))
     ]
-    rows = _lines(path / "samples.jsonl", notes, "no prompt and response can be shown")
+    record = RunRecord(path, config, history, _series(history), [], summary, notes)
+    if record.silent:
+        return record
     samples = [
         row
-        for row in rows
+        for row in _lines(path / "samples.jsonl", notes, "no prompt and response can be shown")
         if isinstance(row.get("prompt"), str)
         and isinstance(row.get("completion"), str)
         and finite(row.get("step"))
     ]
-    return RunRecord(path, config, history, _series(history), pair(samples), summary, notes)
+    return replace(record, samples=pair(samples))
 
 
 def _config(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def write_report(run: Path) -> Path:
         banded=any("band" in f for f in figures.values()),
         smoothed=longest >= 40,
         thinned=was_thinned(record),
+        silent=record.silent,
         sample_count=len(record.samples),
         sample_words=_sample_words(record.samples),
         groups=groups,
