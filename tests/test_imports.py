@@ -11,7 +11,7 @@ import fiducial
 
 ROOT = Path(fiducial.__file__).parent
 LEVELS = [
-    {"errors", "metrics", "settings", "verbs", "__version__"},
+    {"errors", "metrics", "kl_choice", "settings", "verbs", "__version__"},
     {"core"},
     {"losses"},
     {"data", "models"},

@@ -122,22 +122,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(name: str, args: list[str]) -> int:
-    if name not in VERBS:
-        import difflib
+    from . import verbs
 
-        near = difflib.get_close_matches(name, VERBS, n=1)
-        raise InputError(
-            f"there is no verb {name!r}{f': did you mean {near[0]}?' if near else ''} (fiducial "
-            "--help lists them)"
-        )
+    known = verbs.verbs()
+    if name not in known:
+        raise InputError(f"there is no verb {name!r} (fiducial --help lists them)")
     from .parse import parse
 
-    module, settings_name, function_name = VERBS[name].where.split(":")
-    found = importlib.import_module(f"fiducial.{module}")
-    settings = parse(getattr(found, settings_name), args, command=name)
-    function: Callable[[Any], Any] = getattr(found, function_name)
+    settings = parse(verbs.resolve(known[name].settings), args, command=name)
+    function = verbs.resolve(known[name].run)
     result = function(settings)
-    _say_result(name, found, result)
+    _say_result(name, importlib.import_module(function.__module__), result)
     return 0
 
 

@@ -10,20 +10,27 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from . import kl_choice
 from .errors import InputError
+from .kl_choice import Penalty, Placement
 
 S = TypeVar("S", bound="Settings")
+
+Aggregate = Literal["last", "min", "product"]
+"""How the scores of the steps of a solution become one score."""
 
 
 class Settings(BaseModel):
     """Frozen; nothing is coerced beyond what a flag needs; an unknown key is refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    moved: ClassVar[Mapping[str, str]] = {}
+    """Names that a user may expect here, and the sentence that says where to find them."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -39,7 +46,7 @@ class Settings(BaseModel):
 
 
 class _Refused(Exception):
-    """Carries one sentence past the flag parser, which would frame any ValueError in its own words."""
+    """Carries one sentence past the flag parser, which would frame a ValueError."""
 
 
 _parsing: list[tuple[str, type[Settings]]] = []
@@ -50,76 +57,187 @@ class RowSettings(Settings):
     """How rows are read, rendered to tokens and split."""
 
     max_length: int | None = Field(None, gt=1)
-    """Tokens of a row, prompt and response together. Default: the model's context."""
+    """Largest number of tokens in a row, prompt and response together. None: the model's context.
+    """
     on_long: Literal["truncate", "error"] = "truncate"
-    """A response beyond max_length is cut at its end, and counted, or is an error. A prompt that
-    leaves no room for a label is always one.
+    """What happens to a response beyond max_length: it is cut at its end and counted, or the
+    command stops. A prompt that leaves no room for a response always stops it.
     """
     on_error: Literal["stop", "skip"] = "stop"
-    """A bad row stops the command with its file:line, or is counted and written to skipped.jsonl."""
+    """What happens at a bad row: the command stops and names its file and line, or the row is
+    counted and written to skipped.jsonl.
+    """
     train_on: Literal["all", "last"] = "all"
-    """Of a conversation, the assistant turns that are learned."""
+    """Which of the assistant's turns in a conversation are trained on: all of them, or the last."""
     chat_template: str | None = None
-    """`chatml` or a Jinja file, for a tokenizer without a template. Default: the tokenizer's own."""
+    """`chatml` or a Jinja file, for a tokenizer without a template. None: the tokenizer's own."""
     eos_token: str | None = None
-    """The token that ends a response, if it is not the tokenizer's EOS."""
+    """The token that ends a response. None: the tokenizer's EOS token."""
     held_out: float = Field(0.1, ge=0, lt=1)
-    """Share of the prompts that is kept for evaluation and never trained on. Ours. ppo, reinforce
-    and grpo train on all of them: judge them by eval.
+    """Share of the prompts kept for evaluation and never trained on. Our choice; no published
+    value. ppo, reinforce and grpo train on all prompts: measure them with `fiducial eval`.
     """
     eval_data: str | None = None
-    """Rows for evaluation, instead of held_out."""
+    """Rows to evaluate on, in place of the held-out share: a file or a Hub name."""
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), by peft."""
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), through peft."""
 
     r: int = Field(0, ge=0)
-    """Rank; 0 trains all weights."""
+    """Rank of the adapters. 0: no adapters; all weights are trained."""
     alpha: float = 16.0
-    """Scale: an adapter counts alpha / r."""
+    """Scale of the adapters: their output is multiplied by alpha / r. 16: our choice."""
     target_modules: tuple[str, ...] | None = None
-    """Layers that get an adapter. Default: every linear layer of the transformer."""
+    """Names of the layers that get an adapter. None: every linear layer of the transformer."""
 
 
 class OptimizerSettings(Settings):
     """AdamW and the schedule of its learning rate."""
 
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the moments. 0.9, 0.95: InstructGPT."""
+    """Decay rates of AdamW's two moments. 0.9 and 0.95: InstructGPT."""
     eps: float = Field(1e-8, gt=0)
-    """Added to the root of the second moment. PyTorch's default."""
+    """Added to the square root of AdamW's second moment. 1e-8: PyTorch's default."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled. 0: InstructGPT."""
+    """Decoupled weight decay. 0: InstructGPT."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """From the peak to zero (cosine: to a tenth, as in InstructGPT), after warm-up."""
+    """Learning rate after warm-up: constant, linear to zero, or a cosine to a tenth of the peak
+    (InstructGPT).
+    """
     warmup_steps: int = Field(0, ge=0)
-    """Steps in which the rate rises linearly to its peak."""
+    """Optimizer steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """The gradient's norm is cut to this. The field's custom."""
+    """Largest norm of the gradient; a larger gradient is scaled down to it. 1: the usual value."""
 
 
 class RunSettings(Settings):
-    """The run folder, memory, checkpoints."""
+    """Memory, precision, checkpoints and evaluation."""
 
     tokens: int = Field(8192, gt=0)
-    """Padded tokens of a micro-batch: the memory knob. It never changes the result."""
+    """Padded tokens per micro-batch. Lower it if memory runs out; the result does not change."""
     checkpoint_every: int = Field(100, ge=0)
-    """Steps from one checkpoint to the next; 0: none but at Ctrl-C."""
+    """Steps between checkpoints. 0: only when the run is stopped with Ctrl-C."""
     keep_checkpoints: int = Field(2, gt=0)
-    """How many of the newest stay."""
+    """Number of recent checkpoints to keep."""
     eval_every: int = Field(50, ge=0)
-    """Steps from one evaluation on held-out rows to the next, where a method keeps some; 0: at the
-    end only.
+    """Steps between evaluations on the held-out rows, for methods that keep some. 0: only at the
+    end.
     """
     samples: int = Field(8, ge=0)
-    """Prompts that are answered before and after, for the page."""
+    """Number of prompts answered before and after training, for the run's page."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward pass; weights and optimizer stay in float32."""
+    """Precision of the forward and backward pass. Weights and optimizer state stay in float32."""
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them."""
+    """Recompute activations in the backward pass: less memory, more time."""
     timeout_minutes: float = Field(10.0, gt=0)
-    """How long a process waits for the others before all stop with an error."""
+    """How long one process waits for the others before all of them stop with an error."""
+
+
+class KLSettings(Settings):
+    """The KL penalty to the reference: where it acts, its estimator, and how beta adapts."""
+
+    placement: Placement | None = None
+    """Where the penalty acts: in the reward of each token, or as a term of the loss, unaffected by
+    the scaling of the advantages. None: where the estimator is right.
+    """
+    estimator: Penalty | None = None
+    """k1 in the reward and k2 in the loss are exact. k2_tokens, weighted_k3 and forward_k3 are
+    losses of known bias; k3 is refused. None: k1; for the grpo variant forward_k3.
+    """
+    target: float | None = Field(None, gt=0)
+    """KL in nats per response that beta is adapted to hold. None: beta stays. Ziegler et al. 2019:
+    6 for style, none for summaries.
+    """
+    horizon: int = Field(10_000, gt=0)
+    """Responses over which an error of 20% changes beta by a factor of about 1.2. 10,000: Ziegler
+    et al. 2019.
+    """
+
+    @model_validator(mode="after")
+    def _check(self) -> KLSettings:
+        kl_choice.check(self.placement, self.estimator)
+        return self
+
+    def check_target(self, beta: float) -> None:
+        """Refuse a target that cannot be held: a beta of 0 stays 0 however it is multiplied.
+
+        Raises:
+            ValueError: with what to do.
+        """
+        if self.target is not None and beta == 0:
+            raise ValueError(
+                f"--kl.target {self.target:g} with a beta of 0: the target is held by multiplying "
+                "beta, so give a --beta above 0 to start from"
+            )
+
+    def resolve(self, default: Penalty = "k1") -> tuple[Placement, Penalty]:
+        """Placement and estimator; `default` is the method's own estimator."""
+        return kl_choice.resolve(self.placement, self.estimator, default)
+
+    def next_beta(self, beta: float, nats: float, responses: int) -> float:
+        """The coefficient for the next iteration, after `responses` with a mean KL of `nats`.
+
+        Without a target it is `beta` itself.
+        """
+        if self.target is None:
+            return beta
+        return kl_choice.adapt(
+            beta, nats, target=self.target, episodes=responses, horizon=self.horizon
+        )
+
+
+class ScoreSettings(Settings):
+    """What is done to a score before it becomes a reward."""
+
+    normalise: Literal["none", "first", "batch"] = "none"
+    """Subtract the mean of the scores and divide by their standard deviation: those of the first
+    batch (Ziegler et al. 2019), or those of each batch.
+    """
+    clip: float | None = Field(None, gt=0)
+    """Largest absolute score, after normalization. None: no clipping. PPO-max (Zheng et al. 2023,
+    arXiv 2307.04964) clips.
+    """
+    missing_eos_penalty: float = Field(0.0, ge=0)
+    """Subtracted from the score of a response that was cut at the limit, as in TRL. Huang et al.
+    2024 (N+) set that score to -1 instead.
+    """
+    length_buffer: int = Field(0, ge=0)
+    """Last tokens below the limit over which a length penalty grows linearly. 0: off. DAPO (arXiv
+    2503.14476, eq. 13): 4,096 of 20,480.
+    """
+    length_penalty: float = Field(1.0, gt=0)
+    """Largest length penalty, subtracted from the score of a response at its limit. 1: DAPO."""
+
+    def check_length_buffer(self, max_new_tokens: int) -> None:
+        """Raises: ValueError: the length penalty would begin before the response does."""
+        if self.length_buffer > max_new_tokens:
+            raise ValueError(
+                f"--score.length-buffer {self.length_buffer} with --max-new-tokens "
+                f"{max_new_tokens}: the buffer is the last tokens below the limit, "
+                "so it cannot be longer than the limit itself"
+            )
+
+
+class LongSettings(Settings):
+    """Long responses, and a sampler that differs from the trainer. Off by default."""
+
+    mask_truncated: bool = False
+    """Leave responses that were cut at the limit out of the loss (DAPO's overlong filter). Their
+    reward is noise, but leaving them out changes the objective.
+    """
+    correction: Literal["none", "tis", "icepop", "sequence_tis", "sequence_mis"] = "none"
+    """Importance weights for a sampler that differs from the trainer: per token (tis, icepop), or
+    per response (sequence_tis, sequence_mis), which is the exact correction.
+    """
+    cap: float = Field(2.0, gt=1)
+    """Largest weight. Truncated weights (tis) are clipped at it; masked ones (icepop, mis) are
+    dropped beyond it. 2: veRL; TRL: 3.
+    """
+    floor: float = Field(0.5, ge=0, lt=1)
+    """Smallest weight that icepop keeps. 0.5: the inverse of the cap. Our choice; no published
+    value.
+    """
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -144,7 +262,9 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def build(cls: type[S], values: Mapping[str, Any], *, source: str = "settings") -> S:
-    """`cls` from nested plain values; every fault in one InputError sentence that names the setting."""
+    """`cls` from nested plain values; every fault in one InputError sentence that names the
+    setting.
+    """
     _known(cls, values, source, "")
     try:
         return cls(**values)
@@ -173,6 +293,8 @@ def _known(cls: type[BaseModel], values: Mapping[str, Any], source: str, prefix:
     for key, value in values.items():
         field = cls.model_fields.get(key)
         if field is None:
+            if issubclass(cls, Settings) and key in cls.moved:
+                raise InputError(f"{source}: {prefix}{key}: {cls.moved[key]}")
             near = difflib.get_close_matches(str(key), list(cls.model_fields), n=1, cutoff=0.5)
             hint = (
                 f": did you mean {prefix}{near[0]}?"

@@ -184,25 +184,25 @@ OTHERS: list[Verb] = [
     Verb(
         "collect",
         "Sample responses, have a judge compare them, and write preference pairs.",
-        ".use.collect:Collect",
+        ".use.settings:Collect",
         ".use.collect:collect",
     ),
     Verb(
         "label-steps",
         "Label the steps of sampled solutions by completing every prefix several times.",
-        ".use.label_steps:LabelSteps",
+        ".use.settings:LabelSteps",
         ".use.label_steps:label_steps",
     ),
     Verb(
         "generate",
         "Answer a file of prompts, once or with the best of n.",
-        ".use.generate:Generate",
+        ".use.settings:Generate",
         ".use.generate:generate",
     ),
     Verb(
         "eval",
         "Measure win rate, score, KL and length of a model, with 95% intervals.",
-        ".use.evaluate:Evaluate",
+        ".use.settings:Evaluate",
         ".use.evaluate:evaluate",
     ),
     Verb(

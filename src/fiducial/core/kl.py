@@ -11,82 +11,24 @@ As a detached reward k1 is exact, and k2 and k3 are not.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from ..kl_choice import REFUSED, Estimator, Penalty, Placement, adapt, check, resolve
 from .reductions import same_shape, select
 
-Estimator = Literal["k1", "k2", "k3"]
-Placement = Literal["reward", "loss"]
-Penalty = Literal["k1", "k2", "k3", "k2_tokens", "weighted_k3", "forward_k3"]
-
-REFUSED = {
-    (
-        "loss",
-        "k1",
-    ): "k1 as a loss has an expected gradient of zero: it holds nothing. Use k1 in the reward, or k2 as a loss",
-    (
-        "loss",
-        "k3",
-    ): "k3 as a loss has the gradient of the forward KL(ref, policy), not of KL(policy, ref). If that is meant, as in GRPO's paper, ask for it "
-    "by its name, forward_k3; else use k1 in the reward, or k2 as a loss",
-    (
-        "reward",
-        "k2",
-    ): "k2 is biased as a value, and so is a reward with it. Use k1 in the reward, or k2 as a loss",
-    (
-        "reward",
-        "k3",
-    ): "k3 in the reward has the gradient of KL(policy, ref) - KL(ref, policy). Use k1 in the reward",
-    (
-        "reward",
-        "k2_tokens",
-    ): "k2_tokens is differentiated, so it belongs into the loss. Use k1 in the reward",
-    (
-        "reward",
-        "weighted_k3",
-    ): "weighted_k3 is differentiated, so it belongs into the loss. Use k1 in the reward",
-    (
-        "reward",
-        "forward_k3",
-    ): "forward_k3 is differentiated, so it belongs into the loss. Use k1 in the reward",
-}
-"""Combinations whose gradient is known to be wrong, with the reason (Tang and Munos 2025, arXiv
-2506.09477; Liu et al. 2025, arXiv 2510.01555).
-"""
-
-
-def check(placement: Placement | None, estimator: Penalty | None) -> None:
-    """Refuse a penalty whose gradient is known to be wrong; None stands for whatever fits the other.
-
-    Raises:
-        ValueError: with the reason and what to use.
-    """
-    if (
-        placement is not None
-        and estimator is not None
-        and (reason := REFUSED.get((placement, estimator)))
-    ):
-        raise ValueError(f"--kl.placement {placement} with --kl.estimator {estimator}: {reason}")
-    if placement is None and estimator == "k3":
-        raise ValueError(f"--kl.estimator k3: as a value it is fine, but {REFUSED['loss', 'k3']}")
-
-
-def resolve(
-    placement: Placement | None, estimator: Penalty | None, default: Penalty = "k1"
-) -> tuple[Placement, Penalty]:
-    """Both of them: what is not given follows from the other, or from the method's own `default`.
-
-    Raises:
-        ValueError: as :func:`check`.
-    """
-    check(placement, estimator)
-    if estimator is None:
-        fits = placement is None or (placement, default) not in REFUSED
-        estimator = default if fits else "k1" if placement == "reward" else "k2"
-    return placement or ("reward" if estimator == "k1" else "loss"), estimator
+__all__ = [
+    "REFUSED",
+    "Estimator",
+    "Penalty",
+    "Placement",
+    "adapt",
+    "check",
+    "estimate",
+    "exact",
+    "penalty",
+    "resolve",
+]
 
 
 def estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Estimator = "k1") -> Tensor:
@@ -199,19 +141,3 @@ def penalty(
         "a KL penalty in the loss must be k2, k2_tokens, weighted_k3 or forward_k3, not "
         f"{estimator!r}"
     )
-
-
-def adapt(beta: float, kl: float, *, target: float, episodes: int, horizon: int = 10_000) -> float:
-    """The next KL coefficient: a proportional controller on the *sequence* KL. Ziegler et al. 2019
-    (arXiv 1909.08593), section 2.2.
-
-    Args:
-        beta: the coefficient now.
-        kl: mean over responses of the KL summed over their tokens, in nats.
-        target: where that mean should be, in nats a response.
-        episodes: responses sampled since the last call.
-        horizon: responses in which an error of 20% or more changes beta by a factor of about 1.2;
-            the paper's code: 10,000.
-    """
-    error = min(max(kl / target - 1.0, -0.2), 0.2)
-    return beta * (1.0 + error * episodes / horizon)

@@ -18,7 +18,9 @@ from ..core import intervals, kl
 from ..core.reductions import select
 from ..data.prepare import split, text_of
 from ..data.rows import Message
-from ..rewards.load import ModelReward, load_reward
+from ..rewards.load import load_reward
+from ..rewards.model import ModelReward
+from ..rollout.sampling import sampling_params
 from ..rollout.trajectory import Trajectory
 from ..settings import RowSettings, RunSettings
 from ..train.processes import Processes
@@ -120,20 +122,14 @@ class Examiner:
         model = _open(self.folder, key, self.reference.processes, self.max_new_tokens)
         out = Answers([], [], [], [], [], [], [], 0.0)
         entropy = tokens = 0.0
-        for numbers, r in model.answer(
-            self.samples,
-            max_new_tokens=self.max_new_tokens,
-            temperature=1.0,
-            stop=(),
-            seed=seed,
-            title=key,
-        ):
+        params = sampling_params(model.renderer, self.max_new_tokens)
+        for numbers, r in model.answer(self.samples, params, seed=seed, title=key):
             prompts = [p if isinstance(p, str) else p[-1].content for p in r.prompts]
             out.prompts += prompts
             out.numbers += numbers
             out.texts += r.completions
             out.gold += gold(prompts, r.completions)
-            out.proxy += self.judge(r)
+            out.proxy += self.judge.score(r).scores
             out.lengths += r.trajectory.response_lengths.tolist()
             divergence, total = self._from_sft(model, r.trajectory)
             out.kl += divergence.tolist()
@@ -146,8 +142,7 @@ class Examiner:
         """KL from the SFT model and entropy of each response, in nats."""
 
         def compute(rows: list[int]) -> tuple[Tensor, ...]:
-            width = int(t.lengths[rows].max())
-            ids, mask = t.ids[rows, :width], t.mask[rows, :width]
+            ids, mask = t.slice_rows(rows, model.processes.device)
             mine, theirs = model.policy(ids, mask, entropy=True), self.reference.policy(ids, mask)
             assert mine.entropy is not None
             per_token = select(kl.estimate(mine.logprobs, theirs.logprobs), mask)
@@ -343,7 +338,7 @@ def _open(folder: Path, key: str, processes: Processes, max_new_tokens: int) -> 
         str(folder / "held_out.jsonl"),
         RowSettings(),
         processes,
-        reserve=max_new_tokens,
+        max_new_tokens=max_new_tokens,
     )
 
 

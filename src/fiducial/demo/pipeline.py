@@ -12,23 +12,30 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..methods.dpo import DPO, dpo
-from ..methods.grpo import GRPO, grpo
-from ..methods.ppo import PPO, ppo
-from ..methods.reinforce import Reinforce, reinforce
-from ..methods.reward_model import RewardModel, reward
-from ..methods.sft import SFT, sft
-from ..run import command_line, open_folder
+from ..methods.dpo import dpo
+from ..methods.grpo import grpo
+from ..methods.ppo import ppo
+from ..methods.reinforce import reinforce
+from ..methods.reward_model import reward
+from ..methods.settings.dpo import DPO
+from ..methods.settings.grpo import GRPO
+from ..methods.settings.ppo import PPO
+from ..methods.settings.reinforce import Reinforce
+from ..methods.settings.reward_model import RewardModel
+from ..methods.settings.sft import SFT
+from ..methods.sft import sft
 from ..settings import OptimizerSettings, RowSettings, RunSettings
+from ..train.folders import open_folder
+from ..train.machine import command_line, versions
 from ..train.progress import say
-from ..use.collect import Collect, collect
+from ..use.collect import collect
+from ..use.settings import Collect
 from .compare import Entrant, compare
 from .page import write_demo_page
 from .results import Circumstances, Comparison
@@ -129,10 +136,7 @@ def demo(settings: Demo) -> Path:
         seed=settings.seed,
         command=command_line(),
         machine=f"{platform.machine()}, {torch.get_num_threads()} threads",
-        versions={
-            "python": platform.python_version(),
-            **{p: version(p) for p in ("fiducial", "torch", "transformers")},
-        },
+        versions=versions(),
         timings={STAGES[name].title: round(v, 1) for name, v in stage.seconds.items()},
     )
     both = dataclasses.asdict(found[0]) | dataclasses.asdict(how)

@@ -1,0 +1,50 @@
+"""Settings of DPO."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from ...settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
+
+
+class DPO(Settings):
+    """Direct preference optimization: learn from preference pairs without a reward model and
+    without sampling.
+    """
+
+    model: str
+    """The policy to start from: a folder or a Hub name. A frozen copy of it is the reference."""
+    data: str
+    """Rows with prompt, chosen and rejected: a file or a Hub name."""
+    out: str | None = None
+    """The run folder. None: runs/dpo-1, -2, ..."""
+    beta: float = Field(0.1, gt=0)
+    """KL coefficient: the implicit reward is beta * log(pi / pi_ref). 0.1: the paper, appendix B
+    (0.5 for summarization).
+    """
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Assumed share of wrong labels (conservative DPO, Mitchell 2023). 0: the paper."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the pairs. 1: overfitting often begins within the first (Rafailov et al. 2024,
+    arXiv 2406.02900).
+    """
+    steps: int | None = Field(None, gt=0)
+    """Optimizer steps, in place of epochs."""
+    batch_size: int = Field(64, gt=0)
+    """Pairs per optimizer step, over all processes. 64: the paper."""
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate, after warm-up. 1e-6: the paper. LoRA and small models need 10 to 100
+    times that.
+    """
+    max_new_tokens: int = Field(64, gt=0)
+    """Largest number of tokens in a sample response on the run's page."""
+    seed: int = 0
+    """Random seed for the order of the pairs and for sampling."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run folder."""
+    rows: RowSettings = RowSettings()
+    lora: LoraSettings = LoraSettings()
+    optimizer: OptimizerSettings = OptimizerSettings(
+        betas=(0.9, 0.999), schedule="constant", warmup_steps=150
+    )
+    run: RunSettings = RunSettings()
