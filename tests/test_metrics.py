@@ -27,7 +27,7 @@ RUNS: dict[str, tuple[str, str]] = {
     "sft": ("sft", f"{OFFLINE} --data {{data}}/completions.jsonl --max-new-tokens 4"),
     "reward": ("reward", f"{OFFLINE} --data {{data}}/pairs.jsonl"),
     "prm": ("prm", f"{OFFLINE} --data {{data}}/steps.jsonl"),
-    "ppo": ("ppo", f"{ONLINE} --reward {{data}}/reward.py:length --ptx.data {{data}}/texts.jsonl"),
+    "ppo": ("ppo", f"{ONLINE} {{data}}/reward.py:length --ptx.data {{data}}/texts.jsonl"),
     "reinforce": ("reinforce", f"{ONLINE} --group-size 2 --long.correction tis"),
     "grpo": ("grpo", f"{ONLINE} --group-size 2"),
     "gspo": ("grpo", f"{ONLINE} --group-size 2 --variant gspo"),
