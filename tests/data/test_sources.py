@@ -547,7 +547,7 @@ for source in "nobody/nothing:test", "train":
         text=True,
         env=environment,
         cwd=tmp_path,
-        timeout=120,
+        timeout=3600,
         check=True,
     )
     first, second = done.stdout.splitlines()

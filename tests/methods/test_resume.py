@@ -179,7 +179,7 @@ def drive(jobs, folder):
         text=True,
         env=env,
         cwd=folder,
-        timeout=300,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [int(line.split()[-1]) for line in done.stdout.splitlines()], done.stderr

@@ -54,7 +54,7 @@ from ..train.progress import say
 from ..train.renderer import load_renderer
 from ..train.step import Stepper
 from .settings.distill import Distill
-from .setup import Elements, RowFormat, read
+from .setup import Elements, RowFormat, check_names, read
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,7 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
     def render(renderer: Renderer) -> Callable[[PromptRow], list[int]]:
         return lambda row: fitting_prompt(row, renderer, settings.max_new_tokens)
 
+    check_names(settings)
     renderer = load_renderer(settings.model, settings.rows)
     rows = RowFormat[list[int]]((PromptRow,), render, lambda row: text_of(row.prompt))
     train, held_out, note = read(settings.data, settings.rows, rows, renderer, settings.seed)
