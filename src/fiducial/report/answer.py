@@ -63,8 +63,8 @@ def _change_words(
     unit = f" {unit}" if unit else ""
     if len(values) < 6:
         return (
-            f"{label} was {number(values[0])} at first and {number(values[-1])}{unit} at last, too "
-            "few records to tell a trend"
+            f"{label} was {number(values[0])} at first and {number(values[-1])}{unit} at last (too "
+            "few records to tell a trend)"
         )
     first, last, way = window(values, False), window(values, True), change(values)
     if way == 0:
