@@ -71,7 +71,7 @@ METHODS: list[Method] = [
         title="SFT",
         colour="purple",
         kind="loss",
-        decides=("loss", "entropy"),
+        decides=("loss",),
     ),
     Method(
         name="reward",
@@ -81,7 +81,7 @@ METHODS: list[Method] = [
         title="Reward model",
         colour="green",
         kind="reward",
-        decides=("accuracy", "margin", "loss", "reward_mean"),
+        decides=("accuracy", "margin", "loss"),
     ),
     Method(
         name="prm",
@@ -222,7 +222,7 @@ OTHERS: list[Verb] = [
 DEMO = Verb(
     "demo",
     "Run the whole pipeline on an embedded world, in minutes on a CPU.",
-    ".demo.pipeline:Demo",
+    ".demo.settings:Demo",
     ".demo.pipeline:demo",
 )
 
