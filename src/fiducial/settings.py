@@ -8,7 +8,7 @@ nothing heavy.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -18,8 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from . import kl_choice
 from .errors import InputError
 from .kl_choice import Penalty, Placement
+from .names import RowsName
 
 S = TypeVar("S", bound="Settings")
+
+BESIDE = ("method", "resumed")
+"""What a run's config.yaml says beside its settings: the verb, and what changed on resume."""
+POSITIONAL = "positional"
+"""Marks a setting that is given without a flag: `Annotated[str, POSITIONAL]`."""
 
 Aggregate = Literal["last", "min", "product"]
 """How the scores of the steps of a solution become one score."""
@@ -28,29 +34,11 @@ Aggregate = Literal["last", "min", "product"]
 class Settings(BaseModel):
     """Frozen; nothing is coerced beyond what a flag needs; an unknown key is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
+    )
     moved: ClassVar[Mapping[str, str]] = {}
     """Names that a user may expect here, and the sentence that says where to find them."""
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            if not _parsing:
-                raise
-            command, whole = _parsing[-1]
-            section = next(
-                (f"{n}." for n, f in whole.model_fields.items() if f.annotation is type(self)), ""
-            )
-            raise _Refused(explain(error, command, section)) from None
-
-
-class _Refused(Exception):
-    """Carries one sentence past the flag parser, which would frame a ValueError."""
-
-
-_parsing: list[tuple[str, type[Settings]]] = []
-"""The command whose flags are being parsed, and its settings."""
 
 
 class RowSettings(Settings):
@@ -77,7 +65,7 @@ class RowSettings(Settings):
     """Share of the prompts kept for evaluation and never trained on. Our choice; no published
     value. ppo, reinforce and grpo train on all prompts: measure them with `fiducial eval`.
     """
-    eval_data: str | None = None
+    eval_data: RowsName | None = None
     """Rows to evaluate on, in place of the held-out share: a file or a Hub name."""
 
 
@@ -241,7 +229,11 @@ class LongSettings(Settings):
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; InputError with the line if it is none."""
+    """The settings in a YAML file, without what a run's config.yaml says beside its settings.
+
+    Raises:
+        InputError: there is no such file, or it is not a mapping; with the line.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"--config: there is no file {path}")
@@ -258,56 +250,90 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path}:1: expected settings as `name: value` lines, got a {type(data).__name__}"
         )
-    return data
+    return {name: value for name, value in data.items() if name not in BESIDE}
 
 
-def build(cls: type[S], values: Mapping[str, Any], *, source: str = "settings") -> S:
-    """`cls` from nested plain values; every fault in one InputError sentence that names the
-    setting.
+def build(
+    cls: type[S],
+    values: Mapping[str, Any],
+    *,
+    source: str | Callable[[tuple[str, ...]], str] = "settings",
+) -> S:
+    """`cls` from nested plain values; a section keeps the method's defaults where it gives none.
+
+    Args:
+        source: who gave the values, for messages; by the path of the setting where several did.
+
+    Raises:
+        InputError: one sentence that names the setting at fault.
     """
-    _known(cls, values, source, "")
+    named = source if callable(source) else lambda path: source
+    _check_known(cls, values, named, ())
+    whole = dict(values)
+    for name, field in cls.model_fields.items():
+        default = field.get_default()
+        if isinstance(default, Settings) and isinstance(whole.get(name), Mapping):
+            whole[name] = default.model_dump() | whole[name]
     try:
-        return cls(**values)
+        return cls(**whole)
     except ValidationError as error:
-        raise InputError(explain(error, source)) from None
+        raise InputError(explain(error, named)) from None
 
 
-def explain(error: ValidationError, source: str, section: str = "") -> str:
+_IN_WORDS = {
+    "float_parsing": "input should be a number",
+    "int_parsing": "input should be a whole number",
+    "int_from_float": "input should be a whole number",
+}
+"""Faults that pydantic tells in words about parsing."""
+
+
+def explain(error: ValidationError, source: Callable[[tuple[str, ...]], str]) -> str:
     """The first fault of a pydantic error as one sentence."""
-    first = min(
-        error.errors(), key=lambda e: e["type"] == "missing"
-    )  # what is wrong before what is not there
-    name = section + ".".join(str(p) for p in first["loc"]) or "settings"
+    # what is wrong comes before what is not there
+    first = min(error.errors(), key=lambda e: e["type"] == "missing")
+    path = tuple(part for part in first["loc"] if isinstance(part, str))
+    told = source(path)
+    message = _IN_WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+    if first["type"] == "value_error":
+        return f"{told}: {message}"
+    flag = f"--{'.'.join(path).replace('_', '-')}"
     if first["type"] == "missing":
-        return f"{source}: {name} is required: give --{name.replace('_', '-')}"
-    message = first["msg"].removeprefix("Value error, ")
-    flag = f"--{name.replace('_', '-')}"
+        lacks = "is required" if len(path) == len(first["loc"]) else "needs more values"
+        return f"{told}: {flag} {lacks}"
+    given = first["input"]
+    plain = isinstance(given, str) and given and not given.isspace()
     return (
-        f"{source}: {flag}: {message[0].lower() + message[1:]}, not {first['input']!r}"
-        if first["type"] != "value_error"
-        else f"{source}: {message}"
+        f"{told}: {flag}: {message[0].lower()}{message[1:]}, not {given if plain else repr(given)}"
     )
 
 
-def _known(cls: type[BaseModel], values: Mapping[str, Any], source: str, prefix: str) -> None:
+def _check_known(
+    cls: type[BaseModel],
+    values: Mapping[str, Any],
+    source: Callable[[tuple[str, ...]], str],
+    path: tuple[str, ...],
+) -> None:
+    """Refuse a name that is no setting, and offer the nearest that is."""
     for key, value in values.items():
-        field = cls.model_fields.get(key)
+        here = (*path, str(key))
+        name, field = ".".join(here), cls.model_fields.get(str(key))
         if field is None:
             if issubclass(cls, Settings) and key in cls.moved:
-                raise InputError(f"{source}: {prefix}{key}: {cls.moved[key]}")
+                raise InputError(f"{source(here)}: {name}: {cls.moved[key]}")
             near = difflib.get_close_matches(str(key), list(cls.model_fields), n=1, cutoff=0.5)
             hint = (
-                f": did you mean {prefix}{near[0]}?"
+                f": did you mean {'.'.join((*path, near[0]))}?"
                 if near
                 else f"; there are {', '.join(cls.model_fields)}"
             )
-            raise InputError(f"{source}: unknown setting {prefix}{key}{hint}")
-        if (
-            isinstance(value, Mapping)
-            and isinstance(field.annotation, type)
-            and issubclass(field.annotation, BaseModel)
-        ):
-            _known(field.annotation, value, source, f"{prefix}{key}.")
+            raise InputError(f"{source(here)}: unknown setting {name}{hint}")
+        if isinstance(field.get_default(), Settings) and not isinstance(value, Settings):
+            if not isinstance(value, Mapping):
+                raise InputError(
+                    f"{source(here)}: {name} is a section: write its settings below it"
+                )
+            _check_known(type(field.get_default()), value, source, here)
 
 
 def dump_yaml(settings: Settings, method: str) -> str:

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from ..names import ModelName, RowsName, ScorerName
 from ..settings import Aggregate, RowSettings, Settings
 
 
@@ -21,11 +22,11 @@ class Collect(Settings):
         "steps": "steps are labeled by a verb of their own: fiducial label-steps --completions N"
     }
 
-    model: str
+    model: ModelName
     """The model that answers: a folder or a Hub name."""
-    prompts: str
+    prompts: RowsName
     """Rows with a prompt: a file or a Hub name."""
-    judge: str
+    judge: ScorerName
     """A reward model's folder, file.py:function (a reward as in TRL, or a comparison (prompts,
     first, second) -> list of bool), or exact_match, numeric_answer, format or length.
     """
@@ -57,11 +58,11 @@ class LabelSteps(Settings):
     rates, as `fiducial prm` reads them.
     """
 
-    model: str
+    model: ModelName
     """The model that answers: a folder or a Hub name."""
-    prompts: str
+    prompts: RowsName
     """Rows with a prompt: a file or a Hub name."""
-    judge: str
+    judge: ScorerName
     """What scores a completion: a reward model's folder, file.py:function with TRL's signature, or
     exact_match, numeric_answer, format or length.
     """
@@ -103,9 +104,9 @@ class Generate(Settings):
     of N, which raises the reward without training.
     """
 
-    model: str
+    model: ModelName
     """The model that answers: a folder or a Hub name."""
-    prompts: str
+    prompts: RowsName
     """Rows with a prompt: a file or a Hub name."""
     out: str | None = None
     """The .jsonl file to write. None: print to the terminal."""
@@ -115,7 +116,7 @@ class Generate(Settings):
     """Sample this many for each response and keep the one with the highest --score; of equal
     scores, the first sampled. None: off.
     """
-    score: str | None = None
+    score: ScorerName | None = None
     """What chooses the best of n: a reward model's folder, file.py:function with TRL's signature,
     or exact_match, numeric_answer, format or length.
     """
@@ -139,17 +140,17 @@ class Evaluate(Settings):
     length, with 95% intervals.
     """
 
-    model: str
+    model: ModelName
     """The model to measure: a folder or a Hub name."""
-    prompts: str
+    prompts: RowsName
     """Rows with a prompt, best held out from training: a file or a Hub name."""
-    judge: str | None = None
+    judge: ScorerName | None = None
     """A reward model's folder, file.py:function (a reward or a comparison, see `fiducial collect
     --help`), or exact_match, numeric_answer, format or length.
     """
-    baseline: str | None = None
+    baseline: ModelName | None = None
     """The model to compare with, by the judge: a folder or a Hub name."""
-    reference: str | None = None
+    reference: ModelName | None = None
     """The model to measure the KL to: a folder or a Hub name."""
     out: str | None = None
     """The .json file for the numbers. None: print them only."""
@@ -159,7 +160,7 @@ class Evaluate(Settings):
     """Sample this many for each response of the model (not of the baseline) and measure the one
     with the highest --score. None: off.
     """
-    score: str | None = None
+    score: ScorerName | None = None
     """What chooses the best of n, as --reward. If the judge is also the score, the result is
     optimistic.
     """

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ...names import ModelName, RowsName
 from ...settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 
 
@@ -14,13 +15,13 @@ class Distill(Settings):
     samples.
     """
 
-    model: str
+    model: ModelName
     """The student to start from: a folder or a Hub name. Fine-tune an untrained student first,
     since it learns from its own samples.
     """
-    teacher: str
+    teacher: ModelName
     """The model to learn from: a folder or a Hub name. It must have the student's token ids."""
-    data: str
+    data: RowsName
     """Rows with a prompt: a file or a Hub name. Other columns are not used."""
     out: str | None = None
     """The run folder. None: runs/distill-1, -2, ..."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from ...names import ModelName, RowsName
 from ...settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 
 
@@ -12,9 +13,9 @@ class DPO(Settings):
     without sampling.
     """
 
-    model: str
+    model: ModelName
     """The policy to start from: a folder or a Hub name. A frozen copy of it is the reference."""
-    data: str
+    data: RowsName
     """Rows with prompt, chosen and rejected: a file or a Hub name."""
     out: str | None = None
     """The run folder. None: runs/dpo-1, -2, ..."""

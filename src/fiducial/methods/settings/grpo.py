@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from ...kl_choice import Penalty
+from ...names import ModelName, RowsName, ScorerName
 from ...settings import (
     KLSettings,
     LongSettings,
@@ -56,11 +57,11 @@ class GRPO(Settings):
     better ones of each group.
     """
 
-    model: str
+    model: ModelName
     """The policy to start from: a folder or a Hub name. A frozen copy of it is the reference."""
-    data: str
+    data: RowsName
     """Rows with a prompt: a file or a Hub name. Other columns are passed to the reward function."""
-    reward: tuple[str, ...] = ()
+    reward: tuple[ScorerName, ...] = ()
     """A reward model's folder, file.py:function with TRL's signature, or exact_match,
     numeric_answer, format or length. Several rewards are added up.
     """
@@ -144,7 +145,7 @@ class GRPO(Settings):
     @classmethod
     def _as_the_variant(cls, values: dict[str, Any]) -> dict[str, Any]:
         """What is not given is the variant's, so that config.yaml holds what was run."""
-        parts = VARIANTS.get(values.get("variant", "grpo"))
+        parts = VARIANTS.get(str(values.get("variant", "grpo")))
         if parts is None:
             return values
         return values | {

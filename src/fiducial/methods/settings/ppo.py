@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ...names import ModelName, RowsName, ScorerName
 from ...settings import (
     KLSettings,
     LoraSettings,
@@ -37,7 +38,7 @@ class CriticSettings(Settings):
 class PtxSettings(Settings):
     """PPO-ptx: a language-modeling loss mixed in against forgetting."""
 
-    data: str | None = None
+    data: RowsName | None = None
     """Rows with text, messages, or prompt and completion: a file or a Hub name. None: off."""
     coefficient: float = Field(27.8, gt=0)
     """Weight of that loss. 27.8: InstructGPT."""
@@ -50,11 +51,11 @@ class PPO(Settings):
     reference.
     """
 
-    model: str
+    model: ModelName
     """The policy to start from: a folder or a Hub name. A frozen copy of it is the reference."""
-    data: str
+    data: RowsName
     """Rows with a prompt: a file or a Hub name. Other columns are passed to the reward function."""
-    reward: tuple[str, ...] = ()
+    reward: tuple[ScorerName, ...] = ()
     """A reward model's folder, file.py:function with TRL's signature, or exact_match,
     numeric_answer, format or length. Several rewards are added up.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from ...names import ModelName, RowsName
 from ...settings import (
     Aggregate,
     LoraSettings,
@@ -19,11 +20,11 @@ class PRM(Settings):
     solutions alone, whether a solution is right so far.
     """
 
-    model: str
+    model: ModelName
     """The model to start from, usually the SFT model: a folder or a Hub name. If it already has a
     scalar head, the head is kept.
     """
-    data: str
+    data: RowsName
     """Rows with prompt, completions and labels (steps, as `fiducial label-steps` writes them), or
     with prompt, completion and label (outcomes): a file or a Hub name.
     """

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from ...names import ModelName, RowsName
 from ...settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 
 
 class RewardModel(Settings):
     """Reward model: learn from preference pairs which of two responses people prefer."""
 
-    model: str
+    model: ModelName
     """The model to start from, usually the SFT model: a folder or a Hub name. If it already has a
     scalar head, the head is kept.
     """
-    data: str
+    data: RowsName
     """Rows with prompt, chosen and rejected, and optionally margin: a file or a Hub name. All pairs
     of one prompt are trained as one element.
     """
@@ -33,7 +34,7 @@ class RewardModel(Settings):
     """Weight of a loss that pulls the scores toward mean 0. 0: off. Eisenstein et al. 2023 (arXiv
     2312.09244): 0.01.
     """
-    reference_data: str | None = None
+    reference_data: RowsName | None = None
     """Rows with prompt and completion whose mean score becomes 0, as in Huang et al. 2024 (N+).
     None: the responses of the training pairs.
     """

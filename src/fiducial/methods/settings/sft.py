@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from ...names import ModelName, RowsName
 from ...settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 
 
 class SFT(Settings):
     """Supervised fine-tuning: teach a model to answer as the demonstrations do."""
 
-    model: str
+    model: ModelName
     """The model to start from: a folder or a Hub name."""
-    data: str
+    data: RowsName
     """Rows with text, messages, or prompt and completion: a file or a Hub name."""
     out: str | None = None
     """The run folder. None: runs/sft-1, -2, ..."""
