@@ -44,7 +44,7 @@ class Settings(BaseModel):
 class RowSettings(Settings):
     """How rows are read, rendered to tokens and split."""
 
-    max_length: int | None = Field(None, gt=1)
+    max_length: int | None = Field(default=None, gt=1)
     """Largest number of tokens in a row, prompt and response together. None: the model's context.
     """
     on_long: Literal["truncate", "error"] = "truncate"
@@ -61,7 +61,7 @@ class RowSettings(Settings):
     """`chatml` or a Jinja file, for a tokenizer without a template. None: the tokenizer's own."""
     eos_token: str | None = None
     """The token that ends a response. None: the tokenizer's EOS token."""
-    held_out: float = Field(0.1, ge=0, lt=1)
+    held_out: float = Field(default=0.1, ge=0, lt=1)
     """Share of the prompts kept for evaluation and never trained on. Our choice; no published
     value. ppo, reinforce and grpo train on all prompts: measure them with `fiducial eval`.
     """
@@ -72,7 +72,7 @@ class RowSettings(Settings):
 class LoraSettings(Settings):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), through peft."""
 
-    r: int = Field(0, ge=0)
+    r: int = Field(default=0, ge=0)
     """Rank of the adapters. 0: no adapters; all weights are trained."""
     alpha: float = 16.0
     """Scale of the adapters: their output is multiplied by alpha / r. 16: our choice."""
@@ -85,40 +85,40 @@ class OptimizerSettings(Settings):
 
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's two moments. 0.9 and 0.95: InstructGPT."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Added to the square root of AdamW's second moment. 1e-8: PyTorch's default."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay. 0: InstructGPT."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after warm-up: constant, linear to zero, or a cosine to a tenth of the peak
     (InstructGPT).
     """
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the learning rate rises linearly to its peak."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; a larger gradient is scaled down to it. 1: the usual value."""
 
 
 class RunSettings(Settings):
     """Memory, precision, checkpoints and evaluation."""
 
-    tokens: int = Field(8192, gt=0)
+    tokens: int = Field(default=8192, gt=0)
     """Padded tokens per micro-batch. Lower it if memory runs out; the result does not change."""
-    checkpoint_every: int = Field(100, ge=0)
+    checkpoint_every: int = Field(default=100, ge=0)
     """Steps between checkpoints. 0: only when the run is stopped with Ctrl-C."""
-    keep_checkpoints: int = Field(2, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0)
     """Number of recent checkpoints to keep."""
-    eval_every: int = Field(50, ge=0)
+    eval_every: int = Field(default=50, ge=0)
     """Steps between evaluations on the held-out rows, for methods that keep some. 0: only at the
     end.
     """
-    samples: int = Field(8, ge=0)
+    samples: int = Field(default=8, ge=0)
     """Number of prompts answered before and after training, for the run's page."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward pass. Weights and optimizer state stay in float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    timeout_minutes: float = Field(10.0, gt=0)
+    timeout_minutes: float = Field(default=10.0, gt=0)
     """How long one process waits for the others before all of them stop with an error."""
 
 
@@ -133,11 +133,11 @@ class KLSettings(Settings):
     """k1 in the reward and k2 in the loss are exact. k2_tokens, weighted_k3 and forward_k3 are
     losses of known bias; k3 is refused. None: k1; for the grpo variant forward_k3.
     """
-    target: float | None = Field(None, gt=0)
+    target: float | None = Field(default=None, gt=0)
     """KL in nats per response that beta is adapted to hold. None: beta stays. Ziegler et al. 2019:
     6 for style, none for summaries.
     """
-    horizon: int = Field(10_000, gt=0)
+    horizon: int = Field(default=10_000, gt=0)
     """Responses over which an error of 20% changes beta by a factor of about 1.2. 10,000: Ziegler
     et al. 2019.
     """
@@ -182,19 +182,19 @@ class ScoreSettings(Settings):
     """Subtract the mean of the scores and divide by their standard deviation: those of the first
     batch (Ziegler et al. 2019), or those of each batch.
     """
-    clip: float | None = Field(None, gt=0)
+    clip: float | None = Field(default=None, gt=0)
     """Largest absolute score, after normalization. None: no clipping. PPO-max (Zheng et al. 2023,
     arXiv 2307.04964) clips.
     """
-    missing_eos_penalty: float = Field(0.0, ge=0)
+    missing_eos_penalty: float = Field(default=0.0, ge=0)
     """Subtracted from the score of a response that was cut at the limit, as in TRL. Huang et al.
     2024 (N+) set that score to -1 instead.
     """
-    length_buffer: int = Field(0, ge=0)
+    length_buffer: int = Field(default=0, ge=0)
     """Last tokens below the limit over which a length penalty grows linearly. 0: off. DAPO (arXiv
     2503.14476, eq. 13): 4,096 of 20,480.
     """
-    length_penalty: float = Field(1.0, gt=0)
+    length_penalty: float = Field(default=1.0, gt=0)
     """Largest length penalty, subtracted from the score of a response at its limit. 1: DAPO."""
 
     def check_length_buffer(self, max_new_tokens: int) -> None:
@@ -218,11 +218,11 @@ class LongSettings(Settings):
     """Importance weights for a sampler that differs from the trainer: per token (tis, icepop), or
     per response (sequence_tis, sequence_mis), which is the exact correction.
     """
-    cap: float = Field(2.0, gt=1)
+    cap: float = Field(default=2.0, gt=1)
     """Largest weight. Truncated weights (tis) are clipped at it; masked ones (icepop, mis) are
     dropped beyond it. 2: veRL; TRL: 3.
     """
-    floor: float = Field(0.5, ge=0, lt=1)
+    floor: float = Field(default=0.5, ge=0, lt=1)
     """Smallest weight that icepop keeps. 0.5: the inverse of the cap. Our choice; no published
     value.
     """

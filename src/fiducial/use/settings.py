@@ -32,15 +32,15 @@ class Collect(Settings):
     """
     out: str
     """The .jsonl file to write."""
-    samples: int = Field(4, gt=1)
+    samples: int = Field(default=4, gt=1)
     """Responses per prompt. InstructGPT: 4 to 9."""
     pairs: Literal["all", "extremes"] = "all"
     """Which pairs of the K responses to a prompt are written: all K(K-1)/2, or the best against the
     worst.
     """
-    max_new_tokens: int = Field(64, gt=0)
+    max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a response."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     stop: tuple[str, ...] = ()
     """Tokens that end a response, in addition to EOS."""
@@ -68,9 +68,9 @@ class LabelSteps(Settings):
     """
     out: str
     """The .jsonl file to write."""
-    samples: int = Field(4, gt=0)
+    samples: int = Field(default=4, gt=0)
     """Solutions per prompt. 4: our choice; no published value."""
-    completions: int = Field(8, gt=0)
+    completions: int = Field(default=8, gt=0)
     """Completions from the end of each step. 8: Math-Shepherd (Wang et al. 2024)."""
     separator: str = "\n"
     """The text that ends a step. A new line: Lightman et al. 2023."""
@@ -78,9 +78,9 @@ class LabelSteps(Settings):
     """Lowest score of the judge at which a completion is right. 0.5 fits scores of 0 and 1, and
     probabilities; for a Bradley-Terry reward model 0 is the usual choice.
     """
-    max_new_tokens: int = Field(64, gt=0)
+    max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a solution."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     stop: tuple[str, ...] = ()
     """Tokens that end a solution, in addition to EOS."""
@@ -110,9 +110,9 @@ class Generate(Settings):
     """Rows with a prompt: a file or a Hub name."""
     out: str | None = None
     """The .jsonl file to write. None: print to the terminal."""
-    samples: int = Field(1, gt=0)
+    samples: int = Field(default=1, gt=0)
     """Responses per prompt."""
-    best_of: int | None = Field(None, gt=0)
+    best_of: int | None = Field(default=None, gt=0)
     """Sample this many for each response and keep the one with the highest --score; of equal
     scores, the first sampled. None: off.
     """
@@ -124,9 +124,9 @@ class Generate(Settings):
     """How a process reward model makes one score of the scores of the steps. None: as the model was
     saved.
     """
-    max_new_tokens: int = Field(64, gt=0)
+    max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a response."""
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature. 0: always take the most likely token."""
     stop: tuple[str, ...] = ()
     """Tokens that end a response, in addition to EOS."""
@@ -154,9 +154,9 @@ class Evaluate(Settings):
     """The model to measure the KL to: a folder or a Hub name."""
     out: str | None = None
     """The .json file for the numbers. None: print them only."""
-    samples: int = Field(1, gt=0)
+    samples: int = Field(default=1, gt=0)
     """Responses per prompt."""
-    best_of: int | None = Field(None, gt=0)
+    best_of: int | None = Field(default=None, gt=0)
     """Sample this many for each response of the model (not of the baseline) and measure the one
     with the highest --score. None: off.
     """
@@ -168,9 +168,9 @@ class Evaluate(Settings):
     """How a process reward model as --score makes one score of the scores of the steps. None: as
     the model was saved.
     """
-    max_new_tokens: int = Field(64, gt=0)
+    max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a response."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     stop: tuple[str, ...] = ()
     """Tokens that end a response, in addition to EOS."""
