@@ -233,7 +233,12 @@ OTHERS = {  # name: (verb, flags, where its answer is)
         "eval-best.json",
     ),
 }
-WORDS = {"to_go": "to_go", "stale": "--stale", "label_steps": "collect", "completions": "--steps"}
+WORDS = {
+    "to_go": "reward_to_go",
+    "stale": "--off-policy-mask",
+    "label_steps": "label-steps",
+    "completions": "--completions",
+}
 """Names of the command line that stand in the flags above in braces."""
 
 

@@ -25,7 +25,7 @@ from .methods.settings.reward_model import RewardModel as RewardModel
 from .methods.settings.sft import SFT as SFT
 from .methods.sft import sft as sft
 from .models.roles import Policy as Policy
-from .rollout.sampler import LocalSampler as LocalSampler
+from .rollout.local import LocalSampler as LocalSampler
 from .rollout.trajectory import Trajectory as Trajectory
 from .run import Run as Run
 from .use.collect import collect as collect

@@ -1,78 +1,96 @@
-"""A run is a folder. This opens it, keeps its records, saves and restores everything needed to go
-on, and closes it with a summary.
-"""
+"""A run is a folder: opened, recorded, saved, resumed, and closed with a page."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import platform
 import random
 import shutil
 import signal
-import sys
 import time
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 import yaml
+from pydantic import TypeAdapter
 
 from .errors import InputError, RunError
-from .settings import RunSettings, Settings, dump_yaml
-from .train import checkpoint
+from .report.card import model_card
+from .report.page import write_report
+from .settings import RunSettings
+from .train import checkpoint, machine
+from .train.folders import cut_after, next_folder
+from .train.inputs import inputs
 from .train.meter import Meter
 from .train.processes import Processes
 from .train.progress import Progress, say
 
+S = TypeVar("S")
+
 FREE = {"steps", "epochs", "resume", "out", "run"}
-"""Settings that may differ when a run is resumed: they do not change what was computed."""
+"""Settings that may differ when a run is resumed, because they do not change what was computed;
+`run.precision` does, and may not.
+"""
 
 
-class Run:
-    """One training run; use it as a context. `state` is what a method keeps from step to step
-    beyond modules and optimizers.
+class TrainingSettings(Protocol):
+    """What the settings of every method have."""
+
+    @property
+    def out(self) -> str | None: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def resume(self) -> bool: ...
+
+    @property
+    def run(self) -> RunSettings: ...
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+class Run(Generic[S]):
+    """One training run; use it as a context.
+
+    path: the run folder. step: number of finished steps. metrics: the newest value of each.
+    evaluation: estimates with their intervals, for the summary. model: what was trained, at the
+    end. state: what the method keeps from step to step beside modules and optimizers, a frozen
+    dataclass that the method replaces; it is saved and restored.
     """
 
-    def __init__(
-        self,
-        method: str,
-        settings: Settings,
-        *,
-        out: str | None,
-        run: RunSettings,
-        seed: int,
-        resume: bool,
-    ) -> None:
-        self.method, self.settings, self.keep = method, settings, run
-        self.processes = Processes(run.timeout_minutes)
+    def __init__(self, method: str, settings: TrainingSettings, *, state: S) -> None:
+        self.method, self.settings, self.keep = method, settings, settings.run
+        self.processes = Processes(settings.run.timeout_minutes)
         self.meter = Meter(self.processes)
-        self.seed, self.resume = seed, resume
-        self.path = Path(out) if out else _next_folder(method)
+        self.path = Path(settings.out) if settings.out else next_folder(method)
         self.step = 0
-        self.state: dict[str, Any] = {}
+        self.state = state
         self.metrics: dict[str, float] = {}
         self.model: Any = None
         self.evaluation: dict[str, dict[str, float]] = {}
-        self.rows = self.tokens = 0
+        self.rows = self.tokens = self.total = 0
         self.train_seconds = 0.0
         self._seconds = self._step_started = 0.0
-        self._stop = False
+        self._stop = self._summarized = False
         self._bar: Progress | None = None
-        self._on_finish: list[Callable[[Path], object]] = []
+        self._changed: dict[str, Any] = {}
+        self._inputs: dict[str, Any] = {}
 
     @property
     def main(self) -> bool:
+        """Whether this is the process that writes and prints."""
         return self.processes.main
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Run[S]:
         config = self.path / "config.yaml"
-        if self.resume:
-            self._same_settings(config)
+        if self.settings.resume:
+            self._changed = self._same_settings(config)
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(
                 f"--out: {self.path} exists already: choose another folder, or go on with --resume"
@@ -81,13 +99,13 @@ class Run:
         self._fresh = not self.path.exists() or not any(self.path.iterdir())
         if self.main:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not self.resume:
-                config.write_text(dump_yaml(self.settings, self.method), encoding="utf-8")
+            if not self.settings.resume:
+                config.write_text(self._yaml(), encoding="utf-8")
         self.processes.wait()
-        random.seed(self.seed)
-        np.random.seed(self.seed % 2**32)
-        torch.manual_seed(self.seed)
-        _reset_peak_memory()
+        random.seed(self.settings.seed)
+        np.random.seed(self.settings.seed % 2**32)
+        torch.manual_seed(self.settings.seed)
+        machine.reset_peak_memory()
         self._began = time.monotonic()
         self._old_handler = signal.getsignal(signal.SIGINT)
         try:
@@ -109,27 +127,22 @@ class Run:
             signal.signal(signal.SIGINT, self._old_handler)
         saved = (self.path / "checkpoints" / f"checkpoint-{self.step}").exists()
         whole = (
-            not self.processes.dirty
-            and self.processes.count == 1
-            and 0 < self.step < getattr(self, "total", 0)
+            not self.processes.dirty and self.processes.count == 1 and 0 < self.step < self.total
         )
         if isinstance(error, Exception) and whole and not saved:
-            # the weights are those of the last recorded step: what was trained is not lost
-            self.save_checkpoint()
-        if isinstance(error, InputError) and self.main and self._fresh:
-            shutil.rmtree(
-                self.path, ignore_errors=True
-            )  # refused before it began: the same command works once its fault is mended
-        elif (
-            error is not None
-            and self.main
-            and self.path.exists()
-            and not isinstance(error, InputError)
-            and not self.summary_written
-        ):
+            self.save_checkpoint()  # the weights are those of the last recorded step
+        if error is None or not self.main:
+            return
+        if isinstance(error, InputError):
+            if self._fresh:  # refused before it began: the mended command works with this folder
+                shutil.rmtree(self.path, ignore_errors=True)
+        elif self.path.exists() and not self._summarized:
             self._write_summary("failed", str(error))
 
-    summary_written = False
+    def _yaml(self) -> str:
+        """The settings as `--config` reads them back."""
+        values = {"method": self.method, **self.settings.model_dump(mode="json")}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
         if self._stop:
@@ -141,23 +154,28 @@ class Run:
                 "the last checkpoint"
             )
 
-    def _same_settings(self, config: Path) -> None:
+    def _same_settings(self, config: Path) -> dict[str, Any]:
+        """Refuse settings other than the run's own; returns the free ones that changed."""
         if not config.is_file():
             raise InputError(
                 f"--resume: {self.path} holds no run to go on with (config.yaml is missing)"
             )
         before = yaml.safe_load(config.read_text(encoding="utf-8"))
-        now = yaml.safe_load(dump_yaml(self.settings, self.method))
-        differ = [k for k in now if k not in FREE and before.get(k) != now[k]]
+        now = yaml.safe_load(self._yaml())
         if before.get("method") != self.method:
             raise InputError(
                 f"--resume: {self.path} is a run of {before.get('method')}, not of {self.method}"
             )
-        if differ:
+        differ = [k for k in now if before.get(k) != now[k]]
+        fixed = [k for k in differ if k not in FREE]
+        if before.get("run", {}).get("precision") != now["run"]["precision"]:
+            fixed.append("run.precision")
+        if fixed:
             raise InputError(
-                f"--resume: {', '.join(differ)} differ from {config}: a resumed run keeps its "
+                f"--resume: {', '.join(fixed)} differ from {config}: a resumed run keeps its "
                 "settings, so leave these flags out"
             )
+        return {k: {"was": before.get(k), "is": now[k]} for k in differ if k not in _OF_COMMAND}
 
     # -- steps
 
@@ -166,8 +184,11 @@ class Run:
         begin to count time.
         """
         self.total = total
-        if self.resume:
+        if self.main:
+            self._inputs = inputs(self.settings.model_dump(mode="json"))
+        if self.settings.resume:
             self._restore()
+            self._note_changes()
         elif self.main:
             (self.path / "metrics.jsonl").write_text("")
         self._bar = Progress(
@@ -175,7 +196,18 @@ class Run:
         ).__enter__()
         self._step_started = time.monotonic()
 
+    def _note_changes(self) -> None:
+        """Let config.yaml say what is run from here on, and what was changed at which step."""
+        if not self.main or not self._changed:
+            return
+        config = self.path / "config.yaml"
+        before = yaml.safe_load(config.read_text(encoding="utf-8"))
+        history = [*before.get("resumed", []), {"step": self.step, "changed": self._changed}]
+        resumed = yaml.safe_dump({"resumed": history}, sort_keys=False, allow_unicode=True)
+        checkpoint.write_text(config, self._yaml() + resumed)
+
     def running(self) -> bool:
+        """Whether a step is left."""
         return self.step < self.total
 
     def due(self, every: int) -> bool:
@@ -237,7 +269,7 @@ class Run:
                 )
 
     def pause(self) -> None:
-        """What is done from here to the next step (evaluation, checkpoints) is not counted as training."""
+        """Do not count what was done since the last step (evaluation, checkpoints) as training."""
         self._step_started = time.monotonic()
 
     def checkpoint_if_due(self) -> None:
@@ -276,7 +308,7 @@ class Run:
                 "rows": self.rows,
                 "tokens": self.tokens,
                 "train_seconds": self.train_seconds,
-                "state": self.state,
+                "state": TypeAdapter(type(self.state)).dump_python(self.state, mode="json"),
                 "seconds": time.monotonic() - self._began + self._seconds,
                 "metrics": self.metrics,
             }
@@ -309,22 +341,31 @@ class Run:
         counters = json.loads((newest / "run.json").read_text())
         self.step, self.rows, self.tokens = counters["step"], counters["rows"], counters["tokens"]
         self.train_seconds, self._seconds = counters["train_seconds"], counters["seconds"]
-        self.state.update(counters["state"])
+        self.state = TypeAdapter(type(self.state)).validate_python(counters["state"])
         self.metrics.update(counters["metrics"])
         if self.main:
             say(f"resumed from {newest}")
             for name in ("metrics.jsonl", "samples.jsonl"):
-                _cut_after(self.path / name, self.step)
+                cut_after(self.path / name, self.step)
 
     # -- the end
 
-    def finish(self, *, save: Callable[[Path], None] | None = None) -> Run:
+    def finish(self, *, save: Callable[[Path], None] | None = None) -> Run[S]:
         """Save the model, write the summary and the page."""
         if save is not None and self.main:
             aside = self.path / ".model-aside"
             shutil.rmtree(aside, ignore_errors=True)
             save(aside)
-            (aside / "README.md").write_text(self._card(), encoding="utf-8")
+            (aside / "README.md").write_text(
+                model_card(
+                    self.method,
+                    self.settings.model_dump(mode="json"),
+                    self._yaml(),
+                    self.metrics,
+                    self.step,
+                ),
+                encoding="utf-8",
+            )
             shutil.rmtree(self.path / "model", ignore_errors=True)
             aside.rename(self.path / "model")
         self.processes.wait()
@@ -333,21 +374,8 @@ class Run:
         self.processes.wait()
         return self
 
-    def _card(self) -> str:
-        """The model card: what it was made from, how, and with what result."""
-        values = self.settings.model_dump(mode="json")
-        numbers = "\n".join(f"| {k} | {v:.5g} |" for k, v in self.metrics.items())
-        return (
-            f"---\nlibrary_name: transformers\ntags: [{self.method}, fiducial]\n---\n\n# "
-            f"{self.method} of {values.get('model')}\n\n"
-            f"Trained with fiducial {version('fiducial')} on `{values.get('data')}`, seed "
-            f"{self.seed}, {self.step} steps.\n\n"
-            f"## Last metrics\n\n| metric | value |\n|---|---|\n{numbers}\n\n## "
-            f"Settings\n\n```yaml\n{dump_yaml(self.settings, self.method)}```\n"
-        )
-
     def _write_summary(self, status: str, error: str | None = None) -> None:
-        self.summary_written = True
+        self._summarized = True
         summary = {
             "method": self.method,
             "status": status,
@@ -359,104 +387,31 @@ class Run:
             "tokens_per_second": round(self.tokens / self.train_seconds, 1)
             if self.train_seconds
             else 0.0,
-            "peak_memory_bytes": peak_memory(self.processes.device),
+            "peak_memory_bytes": machine.peak_memory(self.processes.device),
             "metrics": self.metrics,
             "evaluation": self.evaluation,
-            "seed": self.seed,
+            "seed": self.settings.seed,
             "processes": self.processes.count,
-            "command": command_line(),
-            "versions": {
-                "python": platform.python_version(),
-                **{p: version(p) for p in ("fiducial", "torch", "transformers")},
-            },
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.processes.device}",
+            "command": machine.command_line(),
+            "versions": machine.versions(),
+            "machine": machine.describe(self.processes.device),
+            **self._inputs,
         }
         checkpoint.write_json(self.path / "summary.json", summary)
-        from .report.page import write_report
-
         write_report(self.path)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """A RunError of the block names the step and says how to go on."""
+        try:
+            yield
+        except RunError as error:
+            raise RunError(f"step {self.step + 1}: {error}; {self.how_to_go_on()}") from error
 
     def how_to_go_on(self) -> str:
         """The command that continues this run."""
         return f"go on with: fiducial {self.method} --out {self.path} --resume"
 
 
-def peak_memory(device: torch.device) -> int:
-    """Largest memory since the run began, in bytes: of the accelerator where there is one, else of
-    this process.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
-    except (OSError, StopIteration):
-        import resource
-
-        scale = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-def _reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # Linux: several runs in one process each get their own peak
-
-
-def open_folder(out: str | None, default: str, resume: bool) -> Path:
-    """The folder of a command that makes several runs: `out`, or the first of default, default-2,
-    ... that does not exist.
-
-    Raises:
-        InputError: it is in use and is not to be gone on with, or it cannot be made.
-    """
-    number, path = 1, Path(out or default)
-    while out is None and path.exists():
-        number += 1
-        path = Path(f"{default}-{number}")
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not resume)):
-        raise InputError(
-            f"--out: {path} exists already: choose another folder, or go on with --resume"
-        )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out: {path} cannot be made: {error.strerror}") from error
-    return path
-
-
-def _next_folder(method: str) -> Path:
-    number = 1
-    while Path(f"runs/{method}-{number}").exists():
-        number += 1
-    return Path(f"runs/{method}-{number}")
-
-
-def _cut_after(path: Path, step: int) -> None:
-    """Drop the lines that a killed run wrote after the checkpoint, a torn last one too."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").split("\n")[
-        :-1
-    ]:  # not splitlines: U+2028 may stand in a sample
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
-            break
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def command_line() -> str:
-    """The command as it was typed."""
-    import shlex
-
-    return (
-        shlex.join(["fiducial", *sys.argv[1:]])
-        if Path(sys.argv[0]).name.startswith(("fiducial", "__main__"))
-        else shlex.join(sys.argv)
-    )
+_OF_COMMAND = {"resume", "out"}
+"""Settings that say something about one command, not about the run."""

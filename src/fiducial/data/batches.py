@@ -10,7 +10,7 @@ The order depends on the seed alone, so a step number is the whole cursor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,11 @@ class Batches:
         order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
         start, end = (k * self.num_rows // self.per_epoch for k in (place, place + 1))
         return [int(i) for i in order[start:end]]
+
+    def epochs(self, first: int, count: int) -> Iterator[list[int]]:
+        """The batches of `count` epochs from epoch `first` on."""
+        for step in range(first * self.per_epoch, (first + count) * self.per_epoch):
+            yield self[step]
 
 
 def stream(num_rows: int, start: int, count: int, seed: int) -> list[tuple[int, int]]:

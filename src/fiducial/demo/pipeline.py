@@ -26,8 +26,9 @@ from ..methods.ppo import PPO, ppo
 from ..methods.reinforce import Reinforce, reinforce
 from ..methods.reward_model import RewardModel, reward
 from ..methods.sft import SFT, sft
-from ..run import command_line, open_folder
 from ..settings import OptimizerSettings, RowSettings, RunSettings, Settings
+from ..train.folders import open_folder
+from ..train.machine import command_line
 from ..train.progress import say
 from ..use.collect import Collect, collect
 from .compare import compare

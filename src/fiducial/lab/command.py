@@ -25,8 +25,9 @@ from pydantic import Field
 from ..errors import RunError
 from ..report.numbers import number
 from ..rollout.shaping import overlong
-from ..run import command_line, open_folder
 from ..settings import Settings
+from ..train.folders import open_folder
+from ..train.machine import command_line
 from ..train.progress import Progress, say
 from .kit.trainer import places
 from .page.page import write_lab_page

@@ -1,12 +1,12 @@
-"""Process reward models: is the solution right so far? Lightman et al. 2023 (arXiv 2305.20050);
-from outcomes alone, Cobbe et al. 2021 (arXiv 2110.14168).
+"""Process reward models: is the solution right so far?
 
-A model with a scalar head is read at the last token of each step, and sigma(score) is the chance
-that the step is right. Of a solution with labelled steps, those up to and including the first wrong
-one are taught: what "right" means behind a mistake nobody knows. Of a solution of which only the
-outcome is known, every step is taught the outcome: what is learned is the chance that a solution
-which begins like this ends right, for whom the solutions were sampled from, and so a wrong step
-that is often mended scores high.
+Lightman et al. 2023 (arXiv 2305.20050); from outcomes alone, Cobbe et al. 2021 (arXiv 2110.14168).
+A model with a scalar head is read at the last token of each step, and sigma(score) is the
+probability that the step is right. Of a solution with labeled steps, those up to and including the
+first wrong one are trained on: nobody knows what "right" means after a mistake. Of a solution with
+a known outcome alone, every step is trained on the outcome. What is learned then is the probability
+that a solution that begins like this ends right, for the policy that sampled the solutions; a wrong
+step that is often recovered from scores high.
 """
 
 from __future__ import annotations
@@ -17,66 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from .. import losses
 from ..core import intervals
-from ..data.batches import Batches, pad
-from ..data.prepare import load, split, text_of
+from ..data.batches import pad
+from ..data.prepare import text_of
 from ..data.render import Rendered, Renderer
 from ..data.rows import LabelledRow, StepsRow
 from ..data.steps import Steps
 from ..errors import InputError
-from ..models.load import load_renderer, load_scorer, pick_pad_token, plain, save
-from ..models.roles import Scorer
-from ..rewards.process import AGGREGATES, Aggregate, aggregate
+from ..models.save import pick_pad_token, save
+from ..models.scores import StepScores
+from ..rewards.process import AGGREGATES, aggregate
 from ..run import Run
-from ..settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
-from ..train.processes import accumulate
+from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from ..train.step import Stepper
-
-
-class PRM(Settings):
-    """Process reward model: learn from the steps of solutions, or from their outcomes alone,
-    whether a solution is right so far.
-    """
-
-    model: str
-    """The model to start from, usually the SFT model: a folder or a Hub name. A folder with a
-    scalar head keeps it.
-    """
-    data: str
-    """Rows with prompt, completions and labels (steps; collect --steps writes them), or with
-    prompt, completion and label (outcomes): a file or a Hub name.
-    """
-    out: str | None = None
-    """The run folder. Default: runs/prm-1, -2, ..."""
-    separator: str = "\n"
-    """What ends a step. A new line: Lightman et al. 2023. "": every token is a step, as the
-    verifiers of Cobbe et al. 2021 have it.
-    """
-    aggregate: Aggregate = "last"
-    """What the saved model scores a whole solution by: its last step, its least, or the product
-    (Lightman et al. 2023). In RL last is the plainest.
-    """
-    epochs: float = Field(2.0, gt=0)
-    """Passes over the solutions. 2: Lightman et al. 2023, and Cobbe et al. 2021 for verifiers."""
-    steps: int | None = Field(None, gt=0)
-    """Optimizer steps, instead of epochs."""
-    batch_size: int = Field(64, gt=0)
-    """Solutions for one optimizer step, over all processes. Ours."""
-    learning_rate: float = Field(9e-6, gt=0)
-    """Peak. 9e-6: InstructGPT's reward model. Ten to a hundred times that for LoRA and small models."""
-    seed: int = 0
-    """Of the new head and of the order of solutions."""
-    resume: bool = False
-    """Go on from the newest checkpoint in the run folder."""
-    rows: RowSettings = RowSettings()
-    lora: LoraSettings = LoraSettings()
-    optimizer: OptimizerSettings = OptimizerSettings(schedule="cosine")
-    run: RunSettings = RunSettings()
+from .settings.prm import PRM
+from .setup import Prepared, RowFormat, prepare_offline
 
 
 @dataclass(frozen=True)
@@ -94,46 +53,25 @@ class Solution:
         return len(self.rendered)
 
 
-def prm(settings: PRM) -> Run:
+def prm(settings: PRM) -> Run[None]:
     """Train; returns the run: its path, metrics and model."""
-    with Run(
-        "prm",
-        settings,
-        out=settings.out,
-        run=settings.run,
-        seed=settings.seed,
-        resume=settings.resume,
-    ) as run:
-        renderer = load_renderer(settings.model, settings.rows)
-        train, held_out, prompts = read(settings, renderer, run)
-        scorer = load_scorer(
-            settings.model,
-            settings.lora,
-            settings.run,
-            head="normal",
-            tokenizer=renderer.tokenizer,
-            seed=settings.seed,
+    with Run("prm", settings, state=None) as run:
+        ready = prepare(settings, run.processes, run.path / "skipped.jsonl")
+        train, scorer = ready.train.items, ready.roles.scorer
+        announce(ready, run)
+        scorer.facts = replace(
+            scorer.facts, steps=StepScores(settings.separator, settings.aggregate)
         )
-        if (token := pick_pad_token(renderer.tokenizer, scorer.model)) and run.main:
-            say(f"prm: the tokenizer has no pad token of its own, so the saved model uses {token}")
-        plain(scorer.model).config.process_reward = {
-            "separator": settings.separator,
-            "aggregate": settings.aggregate,
-        }
-
-        batches = Batches(len(train), settings.batch_size, settings.seed)
-        total = settings.steps or max(1, round(settings.epochs * batches.per_epoch))
-        stepper = Stepper(scorer, settings.learning_rate, settings.optimizer, total, run.processes)
-        run.start(total)
+        stepper = Stepper(
+            scorer, settings.learning_rate, settings.optimizer, ready.total, run.processes
+        )
+        run.start(ready.total)
 
         while run.running():
-            solutions = [train[i] for i in batches[run.step]]
+            solutions = [train[i] for i in ready.batches[run.step]]
             count = sum(len(s.labels) for s in solutions)
-            for micro in accumulate(
-                run.processes.plan([[len(s)] for s in solutions], settings.run.tokens),
-                run.processes,
-                stepper.module,
-            ):
+            plan = run.processes.plan([[len(s)] for s in solutions], settings.run.tokens)
+            for micro in accumulate(plan, run.processes, stepper.module):
                 some = [solutions[i] for i in micro.rows]
                 ids, labels, mask = (x.to(run.processes.device) for x in tensors(some))
                 loss, metrics = losses.process_reward_sum(
@@ -143,61 +81,51 @@ def prm(settings: PRM) -> Run:
                 if micro.weight:
                     run.meter.add(metrics, float(mask.sum()))
             norms = stepper.step(run.step)
-            run.end_step(
-                norms,
-                rows=len(solutions),
-                tokens=sum(len(s) for s in solutions),
-                show=("loss", "steps/accuracy"),
-            )
-            if held_out and run.due(settings.run.eval_every):
-                run.record(evaluate(scorer, held_out, prompts, train, settings, run))
+            tokens = sum(len(s) for s in solutions)
+            run.end_step(norms, rows=len(solutions), tokens=tokens, show=("loss", "steps/accuracy"))
+            if len(ready.held_out) and run.due(settings.run.eval_every):
+                run.record(evaluate(ready, settings, run))
             run.checkpoint_if_due()
 
         run.model = scorer
-        return run.finish(
-            save=lambda path: save(
-                scorer, renderer.tokenizer, path, torch.tensor([train[0].rendered.ids])
-            )
-        )
+        probe = torch.tensor([train[0].rendered.ids])
+        return run.finish(save=lambda path: save(scorer, ready.renderer.tokenizer, path, probe))
 
 
-def read(
-    settings: PRM, renderer: Renderer, run: Run
-) -> tuple[list[Solution], list[Solution], list[str]]:
-    """Solutions for training and for evaluation, with no prompt in both, and the prompt of each of
-    the latter.
+def prepare(settings: PRM, processes: Processes, skipped: Path | None = None) -> Prepared[Solution]:
+    """Solutions, the model and the plan.
+
+    Raises:
+        InputError: a row or the model cannot be used.
     """
-    render = solver(renderer, settings.separator)
 
-    def solutions(source: str, skipped: Path | None) -> tuple[list[str], list[Solution]]:
-        found, rows, note = load(
-            source, settings.rows, (StepsRow, LabelledRow), render, skipped=skipped
-        )
-        if note and run.main:
-            say(note)
-        return [text_of(row.prompt) for row in rows], found
+    def render(renderer: Renderer) -> Callable[[StepsRow | LabelledRow], Solution]:
+        return solver(renderer, settings.separator)
 
-    keys, train = solutions(settings.data, Path(run.path) / "skipped.jsonl")
-    if settings.rows.eval_data:
-        prompts, held = solutions(settings.rows.eval_data, None)
-    else:
-        here, there = split(keys, settings.rows.held_out, settings.seed)
-        prompts, held, train = (
-            [keys[i] for i in there],
-            [train[i] for i in there],
-            [train[i] for i in here],
-        )
-    if run.main:
-        cut = sum(s.rendered.truncated for s in train)
-        steps, labels = (
-            sum(len(x) for x in xs) for xs in ([s.ends for s in train], [s.labels for s in train])
-        )
-        note = f"; {cut:,} solutions cut at {renderer.max_length} tokens" if cut else ""
-        say(
-            f"prm: {len(train):,} solutions of {steps:,} steps, {labels:,} of them taught, and "
-            f"{len(held):,} solutions held out{note}"
-        )
-    return train, held, prompts
+    def key(row: StepsRow | LabelledRow) -> str:
+        return text_of(row.prompt)
+
+    rows = RowFormat[Solution]((StepsRow, LabelledRow), render, key)
+    return prepare_offline(settings, processes, rows, scorer=True, skipped=skipped)
+
+
+def announce(ready: Prepared[Solution], run: Run[None]) -> None:
+    """Give the saved model a pad token, and say what is trained on."""
+    token = pick_pad_token(ready.renderer.tokenizer, ready.roles.scorer.model)
+    if not run.main:
+        return
+    if ready.note:
+        say(ready.note)
+    train = ready.train.items
+    cut = sum(s.rendered.truncated for s in train)
+    note = f"; {cut:,} solutions cut at {ready.renderer.max_length} tokens" if cut else ""
+    say(
+        f"prm: {len(train):,} solutions with {sum(len(s.ends) for s in train):,} steps, "
+        f"{sum(len(s.labels) for s in train):,} of them labeled, and {len(ready.held_out):,} "
+        f"solutions held out{note}"
+    )
+    if token:
+        say(f"prm: the tokenizer has no pad token of its own, so the saved model uses {token}")
 
 
 def solver(renderer: Renderer, separator: str) -> Callable[[Any], Solution]:
@@ -262,21 +190,15 @@ def tensors(solutions: list[Solution], *, every: bool = False) -> tuple[Tensor, 
     return batch.ids, labels, mask
 
 
-def evaluate(
-    scorer: Scorer,
-    held_out: list[Solution],
-    prompts: list[str],
-    train: list[Solution],
-    settings: PRM,
-    run: Run,
-) -> dict[str, float]:
-    """Held-out loss and accuracy; what is right of steps and of solutions goes to the summary, with
-    intervals that know what shares a prompt.
+def evaluate(ready: Prepared[Solution], settings: PRM, run: Run[None]) -> dict[str, float]:
+    """Held-out loss and accuracy; the accuracies of steps and solutions go to the summary.
 
-    A solution is called right where its score, by each way to make one of its steps' scores, is
-    above one half. Beside it stands the judge who calls everything what most of the training labels
-    are.
+    A solution is called right where its score is above one half, for each way to combine the scores
+    of its steps. Beside it stands the judge who calls everything what most training labels are. The
+    intervals are clustered by prompt.
     """
+    scorer, held_out, prompts = ready.roles.scorer, ready.held_out.items, ready.held_out.keys
+    train = ready.train.items
     width = max(len(s) for s in held_out)
 
     def compute(rows: list[int]) -> tuple[Tensor, ...]:
@@ -311,7 +233,7 @@ def evaluate(
 
 
 def _note(
-    run: Run,
+    run: Run[None],
     what: str,
     said: list[bool],
     labels: list[bool],

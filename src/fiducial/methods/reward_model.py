@@ -1,76 +1,44 @@
-"""Reward models from comparisons: Bradley-Terry with all pairs of a prompt as one element. Ouyang
-et al. 2022 (InstructGPT, arXiv 2203.02155), eq. 1.
+"""Reward models from comparisons: Bradley-Terry, with all pairs of a prompt as one element.
 
-Pairs that share responses are not independent: shuffled apart they are over-fitted within one epoch
-(section 3.5 of the paper). So rows of the same prompt are put together: each of its K responses is
-scored once, stands in all its pairs, and the prompt counts once.
+Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155), eq. 1. Pairs that share responses are not
+independent: shuffled apart they are overfitted within one epoch (section 3.5). Rows of the same
+prompt are therefore put together: each of its K responses is scored once and stands in all its
+pairs, and the prompt counts once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from .. import losses
 from ..core import intervals
-from ..data.batches import Batches, pad
-from ..data.prepare import load, split, text_of
+from ..data.batches import pad
+from ..data.prepare import load, text_of
 from ..data.render import Rendered, Renderer
 from ..data.rows import CompletionRow, PreferenceRow
 from ..errors import InputError
-from ..models.load import load_renderer, load_scorer, pick_pad_token, plain, save
-from ..models.roles import Scorer
+from ..models.roles import ScoreModel
+from ..models.save import pick_pad_token, save
+from ..models.scores import ScoreFacts
 from ..run import Run
-from ..settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
-from ..train.processes import accumulate
+from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from ..train.step import Stepper
-
-
-class RewardModel(Settings):
-    """Reward model: learn from comparisons which of two responses people prefer."""
-
-    model: str
-    """The model to start from, usually the SFT model: a folder or a Hub name. A folder with a
-    scalar head keeps it.
-    """
-    data: str
-    """Rows with prompt, chosen, rejected (and margin): a file or a Hub name. Rows of one prompt
-    train as one element.
-    """
-    out: str | None = None
-    """The run folder. Default: runs/reward-1, -2, ..."""
-    epochs: float = Field(1.0, gt=0)
-    """Passes over the prompts. 1: InstructGPT."""
-    steps: int | None = Field(None, gt=0)
-    """Optimizer steps, instead of epochs."""
-    batch_size: int = Field(64, gt=0)
-    """Prompts for one optimizer step, over all processes. 64: InstructGPT."""
-    learning_rate: float = Field(9e-6, gt=0)
-    """Peak. 9e-6: InstructGPT, 6B. Ten to a hundred times that for LoRA and small models."""
-    centering: float = Field(0.0, ge=0)
-    """Weight of the pull of the scores to mean 0. 0.01: Eisenstein et al. 2023 (arXiv 2312.09244)."""
-    reference_data: str | None = None
-    """Rows with prompt and completion whose mean score is the zero of the scale (N+). Default: the
-    responses of the training pairs.
-    """
-    seed: int = 0
-    """Of the new head and of the order of prompts."""
-    resume: bool = False
-    """Go on from the newest checkpoint in the run folder."""
-    rows: RowSettings = RowSettings()
-    lora: LoraSettings = LoraSettings()
-    optimizer: OptimizerSettings = OptimizerSettings(schedule="cosine")
-    run: RunSettings = RunSettings()
+from .settings.reward_model import RewardModel
+from .setup import Prepared, RowFormat, prepare_offline
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The responses of one prompt, each once, and its pairs (winner, loser) as numbers into them."""
+    """The responses of one prompt, each once, and its pairs (winner, loser) as indices into them.
+
+    margins: by how much the winner should win, one per pair.
+    """
 
     responses: list[Rendered]
     pairs: list[tuple[int, int]]
@@ -78,53 +46,28 @@ class Ranking:
 
     @property
     def lengths(self) -> list[int]:
+        """Number of tokens of each response with its prompt."""
         return [len(r) for r in self.responses]
 
 
-def reward(settings: RewardModel) -> Run:
+def reward(settings: RewardModel) -> Run[None]:
     """Train; returns the run: its path, metrics and model."""
-    with Run(
-        "reward",
-        settings,
-        out=settings.out,
-        run=settings.run,
-        seed=settings.seed,
-        resume=settings.resume,
-    ) as run:
-        renderer = load_renderer(settings.model, settings.rows)
-        train, held_out = read(settings, renderer, run)
-        scorer = load_scorer(
-            settings.model,
-            settings.lora,
-            settings.run,
-            head="normal",
-            tokenizer=renderer.tokenizer,
-            seed=settings.seed,
+    with Run("reward", settings, state=None) as run:
+        ready = prepare(settings, run.processes, run.path / "skipped.jsonl")
+        train, held_out, scorer = ready.train.items, ready.held_out.items, ready.roles.scorer
+        announce(ready, run)
+        stepper = Stepper(
+            scorer, settings.learning_rate, settings.optimizer, ready.total, run.processes
         )
-        if (token := pick_pad_token(renderer.tokenizer, scorer.model)) and run.main:
-            say(
-                "reward: the tokenizer has no pad token of its own, so the saved model uses "
-                f"{token}"
-            )
-
-        batches = Batches(len(train), settings.batch_size, settings.seed)
-        total = settings.steps or max(1, round(settings.epochs * batches.per_epoch))
-        stepper = Stepper(scorer, settings.learning_rate, settings.optimizer, total, run.processes)
-        run.start(total)
+        run.start(ready.total)
 
         while run.running():
-            prompts = [train[i] for i in batches[run.step]]
-            for micro in accumulate(
-                run.processes.plan([p.lengths for p in prompts], settings.run.tokens),
-                run.processes,
-                stepper.module,
-            ):
+            prompts = [train[i] for i in ready.batches[run.step]]
+            plan = run.processes.plan([p.lengths for p in prompts], settings.run.tokens)
+            for micro in accumulate(plan, run.processes, stepper.module):
                 rankings = [prompts[i] for i in micro.rows]
-                scores = score(
-                    stepper.module,
-                    [r for ranking in rankings for r in ranking.responses],
-                    run.processes.device,
-                )
+                responses = [r for ranking in rankings for r in ranking.responses]
+                scores = score(stepper.module, responses, run.processes.device)
                 loss, metrics = losses.ranking_sum(
                     scores, *pair_tensors(rankings, scores), centering=settings.centering
                 )
@@ -132,67 +75,78 @@ def reward(settings: RewardModel) -> Run:
                 if micro.weight:
                     run.meter.add(metrics, len(rankings))
             norms = stepper.step(run.step)
-            tokens = sum(sum(p.lengths) for p in prompts)
             run.end_step(
                 norms,
                 rows=sum(len(p.pairs) for p in prompts),
-                tokens=tokens,
+                tokens=sum(sum(p.lengths) for p in prompts),
                 show=("loss", "accuracy"),
             )
             if held_out and run.due(settings.run.eval_every):
                 run.record(evaluate(scorer, held_out, train, settings, run))
             run.checkpoint_if_due()
 
-        config = plain(scorer.model).config
-        vars(config).pop("process_reward", None)  # of the model it may have started from
-        config.reward_mean, config.reward_std = reference_scores(
-            scorer, train, settings, renderer, run
-        )
+        scorer.facts = reference_scores(scorer, train, settings, ready.renderer, run)
         run.model = scorer
-        return run.finish(
-            save=lambda path: save(
-                scorer, renderer.tokenizer, path, torch.tensor([train[0].responses[0].ids])
-            )
+        probe = torch.tensor([train[0].responses[0].ids])
+        return run.finish(save=lambda path: save(scorer, ready.renderer.tokenizer, path, probe))
+
+
+def prepare(
+    settings: RewardModel, processes: Processes, skipped: Path | None = None
+) -> Prepared[Ranking]:
+    """Rankings, the model and the plan.
+
+    Raises:
+        InputError: a row or the model cannot be used.
+    """
+
+    def render(renderer: Renderer) -> Callable[[PreferenceRow], tuple[Rendered, Rendered]]:
+        return lambda row: (
+            renderer.completion(row.prompt, row.chosen, row.where),
+            renderer.completion(row.prompt, row.rejected, row.where),
         )
 
+    def key(row: PreferenceRow) -> str:
+        return text_of(row.prompt)
 
-def read(
-    settings: RewardModel, renderer: Renderer, run: Run
-) -> tuple[list[Ranking], list[Ranking]]:
-    """Rankings for training and evaluation, with no prompt in both."""
+    rows = RowFormat((PreferenceRow,), render, key, rankings)
+    return prepare_offline(settings, processes, rows, scorer=True, skipped=skipped)
 
-    def render(row: PreferenceRow) -> tuple[Rendered, Rendered]:
-        return renderer.completion(row.prompt, row.chosen, row.where), renderer.completion(
-            row.prompt, row.rejected, row.where
-        )
 
-    def rankings(source: str, skipped: Path | None) -> tuple[list[str], list[Ranking]]:
-        pairs, rows, note = load(source, settings.rows, (PreferenceRow,), render, skipped=skipped)
-        if note and run.main:
-            say(note)
-        groups: dict[str, list[int]] = {}
-        for i, row in enumerate(rows):
-            groups.setdefault(text_of(row.prompt), []).append(i)
-        return list(groups), [
-            _rank([pairs[i] for i in g], [rows[i].margin for i in g], rows[g[0]].where)
-            for g in groups.values()
-        ]
+def rankings(
+    pairs: list[tuple[Rendered, Rendered]], rows: list[PreferenceRow]
+) -> tuple[list[str], list[Ranking]]:
+    """The prompts, and the ranking of each: all rows of a prompt together.
 
-    keys, train = rankings(settings.data, Path(run.path) / "skipped.jsonl")
-    if settings.rows.eval_data:
-        held = rankings(settings.rows.eval_data, None)[1]
-    else:
-        here, there = split(keys, settings.rows.held_out, settings.seed)
-        train, held = [train[i] for i in here], [train[i] for i in there]
-    if run.main:
-        count = sum(len(r.pairs) for r in train)
-        cut = sum(x.truncated for r in train for x in r.responses)
-        note = f"; {cut:,} responses cut at {renderer.max_length} tokens" if cut else ""
-        say(
-            f"reward: {count:,} pairs of {len(train):,} prompts to train on, "
-            f"{sum(len(r.pairs) for r in held):,} pairs of {len(held):,} held out{note}"
-        )
-    return train, held
+    Raises:
+        InputError: all pairs of a prompt are equal after truncation.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(text_of(row.prompt), []).append(i)
+    ranked = [
+        _rank([pairs[i] for i in g], [rows[i].margin for i in g], rows[g[0]].where)
+        for g in groups.values()
+    ]
+    return list(groups), ranked
+
+
+def announce(ready: Prepared[Ranking], run: Run[None]) -> None:
+    """Give the saved model a pad token, and say what is trained on."""
+    token = pick_pad_token(ready.renderer.tokenizer, ready.roles.scorer.model)
+    if not run.main:
+        return
+    if ready.note:
+        say(ready.note)
+    train, held = ready.train.items, ready.held_out.items
+    cut = sum(x.truncated for r in train for x in r.responses)
+    note = f"; {cut:,} responses cut at {ready.renderer.max_length} tokens" if cut else ""
+    say(
+        f"reward: {sum(len(r.pairs) for r in train):,} pairs of {len(train):,} prompts to train "
+        f"on, {sum(len(r.pairs) for r in held):,} pairs of {len(held):,} held out{note}"
+    )
+    if token:
+        say(f"reward: the tokenizer has no pad token of its own, so the saved model uses {token}")
 
 
 def _rank(
@@ -232,7 +186,7 @@ def pair_tensors(rankings: list[Ranking], like: Tensor) -> tuple[Tensor, Tensor,
     )
 
 
-def score(scorer: Scorer, responses: list[Rendered], device: torch.device) -> Tensor:
+def score(scorer: ScoreModel, responses: list[Rendered], device: torch.device) -> Tensor:
     """[R] scores at the last token of each response."""
     batch = pad(responses).to(device)
     scores: Tensor = scorer(batch.ids, batch.lengths)
@@ -240,7 +194,7 @@ def score(scorer: Scorer, responses: list[Rendered], device: torch.device) -> Te
 
 
 def all_scores(
-    scorer: Scorer, responses: list[Rendered], settings: RewardModel, run: Run
+    scorer: ScoreModel, responses: list[Rendered], settings: RewardModel, run: Run[None]
 ) -> Tensor:
     """[R] scores without gradient, in micro-batches, on all processes."""
     (scores,) = run.processes.map_rows(
@@ -253,7 +207,11 @@ def all_scores(
 
 
 def evaluate(
-    scorer: Scorer, held_out: list[Ranking], train: list[Ranking], settings: RewardModel, run: Run
+    scorer: ScoreModel,
+    held_out: list[Ranking],
+    train: list[Ranking],
+    settings: RewardModel,
+    run: Run[None],
 ) -> dict[str, float]:
     """Held-out loss and accuracy; its interval and that of a judge who only looks at the length go
     to the summary.
@@ -286,8 +244,12 @@ def evaluate(
 
 
 def reference_scores(
-    scorer: Scorer, train: list[Ranking], settings: RewardModel, renderer: Renderer, run: Run
-) -> tuple[float, float]:
+    scorer: ScoreModel,
+    train: list[Ranking],
+    settings: RewardModel,
+    renderer: Renderer,
+    run: Run[None],
+) -> ScoreFacts:
     """Mean and standard deviation of the scores of the reference completions."""
     if settings.reference_data:
         rendered, _, _ = load(
@@ -299,13 +261,14 @@ def reference_scores(
     else:
         rendered = [r for ranking in train for r in ranking.responses][:512]
     scores = all_scores(scorer, rendered, settings, run)
-    return float(scores.mean()), float(scores.std()) if len(scores) > 1 else 1.0
+    return ScoreFacts(float(scores.mean()), float(scores.std()) if len(scores) > 1 else 1.0)
 
 
 def _length_gaps(ranking: Ranking) -> list[int]:
     return [
-        ranking.responses[w].num_labels - ranking.responses[l].num_labels for w, l in ranking.pairs
-    ]  # noqa: E741
+        ranking.responses[w].num_labels - ranking.responses[l].num_labels
+        for w, l in ranking.pairs  # noqa: E741
+    ]
 
 
 def _half(gap: float) -> float:

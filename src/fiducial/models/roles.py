@@ -1,58 +1,66 @@
-"""The roles as modules: a Policy gives log-probabilities of tokens, a Scorer gives scalars. Both
-wrap an ordinary Hugging Face model.
+"""The roles of a run as modules over ordinary Hugging Face models.
 
-Sequences are padded right and attention is causal, so a real token never sees padding and no
-attention mask is needed; positions are always passed. The reference is a frozen Policy of its own,
-or, where the policy is a base with adapters, that base with the adapters off.
+A `Policy` gives log-probabilities of tokens, a `ScoreModel` gives scalars, a `Reference` is frozen,
+and `Roles` says which of them a run has and over which weights: a copy of its own, adapters that
+are switched off, or a head on the policy's trunk. Methods ask `Roles` and do not need to know.
+
+Sequences are padded on the right and attention is causal, so a real token never sees padding and no
+attention mask is needed. Position ids are always passed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..core.logprobs import chosen_logprobs, compared
+from ..core.reductions import select
 from ..core.shared_prefix import SharedPrefix
+from .scores import ScoreFacts
 
 
 def plain(model: Any) -> Any:
-    """The Hugging Face model itself; with LoRA the layers are inside it."""
+    """The Hugging Face model itself; with LoRA it is inside the adapters' wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def autocast(model: Any, like: Tensor) -> Any:
-    dtype = getattr(plain(model), "autocast_dtype", None)
-    return torch.autocast(like.device.type, dtype=dtype, enabled=dtype is not None)
+def autocast(precision: torch.dtype | None, device: torch.device) -> Any:
+    """The context in which a forward pass runs; None leaves float32 as it is."""
+    return torch.autocast(device.type, dtype=precision, enabled=precision is not None)
 
 
-def hidden_states(model: Any, ids: Tensor, shared_prefix: SharedPrefix | None = None) -> Tensor:
-    """[B, T, H] of a right-padded batch `ids` [B, T], before any head; with `shared_prefix`, of rows whose
-    columns hang together as it says.
+def hidden_states(
+    model: Any, ids: Tensor, precision: torch.dtype | None, layout: SharedPrefix | None = None
+) -> Tensor:
+    """Hidden states [B, T, H] of a right-padded batch of `ids` [B, T], before any head.
+
+    Args:
+        layout: given where a row holds several sequences with a common beginning.
     """
-    positions = (
-        torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        if shared_prefix is None
-        else shared_prefix.positions
-    )
-    attention = {} if shared_prefix is None else {"attention_mask": shared_prefix.attention()}
-    with autocast(model, ids):
-        return (
+    if layout is None:
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        attention = {}
+    else:
+        positions, attention = layout.positions, {"attention_mask": layout.attention()}
+    with autocast(precision, ids.device):
+        out: Tensor = (
             plain(model)
             .base_model(input_ids=ids, position_ids=positions, use_cache=False, **attention)
             .last_hidden_state
         )
+    return out
 
 
-def logits(model: Any, hidden: Tensor) -> Tensor:
-    """Logits [n, V] of hidden states [n, H], with what the architecture does behind its projection."""
+def logits(model: Any, hidden: Tensor, precision: torch.dtype | None) -> Tensor:
+    """Logits [n, V] of hidden states [n, H], with the scaling that the architecture applies."""
     model = plain(model)
-    with autocast(model, hidden):
-        out = model.get_output_embeddings()(hidden)
+    with autocast(precision, hidden.device):
+        out: Tensor = model.get_output_embeddings()(hidden)
     config = model.config
     if getattr(config, "logit_scale", None) is not None:  # Cohere
         out = out * config.logit_scale
@@ -63,8 +71,10 @@ def logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 class TokenOutputs(NamedTuple):
-    """Per-token answers of a Policy, [B, T] each; column t speaks of token t. The last two are
-    there where a teacher was named.
+    """What a policy says of each token, [B, T] each; column t is about token t.
+
+    `entropy` and `values` are None unless they were asked for and exist. `kl` and
+    `teacher_logprobs` are given where a teacher was named.
     """
 
     logprobs: Tensor
@@ -75,33 +85,35 @@ class TokenOutputs(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A causal language model that is asked for the log-probabilities of tokens; with a value head
-    it is its own critic.
+    """A causal language model that gives log-probabilities of tokens.
+
+    lm: the Hugging Face model, perhaps inside adapters.
+    precision: of the forward pass; None for float32.
+    base_on_disk: False where `lm` was merged from an adapter folder in memory, so that no folder
+        holds the base of new adapters.
+    value_head: a scalar head on the trunk; a policy that has one is its own critic.
     """
 
-    def __init__(self, lm: Any) -> None:
+    def __init__(
+        self, lm: Any, precision: torch.dtype | None = None, *, base_on_disk: bool = True
+    ) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.precision, self.base_on_disk = lm, precision, base_on_disk
         self.value_head: nn.Linear | None = None
 
-    def add_value_head(self) -> None:
-        """A scalar head on the trunk, zero at first, so that every state starts at value 0."""
-        weight = plain(self.lm).get_output_embeddings().weight
-        self.value_head = nn.Linear(weight.shape[1], 1).to(weight.device)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-
     def _head(self, hidden: Tensor) -> Tensor:
-        return logits(self.lm, hidden)
+        return logits(self.lm, hidden, self.precision)
 
     @property
-    def _vocabulary(self) -> int:
+    def vocabulary(self) -> int:
+        """Number of logits."""
         return int(plain(self.lm).get_output_embeddings().weight.shape[0])
 
     @functools.cached_property
     def supports_shared_prefix(self) -> bool:
-        """Whether a row may hold one prompt and several responses to it. Tried out once: an
-        architecture that looks past the mask says no.
+        """Whether a row may hold one prompt and several responses to it.
+
+        It is tried once on a short row: an architecture that ignores the mask fails the comparison.
         """
         config = plain(self.lm).config
         if (
@@ -123,7 +135,7 @@ class Policy(nn.Module):
         with torch.no_grad():
             together = self(ids, mask, shared_prefix=layout).logprobs[mask]
             alone = self(torch.tensor(rows, device=device), labels).logprobs[labels]
-        tolerance = 1e-4 if getattr(plain(self.lm), "autocast_dtype", None) is None else 0.1
+        tolerance = 1e-4 if self.precision is None else 0.1
         return bool(torch.allclose(together, alone, atol=tolerance))
 
     def forward(
@@ -135,23 +147,27 @@ class Policy(nn.Module):
         shared_prefix: SharedPrefix | None = None,
         teacher: Policy | None = None,
     ) -> TokenOutputs:
-        """Log-probabilities (and entropies, and values where there is a value head) of the labelled tokens.
+        """Log-probabilities of the labeled tokens, and what else is asked for.
 
         Args:
-            ids: [B, T] right-padded.
-            mask: [B, T] true at labels; token 0 has nothing in front of it and cannot be one.
+            ids: [B, T], padded on the right.
+            mask: [B, T], true at labels. Token 0 has no context and cannot be one.
             temperature: divides the logits.
+            entropy: whether the entropy of each token's distribution is needed.
             shared_prefix: given where a row holds several sequences with a common beginning (see
                 `fiducial.core.shared_prefix`).
-            teacher: a policy of the same vocabulary. The exact KL(this, teacher) of each token's
-                state, with a gradient for this one alone, the teacher's log-probabilities and the
-                entropy are given too.
+            teacher: a policy with the same vocabulary. The outputs then hold the exact
+                KL(this, teacher) at each token, with a gradient for this policy alone, the
+                teacher's log-probabilities, and the entropy.
 
         Returns:
-            [B, T] each, in nats (values: in units of reward), 0 outside the mask.
+            [B, T] each, in nats (values: in units of the reward), 0 outside the mask.
+
+        Raises:
+            ValueError: token 0 is a label.
         """
         if bool(mask[:, 0].any()):
-            raise ValueError("token 0 cannot be a label: nothing stands in front of it")
+            raise ValueError("token 0 cannot be a label: there is no token before it")
         hidden = self._states(ids, mask, shared_prefix)
         kl = theirs = None
         if teacher is None:
@@ -159,7 +175,7 @@ class Policy(nn.Module):
                 hidden,
                 ids[mask],
                 self._head,
-                self._vocabulary,
+                self.vocabulary,
                 temperature=temperature,
                 entropy=entropy,
             )
@@ -172,59 +188,65 @@ class Policy(nn.Module):
                 ids[mask],
                 self._head,
                 teacher._head,
-                self._vocabulary,
+                self.vocabulary,
                 temperature=temperature,
             )
-        heads = (
-            None
-            if self.value_head is None
-            else self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
-        )
         return TokenOutputs(
-            *(
-                None if x is None else _scatter(x, mask)
-                for x in (values, entropies, heads, kl, theirs)
-            )
-        )  # type: ignore[arg-type]
+            _scatter(values, mask),
+            None if entropies is None else _scatter(entropies, mask),
+            None if self.value_head is None else _scatter(self._values(hidden), mask),
+            None if kl is None else _scatter(kl, mask),
+            None if theirs is None else _scatter(theirs, mask),
+        )
 
-    def _states(self, ids: Tensor, mask: Tensor, shared_prefix: SharedPrefix | None) -> Tensor:
-        """[N, H] of the states from which the labelled tokens are predicted."""
-        if shared_prefix is None:
-            return hidden_states(self.lm, ids[:, :-1])[mask[:, 1:]]
+    def _values(self, hidden: Tensor) -> Tensor:
+        assert self.value_head is not None
+        out: Tensor = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
+        return out
+
+    def _states(self, ids: Tensor, mask: Tensor, layout: SharedPrefix | None) -> Tensor:
+        """[N, H] of the states from which the labeled tokens are predicted."""
+        if layout is None:
+            return hidden_states(self.lm, ids[:, :-1], self.precision)[mask[:, 1:]]
         row, column = mask.nonzero(as_tuple=True)
-        return hidden_states(self.lm, ids, shared_prefix)[row, shared_prefix.previous[row, column]]
+        previous = layout.previous[row, column]
+        return hidden_states(self.lm, ids, self.precision, layout)[row, previous]
 
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:
-        """The base under the adapters."""
+        """The base model without its adapters."""
         with self.lm.disable_adapter():
             yield
 
 
-class Scorer(nn.Module):
-    """A sequence-classification model with one label: a reward model when read at the last token, a
-    process reward model at the ends of steps, a critic at
-    every token."""
+class ScoreModel(nn.Module):
+    """A sequence-classification model with one label.
 
-    def __init__(self, model: Any) -> None:
+    Read at the last token it is a reward model, at the ends of steps a process reward model, at
+    every token a critic.
+    """
+
+    def __init__(
+        self, model: Any, precision: torch.dtype | None = None, facts: ScoreFacts | None = None
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.precision, self.facts = model, precision, facts or ScoreFacts()
 
     def _score(self, hidden: Tensor) -> Tensor:
         head = plain(self.model).score  # with LoRA a trained copy of the head stands in its place
-        return head(hidden)[..., 0].to(
-            torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        )
+        out: Tensor = head(hidden)[..., 0]
+        return out.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
 
     def forward(
         self, ids: Tensor, lengths: Tensor | None = None, after: Tensor | None = None
     ) -> Tensor:
-        """Of right-padded `ids` [B, T]. With `lengths` [B]: scores [B] at each row's last real
-        token. With a mask `after` [B, T]: scores [B, T], column t
-        for the state after token t, 0 outside the mask. With neither: values [B, T], column t for
-        the state before token t (column 0: 0).
+        """Scores of right-padded `ids` [B, T].
+
+        With `lengths` [B]: scores [B] at the last real token of each row. With a mask `after`
+        [B, T]: scores [B, T] of the state after each marked token, 0 outside the mask. With
+        neither: values [B, T], column t for the state before token t (column 0: 0).
         """
-        hidden = hidden_states(self.model, ids)
+        hidden = hidden_states(self.model, ids, self.precision)
         if lengths is not None:
             return self._score(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
         if after is not None:
@@ -234,20 +256,88 @@ class Scorer(nn.Module):
 
 
 class Reference:
-    """The frozen mark. Either its own module or the policy with its adapters off; called like a
-    Policy, never with a gradient.
-    """
+    """The frozen reference: a model of its own, or the policy with its adapters switched off."""
 
     def __init__(self, policy: Policy, own: Policy | None = None) -> None:
         self._policy, self._own = policy, own
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
-        """[B, T] log-probabilities, 0 outside the mask."""
+        """Log-probabilities [B, T] in nats, 0 outside the mask, without a gradient."""
         if self._own is not None:
-            return self._own(ids, mask, temperature).logprobs
+            return self._own(ids, mask, temperature).logprobs  # type: ignore[no-any-return]
         with self._policy.adapters_off():
-            return self._policy(ids, mask, temperature).logprobs
+            return self._policy(ids, mask, temperature).logprobs  # type: ignore[no-any-return]
+
+
+class Roles:
+    """Who is who in a run, and over which weights.
+
+    policy: the language model that is trained. critic: a value model of its own; None where the
+    policy carries a value head, or where there is no critic. scorer: the reward model that is
+    trained. Roles that a run does not have raise an AssertionError when they are asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: Policy | None = None,
+        reference: Reference | None = None,
+        critic: ScoreModel | None = None,
+        scorer: ScoreModel | None = None,
+        teacher: Policy | None = None,
+    ) -> None:
+        self._policy, self._reference, self._teacher = policy, reference, teacher
+        self._scorer, self.critic = scorer, critic
+
+    @property
+    def policy(self) -> Policy:
+        """The language model that is trained."""
+        assert self._policy is not None, "this run has no policy"
+        return self._policy
+
+    @property
+    def scorer(self) -> ScoreModel:
+        """The reward model or process reward model that is trained."""
+        assert self._scorer is not None, "this run has no scorer"
+        return self._scorer
+
+    @property
+    def teacher(self) -> Policy:
+        """The frozen model that a student learns from."""
+        assert self._teacher is not None, "this run has no teacher"
+        return self._teacher
+
+    def trained(self) -> dict[str, nn.Module]:
+        """The modules with weights that are trained, by role, in a fixed order."""
+        roles = {"policy": self._policy, "scorer": self._scorer, "critic": self.critic}
+        return {name: module for name, module in roles.items() if module is not None}
+
+    def reference(self, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+        """The reference's log-probabilities [B, T] in nats, 0 outside the mask, no gradient."""
+        assert self._reference is not None, "this run has no reference"
+        return self._reference(ids, mask, temperature)
+
+    def outputs(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        temperature: float = 1.0,
+        *,
+        entropy: bool = False,
+        wrapped: Mapping[str, Any] | None = None,
+    ) -> TokenOutputs:
+        """What the policy says of each token, with the critic's values wherever they come from.
+
+        Args:
+            wrapped: the trained modules by role as a launcher has wrapped them, so that gradients
+                cross the processes; None uses the modules themselves.
+        """
+        modules = wrapped or self.trained()
+        out: TokenOutputs = modules["policy"](ids, mask, temperature, entropy=entropy)
+        if self.critic is None:
+            return out
+        return out._replace(values=select(modules["critic"](ids), mask))
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:

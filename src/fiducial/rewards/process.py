@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from ..data.render import Renderer, same_tokens
+from ..data.rows import PromptRow
 from ..data.steps import Steps
-from ..models.roles import Scorer, plain
+from ..models.roles import ScoreModel
 from ..train.processes import Processes
-
-if TYPE_CHECKING:
-    from .load import Responses
+from .types import Responses, Scored
 
 Aggregate = Literal["last", "min", "product"]
 AGGREGATES: tuple[Aggregate, ...] = ("last", "min", "product")
@@ -62,7 +61,7 @@ class ProcessReward:
     """
 
     def __init__(
-        self, name: str, scorer: Scorer, renderer: Renderer, tokens: int, processes: Processes
+        self, name: str, scorer: ScoreModel, renderer: Renderer, tokens: int, processes: Processes
     ) -> None:
         self.name, self.scorer, self.renderer, self.tokens, self.processes = (
             name,
@@ -71,14 +70,14 @@ class ProcessReward:
             tokens,
             processes,
         )
-        config = plain(scorer.model).config.process_reward
-        self.how: Aggregate = config.get("aggregate", "last")
-        self.finder = Steps(renderer, config["separator"])
+        steps = scorer.facts.steps
+        assert steps is not None, f"{name} is no process reward model"
+        self.how: Aggregate = cast(Aggregate, steps.aggregate)
+        self.finder = Steps(renderer, steps.separator)
         self._policy: tuple[Renderer, bool, Steps] | None = None
 
-    def __call__(self, batch: Responses) -> list[float]:
-        """The score of each whole response, in (0, 1)."""
-        return [aggregate(steps, self.how) for steps in self.steps(batch)]
+    def check_rows(self, rows: Sequence[PromptRow]) -> None:
+        """A model reads nothing but the prompt."""
 
     def steps(self, batch: Responses) -> list[list[float]]:
         """The scores of the steps of each response, each in (0, 1)."""
@@ -126,24 +125,26 @@ class ProcessReward:
         (scores,) = self.processes.map_rows([[len(r)] for r in rows], self.tokens, width, compute)
         return [scores[i, list(e)].double().sigmoid().tolist() for i, e in enumerate(ends)]
 
-    def earned(self, batch: Responses) -> tuple[list[float], Tensor]:
-        """The score of each response, and [N, T] what its steps add to it, at their last tokens: a
-        row adds up to its score.
+    def score(self, responses: Responses) -> Scored:
+        """The score of each whole response, in (0, 1), and what its steps add to it.
 
-        A tokenizer of another make finds the ends of the same steps in other places: they are
-        matched by number, and should the tokens show fewer ends than this model has scored, what is
-        left over comes with the last one.
+        A step earns its part at its last token; where that token was given to the policy, at the
+        last one before it that the policy chose. The parts of a row add up to its score. Another
+        tokenizer finds the ends of the same steps at other tokens: they are matched by number, and
+        where the policy's tokens show fewer ends, the last one earns the rest.
         """
-        scored = self.steps(batch)
-        out = torch.zeros(batch.trajectory.ids.shape, dtype=torch.float64)
-        finder = self._of(batch.renderer)[1]
-        for i, (steps, response) in enumerate(
-            zip(scored, batch.trajectory.responses(ending=True), strict=True)
-        ):
-            start, ends = int(batch.trajectory.prompt_lengths[i]), finder.ends(response)
+        scored, trajectory = self.steps(responses), responses.trajectory
+        earned = torch.zeros(trajectory.ids.shape, dtype=torch.float64)
+        finder = self._of(responses.renderer)[1]
+        chosen = trajectory.mask.tolist()
+        both = zip(scored, trajectory.responses(ending=True), strict=True)
+        for i, (steps, response) in enumerate(both):
+            start, ends = int(trajectory.prompt_lengths[i]), finder.ends(response)
             for k, value in enumerate(differences(steps, self.how)):
-                out[i, start + ends[min(k, len(ends) - 1)]] += value
-        return [aggregate(steps, self.how) for steps in scored], out
+                column = start + ends[min(k, len(ends) - 1)]
+                earned[i, _chosen_column(chosen[i], column)] += value
+        scores = [aggregate(steps, self.how) for steps in scored]
+        return Scored(scores, {self.name: scores}, earned)
 
     def _of(self, renderer: Renderer) -> tuple[bool, Steps]:
         """Whether the policy's tokens are this model's, and the finder of steps among them."""
@@ -154,3 +155,9 @@ class ProcessReward:
                 Steps(renderer, self.finder.separator),
             )
         return self._policy[1:]
+
+
+def _chosen_column(mask: Sequence[bool], column: int) -> int:
+    """The last column up to `column` that the policy chose; the first one it chose if none is."""
+    before = [t for t in range(column + 1) if mask[t]]
+    return before[-1] if before else mask.index(True)

@@ -74,12 +74,17 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     return None, faults
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Write the whole file or none of it."""
     aside = path.with_name(path.name + ".aside")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False))
+    aside.write_text(text, encoding="utf-8")
     _sync(aside)
     os.replace(aside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write the whole file or none of it."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def _sync(path: Path) -> None:

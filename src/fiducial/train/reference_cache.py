@@ -44,7 +44,7 @@ def fingerprint(policy: Policy, rows: Any) -> str:
                 f"{name.replace('base_layer.', '')}{tuple(weight.shape)}{weight.dtype}".encode()
             )
             state.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    state.update(str(getattr(policy.lm, "autocast_dtype", None)).encode())
+    state.update(str(policy.precision).encode())
     state.update(json.dumps(rows, separators=(",", ":")).encode())
     return state.hexdigest()
 

@@ -1,5 +1,6 @@
-"""Best of n: draw n responses for each answer and keep the one with the highest score. Nothing is
-trained, and how far it goes from the model is known.
+"""Best of n: sample n responses for each answer and keep the one with the highest score.
+
+Nothing is trained, and how far it moves from the model is known.
 """
 
 from __future__ import annotations
@@ -11,12 +12,10 @@ from typing import Any
 
 from ..core import intervals
 from ..core.best_of_n import kl_bound
-from ..data.rows import PromptRow
 from ..errors import InputError, RunError
-from ..rewards import Responses
-from ..rewards.load import FunctionReward, ModelReward, load_reward
-from ..rewards.process import Aggregate, ProcessReward
-from ..rewards.verifiable import VERIFIABLE
+from ..rewards.load import FORMS, load_reward
+from ..rewards.process import Aggregate
+from ..rewards.types import Responses, Scorer
 from ..settings import RunSettings
 from ..train.processes import Processes
 
@@ -36,7 +35,7 @@ class BestOf:
 
     n: int
     name: str
-    scorer: FunctionReward | ModelReward | ProcessReward
+    scorer: Scorer
     temperature: float
     drawn: list[float] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
@@ -61,8 +60,7 @@ class BestOf:
             return None
         if score is None:
             flag = f"--best-of {n}" if n is not None else f"--aggregate {aggregate}"
-            forms = f"a reward model's folder, file.py:function, or one of {', '.join(VERIFIABLE)}"
-            raise InputError(f"{flag} needs --score, by which the best is chosen: {forms}")
+            raise InputError(f"{flag} needs --score, by which the best is chosen: {FORMS}")
         if n is None:
             raise InputError(
                 "--score chooses the best of several and needs --best-of N: how many are drawn for "
@@ -73,25 +71,8 @@ class BestOf:
                 f"--best-of {n} with --temperature 0: all {n} would be the one most likely "
                 "response; sample, at --temperature 1 say"
             )
-        scorer = load_reward(score, RunSettings(), processes, "--score")
-        if isinstance(scorer, FunctionReward) and {"first", "second"} <= scorer.takes:
-            raise InputError(
-                f"--score: {score} compares two responses where each needs a score: give one with "
-                "TRL's signature, (prompts, completions)"
-            )
-        if aggregate is not None:
-            if not isinstance(scorer, ProcessReward):
-                raise InputError(
-                    f"--aggregate {aggregate} makes one score of those of the steps, and --score "
-                    f"{score} is no process reward model"
-                )
-            scorer.how = aggregate
+        scorer = load_reward(score, RunSettings(), processes, "--score", aggregate)
         return BestOf(n, score, scorer, temperature)
-
-    def check_rows(self, rows: Sequence[PromptRow]) -> None:
-        """An InputError if a row lacks what the score reads."""
-        if isinstance(self.scorer, FunctionReward):
-            self.scorer.check_rows(rows)
 
     def keep(self, numbers: list[int], responses: Responses) -> tuple[list[int], Responses]:
         """The best of each n responses in a row; their scores are the last of `kept`.
@@ -99,7 +80,7 @@ class BestOf:
         Raises:
             RunError: a score is no finite number.
         """
-        scores = self.scorer(responses)
+        scores = self.scorer.score(responses).scores
         if any(not math.isfinite(s) for s in scores):
             raise RunError(
                 f"{self.name} gave a score that is not finite: there is no best among such"
@@ -122,7 +103,10 @@ class BestOf:
     def bound(self) -> str:
         """The KL that the choice costs, as a clause."""
         at = "" if self.temperature == 1 else f" at temperature {self.temperature:g}"
-        return f"the best of {self.n} is at most {kl_bound(self.n):.3g} nats a response from the model{at} (log n - (n - 1)/n)"
+        return (
+            f"the best of {self.n} is at most {kl_bound(self.n):.3g} nats per response from the "
+            f"model{at} (log n - (n - 1)/n)"
+        )
 
     def summary(self) -> str:
         """One line for the terminal."""

@@ -1,108 +1,56 @@
-"""Preferences from a model's own responses: sample K a prompt, let a judge compare them, write
-preference rows; with --steps, rows of labelled steps.
-"""
+"""Preference pairs from a model's own responses: sample, let a judge compare, write rows."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from ..data.prepare import messages_of
 from ..errors import InputError
-from ..rewards import Responses
-from ..settings import RowSettings, RunSettings, Settings
+from ..rewards.judge import Judge
+from ..rewards.types import Responses
+from ..rollout.sampling import sampling_params
+from ..settings import RunSettings
+from ..train.folders import new_file
 from ..train.processes import Processes
 from ..train.progress import say
-from .answering import Judge, Model
-from .label_steps import collect_steps
-
-
-class Collect(Settings):
-    """Collect preferences: sample responses, have a judge compare them, write rows with prompt,
-    chosen, rejected.
-
-    With --steps N, collect steps instead: cut each response into steps, complete it N times from
-    the end of each, have the judge score every completion, and write rows with prompt, completions,
-    labels and rates for `fiducial prm`. A step is labelled right if any of the N ends right: the
-    model can recover from there, which does not say that the step is valid.
-    """
-
-    model: str
-    """The model that answers: a folder or a Hub name."""
-    prompts: str
-    """Rows with a prompt: a file or a Hub name."""
-    judge: str
-    """A reward model's folder, file.py:function with TRL's reward signature, one that compares:
-    (prompts, first, second) -> list of true or false; or
-    exact_match, numeric_answer, format, length, which read the row's columns."""
-    out: str
-    """The file to write, .jsonl."""
-    samples: int = Field(4, gt=1)
-    """Responses a prompt. InstructGPT: 4 to 9."""
-    pairs: Literal["all", "extremes"] = "all"
-    """Of K responses all K(K-1)/2 pairs, or the best against the worst."""
-    steps: int = Field(0, ge=0)
-    """Completions from the end of each step, to label the steps. 0: collect preferences.
-    Math-Shepherd (Wang et al. 2024): 8.
-    """
-    separator: str = "\n"
-    """What ends a step. Lightman et al. 2023: a new line."""
-    threshold: float = 0.5
-    """The judge's score from which a completion counts as right. 0.5 fits scores of 0 and 1, and
-    probabilities; for a reward model 0 is its usual response.
-    """
-    max_new_tokens: int = Field(64, gt=0)
-    """Tokens of a response, at most."""
-    temperature: float = Field(1.0, gt=0)
-    """Divides the logits."""
-    stop: tuple[str, ...] = ()
-    """Tokens that end a response beside EOS."""
-    seed: int = 0
-    """Of the samples."""
-    rows: RowSettings = RowSettings()
+from .answering import Model
+from .settings import Collect
 
 
 def collect(settings: Collect) -> dict[str, Any]:
-    """Write the rows; returns counts: prompts, responses, pairs, ties and duplicates that were left
-    out; with --steps those of `collect_steps`.
+    """Write the rows.
+
+    Returns:
+        Counts: prompts, responses, pairs, and the ties and duplicates that were left out.
+
+    Raises:
+        InputError: a row, the judge or the model cannot be used, or the judge prefers nothing.
     """
     processes = Processes()
-    out = Path(settings.out)
-    if out.suffix != ".jsonl":
-        raise InputError(f"--out: {out} should end in .jsonl: rows are written as JSON lines")
-    if out.exists():
-        raise InputError(f"--out: {out} exists already: choose another file, or remove it")
-    judge = Judge(settings.judge, RunSettings(), processes)
+    out = new_file(settings.out, ".jsonl")
+    judge = Judge.open(settings.judge, RunSettings(), processes)
     if judge.compare is not None and settings.pairs == "extremes":
         raise InputError(
             "--pairs extremes needs scores, and this judge only compares two responses: use "
             "--pairs all"
         )
-    if settings.steps and not settings.separator:
-        raise InputError(
-            "--separator '' with --steps: every token would be a step, and rows of text cannot say "
-            "where tokens end. Give what ends a step, or train "
-            "`fiducial prm --separator ''` on outcomes (rows with prompt, completion, label)"
-        )
     model = Model.open(
-        settings.model, settings.prompts, settings.rows, processes, reserve=settings.max_new_tokens
+        settings.model,
+        settings.prompts,
+        settings.rows,
+        processes,
+        max_new_tokens=settings.max_new_tokens,
     )
     judge.check_rows(model.rows)
+    params = sampling_params(
+        model.renderer, settings.max_new_tokens, settings.temperature, settings.stop
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    if settings.steps:
-        return collect_steps(settings, model, judge, out)
     counts = {"prompts": len(model.rows), "responses": 0, "pairs": 0, "ties": 0, "duplicates": 0}
     for numbers, responses in model.answer(
-        settings.samples,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        stop=settings.stop,
-        seed=settings.seed,
-        title="collect",
+        settings.samples, params, seed=settings.seed, title="collect"
     ):
         rows = judged(responses, numbers, judge, settings, counts)
         counts["responses"] += len(numbers)
@@ -111,18 +59,15 @@ def collect(settings: Collect) -> dict[str, Any]:
             with open(out, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if processes.main:
-        left = (
-            f" ({counts['ties']:,} ties and {counts['duplicates']:,} pairs of equal text left out)"
-            if counts["ties"] + counts["duplicates"]
-            else ""
-        )
+        ties, duplicates = counts["ties"], counts["duplicates"]
+        left = f" ({ties:,} ties and {duplicates:,} pairs of equal text left out)"
         say(
             f"collect: {counts['pairs']:,} pairs from {counts['responses']:,} responses to "
-            f"{counts['prompts']:,} prompts in {out}{left}"
+            f"{counts['prompts']:,} prompts in {out}{left if ties + duplicates else ''}"
         )
         if not counts["pairs"]:
             raise InputError(
-                f"the judge {settings.judge} told no two responses apart: there is nothing to "
+                f"the judge {settings.judge} preferred no response to another: there is nothing to "
                 "learn from"
             )
     return counts
@@ -135,7 +80,11 @@ def judged(
     settings: Collect,
     counts: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Preference rows of one block."""
+    """Preference rows of one block, and their counts.
+
+    Every pair of texts that are equal or empty counts as a duplicate, every pair of equal scores as
+    a tie; both are left out.
+    """
     texts, rows = responses.completions, []
     scores = judge.scores(responses)
     groups = [list(g) for _, g in itertools.groupby(range(len(numbers)), key=lambda i: numbers[i])]

@@ -1,5 +1,6 @@
-"""One model measured: its score and length, how often it beats another, how far it has moved from a
-reference. Each with its interval.
+"""One model measured: its score and length, how often it beats another, and its KL to a reference.
+
+Each number comes with its 95% interval.
 """
 
 from __future__ import annotations
@@ -7,99 +8,58 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
 from torch import Tensor
 
 from ..core import intervals, kl
 from ..core.reductions import select
 from ..errors import InputError
 from ..models.load import load_policy
-from ..rewards import Responses
-from ..rewards.process import Aggregate
-from ..settings import LoraSettings, RowSettings, RunSettings, Settings
+from ..rewards.judge import Judge
+from ..rewards.types import Responses
+from ..rollout.sampling import sampling_params
+from ..settings import LoraSettings, RunSettings
 from ..train.checkpoint import write_json
 from ..train.processes import Processes
 from ..train.progress import say
-from .answering import Judge, Model
+from .answering import Model
 from .best_of import BestOf
+from .settings import Evaluate
+
+Estimate = dict[str, float]
 
 
-class Evaluate(Settings):
-    """Evaluate a model: win rate over a baseline by a judge, mean score, KL to a reference, length;
-    with 95% intervals.
+def evaluate(settings: Evaluate) -> dict[str, Estimate]:
+    """The numbers by name: {"value", "low", "high", "n"} each; KL in nats, lengths in tokens.
+
+    Raises:
+        InputError: a row, the judge or a model cannot be used, or settings contradict each other.
     """
-
-    model: str
-    """The model to measure: a folder or a Hub name."""
-    prompts: str
-    """Rows with a prompt, best held out from training: a file or a Hub name."""
-    judge: str | None = None
-    """A reward model's folder, file.py:function with TRL's reward signature, one that compares (see
-    `fiducial collect --help`), or exact_match,
-    numeric_answer, format, length: of these the score is the share of right answers."""
-    baseline: str | None = None
-    """The model to beat, by the judge."""
-    reference: str | None = None
-    """The model that the KL is measured to."""
-    out: str | None = None
-    """A .json file for the numbers."""
-    samples: int = Field(1, gt=0)
-    """Responses a prompt."""
-    best_of: int | None = Field(None, gt=0)
-    """The model (not the baseline) draws so many for each of them and is measured by the best by
-    --score: best-of-n against a trained model.
-    """
-    score: str | None = None
-    """What chooses the best of n, as --reward; what measures is --judge. Where both are the same,
-    the measure flatters.
-    """
-    aggregate: Aggregate | None = None
-    """Of a process reward model as --score: how the scores of the steps become one. Default: as its
-    folder says.
-    """
-    max_new_tokens: int = Field(64, gt=0)
-    """Tokens of a response, at most."""
-    temperature: float = Field(1.0, gt=0)
-    """Divides the logits."""
-    stop: tuple[str, ...] = ()
-    """Tokens that end a response beside EOS."""
-    seed: int = 0
-    """Of the samples."""
-    rows: RowSettings = RowSettings()
-
-
-def evaluate(settings: Evaluate) -> dict[str, Any]:
-    """The numbers by name: {"value", "low", "high", "n"} each; KL in nats, lengths in tokens."""
     if settings.baseline and not settings.judge:
-        raise InputError("--baseline needs --judge: somebody must say which response is better")
+        raise InputError("--baseline needs --judge, which says which response is better")
     if settings.best_of and settings.reference:
         raise InputError(
             "--reference with --best-of: responses that were chosen no longer follow the model's "
-            "probabilities, so no KL can be read from them"
+            "probabilities, so no KL can be computed from them"
         )
     processes = Processes()
     best = BestOf.open(
         settings.best_of, settings.score, settings.aggregate, settings.temperature, processes
     )
-    judge = Judge(settings.judge, RunSettings(), processes) if settings.judge else None
-    model = Model.open(
-        settings.model, settings.prompts, settings.rows, processes, reserve=settings.max_new_tokens
-    )
-    for reads in (best, judge):
-        if reads is not None:
-            reads.check_rows(model.rows)
+    judge = Judge.open(settings.judge, RunSettings(), processes) if settings.judge else None
+    model = _open(settings.model, "--model", settings, processes)
+    if best is not None:
+        best.scorer.check_rows(model.rows)
+    if judge is not None:
+        judge.check_rows(model.rows)
     numbers, responses = everything(model, settings, settings.seed, best)
-    out: dict[str, Any] = {
-        "length": intervals.mean(
-            [float(n) for r in responses for n in r.trajectory.response_lengths], numbers
-        ),
-        "finished": intervals.mean(
-            [float(f) for r in responses for f in r.trajectory.finished], numbers
-        ),
+    lengths = [float(n) for r in responses for n in r.trajectory.response_lengths]
+    finished = [float(f) for r in responses for f in r.trajectory.finished]
+    out = {
+        "length": intervals.mean(lengths, numbers),
+        "finished": intervals.mean(finished, numbers),
     }
-    scores = [judge.scores(r) for r in responses] if judge else []
     if judge and judge.scorer:
-        out["score"] = intervals.mean([s for block in scores for s in block or []], numbers)
+        out["score"] = intervals.mean(_scores(judge, responses), numbers)
     if best is not None:
         out |= best.means()
         if processes.main:
@@ -107,30 +67,17 @@ def evaluate(settings: Evaluate) -> dict[str, Any]:
     if settings.reference:
         out |= divergence(model, settings.reference, responses, numbers, settings)
     if settings.baseline and judge:
-        other = Model.open(
-            settings.baseline,
-            settings.prompts,
-            settings.rows,
-            processes,
-            reserve=settings.max_new_tokens,
-        )
-        _, theirs = everything(
-            other, settings, settings.seed + 1
-        )  # another stream: equal models must not give equal responses
-        wins = [
-            w
-            for mine, their in zip(responses, theirs, strict=True)
-            for w in compare(judge, mine, their)
-        ]
-        out["win_rate"] = (
-            intervals.wilson(sum(wins), len(wins))
-            if settings.samples == 1
-            else intervals.mean(wins, numbers)
-        )
+        other = _open(settings.baseline, "--baseline", settings, processes)
+        # other random streams, because equal models must not give equal responses
+        _, theirs = everything(other, settings, settings.seed + 1)
+        pairs = zip(responses, theirs, strict=True)
+        wins = [w for mine, their in pairs for w in compare(judge, mine, their)]
+        if settings.samples == 1:
+            out["win_rate"] = intervals.wilson(sum(wins), len(wins))
+        else:
+            out["win_rate"] = intervals.mean(wins, numbers)
         if judge.scorer:
-            out["baseline_score"] = intervals.mean(
-                [s for r in theirs for s in judge.scores(r) or []], numbers
-            )
+            out["baseline_score"] = intervals.mean(_scores(judge, theirs), numbers)
     if settings.out and processes.main:
         path = Path(settings.out)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,16 +89,13 @@ def everything(
     model: Model, settings: Evaluate, seed: int, best: BestOf | None = None
 ) -> tuple[list[int], list[Responses]]:
     """All responses of a model, or the best of each n, and the prompt's number of each."""
+    params = sampling_params(
+        model.renderer, settings.max_new_tokens, settings.temperature, settings.stop
+    )
+    samples, title = settings.samples * (best.n if best else 1), Path(model.name).name or model.name
     blocks = [
         best.keep(*block) if best else block
-        for block in model.answer(
-            settings.samples * (best.n if best else 1),
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            stop=settings.stop,
-            seed=seed,
-            title=Path(model.name).name or model.name,
-        )
+        for block in model.answer(samples, params, seed=seed, title=title)
     ]
     return [i for numbers, _ in blocks for i in numbers], [r for _, r in blocks]
 
@@ -180,11 +124,19 @@ def compare(judge: Judge, mine: Responses, theirs: Responses) -> list[float]:
 
 
 def divergence(
-    model: Model, reference: str, responses: list[Responses], numbers: list[int], settings: Evaluate
-) -> dict[str, Any]:
-    """KL(model, reference) in nats a response and a token, from the model's own responses (k1)."""
-    other = load_policy(reference, LoraSettings(), RunSettings(), model.renderer.tokenizer).to(
-        model.processes.device
+    model: Model,
+    reference: str,
+    responses: list[Responses],
+    numbers: list[int],
+    settings: Evaluate,
+) -> dict[str, Estimate]:
+    """KL(model, reference) in nats per response and per token, from the model's own responses.
+
+    The estimator is k1.
+    """
+    tokenizer, processes = model.renderer.tokenizer, model.processes
+    other = load_policy(reference, LoraSettings(), RunSettings(), tokenizer, flag="--reference").to(
+        processes.device
     )
     per_response: list[float] = []
     tokens = 0
@@ -192,42 +144,33 @@ def divergence(
         t = block.trajectory
 
         def compute(rows: list[int], t: Any = t) -> tuple[Tensor, ...]:
-            width = int(t.lengths[rows].max())
-            ids, mask = (
-                t.ids[rows, :width].to(model.processes.device),
-                t.mask[rows, :width].to(model.processes.device),
-            )
+            ids, mask = t.slice_rows(rows, processes.device)
             mine, theirs = (
                 p(ids, mask, settings.temperature).logprobs for p in (model.policy, other)
             )
             return (select(kl.estimate(mine, theirs), mask).sum(1),)
 
-        (sums,) = model.processes.map_rows(
-            [[int(n)] for n in t.lengths], RunSettings().tokens, None, compute
-        )
+        costs = [[int(n)] for n in t.lengths]
+        (sums,) = processes.map_rows(costs, RunSettings().tokens, None, compute)
         per_response += sums.tolist()
         tokens += int(t.mask.sum())
     total = intervals.mean(per_response, numbers)
-    return {
-        "kl": total,
-        "kl_per_token": {
-            k: (v * len(per_response) / tokens if k != "n" else tokens) for k, v in total.items()
-        },
-    }
+    per_token = {k: v * len(per_response) / tokens for k, v in total.items()}
+    return {"kl": total, "kl_per_token": per_token | {"n": tokens}}
 
 
-def as_lines(numbers: dict[str, Any]) -> list[str]:
-    """For the terminal: a line a number, with its interval."""
+def as_lines(numbers: dict[str, Estimate]) -> list[str]:
+    """For the terminal: one line per number, with its interval."""
     names = {
         "win_rate": "win rate over the baseline",
         "score": "score",
         "baseline_score": "score of the baseline",
-        "drawn_score": "score of all drawn, by --score",
+        "drawn_score": "score of all samples, by --score",
         "kept_score": "score of the best of n, by --score",
-        "kl": "KL to the reference, nats a response",
-        "kl_per_token": "KL to the reference, nats a token",
-        "length": "tokens a response",
-        "finished": "share that ended by itself",
+        "kl": "KL to the reference, nats per response",
+        "kl_per_token": "KL to the reference, nats per token",
+        "length": "tokens per response",
+        "finished": "share that ended with a stop token",
     }
     rows = [(names[k], v) for k, v in numbers.items()]
     return [
@@ -236,4 +179,16 @@ def as_lines(numbers: dict[str, Any]) -> list[str]:
     ]
 
 
-__all__ = ["Evaluate", "as_lines", "evaluate"]
+def _open(name: str, flag: str, settings: Evaluate, processes: Processes) -> Model:
+    return Model.open(
+        name,
+        settings.prompts,
+        settings.rows,
+        processes,
+        max_new_tokens=settings.max_new_tokens,
+        flag=flag,
+    )
+
+
+def _scores(judge: Judge, responses: list[Responses]) -> list[float]:
+    return [s for block in responses for s in judge.scores(block) or []]

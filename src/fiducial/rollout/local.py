@@ -1,10 +1,10 @@
-"""Sampling from any causal language model in this process: batched, with a key-value cache, padded
-left.
+"""Sampling from any causal language model in this process: batched, with a key-value cache, and
+padded on the left.
 
-Each response draws from its own random stream, keyed by seed, step, prompt and sample number, and a
-token is the inverse of the cumulative distribution at the next number of that stream. So what is
-sampled does not depend on who else is in the batch, up to rounding. Only the log-probability of the
-chosen token is kept at each step, never the stack of scores.
+Each response draws from a random stream of its own, and a token is the inverse of the cumulative
+distribution at the next number of that stream. What is sampled therefore does not depend on the
+rest of the batch, up to rounding. Only the log-probability of the chosen token is kept at each
+step, never the stack of scores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,23 +21,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..errors import InputError
-from ..models.roles import autocast, logits, plain
+from ..models.load import context
+from ..models.roles import Policy, autocast, logits, plain
+from .sampling import Keys, Sampler, SamplingParams
 from .trajectory import Trajectory
 
 
-class Sampler(Protocol):
-    """What a method asks of a sampler, in this process or elsewhere."""
-
-    def __call__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        seed: int,
-        step: int,
-        prompt: Sequence[int],
-        sample: Sequence[int],
-        **keywords: Any,
-    ) -> Trajectory: ...
+def local_sampler(policy: Policy) -> Sampler:
+    """A sampler of `policy` in this process. It holds the live weights."""
+    return LocalSampler(policy, context(plain(policy.lm).config))
 
 
 @contextlib.contextmanager
@@ -57,85 +49,81 @@ def _threads(model: Any, rows: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LocalSampler:
-    """Samples from `lm`, the Hugging Face model itself, wherever it stands.
+    """Samples from a policy in this process, on whatever device it is.
 
-    max_new_tokens: a response that has not ended by then is cut and says so.
-    temperature: divides the logits; 0 takes the most likely token.
-    stop_ids: any of them ends a response and belongs to it.
-    context: positions that the model has; prompt and response must fit.
-    tokens: prompt and response tokens sampled side by side, the memory knob.
+    context: number of positions that the model has; prompt and response must fit.
+    tokens: prompt and response tokens that are sampled side by side, the memory knob.
     """
 
-    lm: Any
-    max_new_tokens: int
-    stop_ids: frozenset[int]
+    policy: Policy
     context: int
-    temperature: float = 1.0
     tokens: int = 65_536
     pad_id: int = 0
 
+    def sync(self, policy: Policy, version: int) -> None:
+        """Nothing to do: the policy that is trained is the one that is sampled from."""
+        assert policy.lm is self.policy.lm, "a local sampler cannot change its model"
+
     @torch.no_grad()
-    def __call__(
+    def sample(
         self,
         prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        keys: Keys,
         *,
-        seed: int,
-        step: int,
-        prompt: Sequence[int],
-        sample: Sequence[int],
         on_progress: Callable[[int], None] | None = None,
-        **_: Any,
     ) -> Trajectory:
-        """One response to each prompt (ids). `prompt` and `sample` number them; equal numbers with
-        equal seed and step sample the same.
+        """One response to each prompt (token ids).
 
         Raises:
             InputError: a prompt and its response would not fit the model's context.
         """
         longest = max(len(p) for p in prompts)
-        if longest + self.max_new_tokens > self.context:
+        if longest + params.max_new_tokens > self.context:
             raise InputError(
-                f"a prompt of {longest} tokens and --max-new-tokens {self.max_new_tokens} exceed "
-                f"the model's context of {self.context}: "
-                "sample fewer tokens or shorten the prompts"
+                f"a prompt of {longest} tokens and --max-new-tokens {params.max_new_tokens} exceed "
+                f"the model's context of {self.context}: sample fewer tokens or shorten the prompts"
             )
         if min(len(p) for p in prompts) == 0:
             raise InputError(
-                "an empty prompt: this tokenizer has no BOS token to start from, so give at least "
-                "one token"
+                "a prompt is empty: this tokenizer has no BOS token to start from, so give at "
+                "least one token"
             )
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         responses: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
-        start = 0
+        lm, precision, start = self.policy.lm, self.policy.precision, 0
+        device = plain(lm).get_input_embeddings().weight.device
         while start < len(order):
-            width = len(prompts[order[start]]) + self.max_new_tokens
+            width = len(prompts[order[start]]) + params.max_new_tokens
             rows = order[start : start + max(1, self.tokens // width)]
-            uniforms = np.stack([self._stream(seed, step, prompt[i], sample[i]) for i in rows])
-            with (
-                autocast(self.lm, plain(self.lm).get_input_embeddings().weight),
-                _threads(plain(self.lm), len(rows)),
-            ):
-                ids, lps = self._batch([prompts[i] for i in rows], torch.from_numpy(uniforms))
+            uniforms = np.stack([_stream(keys, i, params.max_new_tokens) for i in rows])
+            with autocast(precision, device), _threads(plain(lm), len(rows)):
+                ids, lps = self._batch(
+                    [prompts[i] for i in rows], params, torch.from_numpy(uniforms)
+                )
             for i, r, lp in zip(rows, ids, lps, strict=True):
                 responses[i], logprobs[i] = r, lp
             start += len(rows)
             if on_progress:
                 on_progress(start)
-        finished = [r[-1] in self.stop_ids for r in responses]
+        finished = [r[-1] in params.stop_ids for r in responses]
         return Trajectory.build(
-            prompts, responses, logprobs, finished, prompt, sample, self.temperature, self.pad_id
+            prompts,
+            responses,
+            logprobs,
+            finished,
+            keys.prompt,
+            keys.sample,
+            params.temperature,
+            self.pad_id,
         )
 
-    def _stream(self, seed: int, step: int, prompt: int, sample: int) -> np.ndarray:
-        return np.random.Generator(
-            np.random.Philox(np.random.SeedSequence([seed, step, prompt, sample]))
-        ).random(self.max_new_tokens)
-
     def _batch(
-        self, prompts: list[Sequence[int]], uniforms: Tensor
+        self, prompts: list[Sequence[int]], params: SamplingParams, uniforms: Tensor
     ) -> tuple[list[list[int]], list[list[float]]]:
-        model = plain(self.lm)
+        model = plain(self.policy.lm)
+        max_new_tokens = params.max_new_tokens
         device = model.get_input_embeddings().weight.device
         n, width = len(prompts), max(len(p) for p in prompts)
         uniforms = uniforms.to(device)
@@ -143,7 +131,7 @@ class LocalSampler:
             p: i for i, p in enumerate(dict.fromkeys(tuple(p) for p in prompts))
         }  # a prompt is read once for all its samples
         ids = torch.full((len(unique), width), self.pad_id, dtype=torch.long)
-        real = torch.zeros((len(unique), width + self.max_new_tokens), dtype=torch.bool)
+        real = torch.zeros((len(unique), width + max_new_tokens), dtype=torch.bool)
         for p, i in unique.items():
             ids[i, width - len(p) :] = torch.tensor(p)
             real[i, width - len(p) :] = True
@@ -165,18 +153,18 @@ class LocalSampler:
             cache.batch_select_indices(copies)
         hidden, real, position = hidden[copies], real[copies], positions[copies, -1:]
 
-        stops = torch.tensor(sorted(self.stop_ids), device=device)
+        stops = torch.tensor(sorted(params.stop_ids), device=device)
         active = torch.arange(n, device=device)  # row of the batch -> row of the output
-        tokens = torch.full((n, self.max_new_tokens), -1, dtype=torch.long, device=device)
-        kept = torch.zeros((n, self.max_new_tokens), device=device)
+        tokens = torch.full((n, max_new_tokens), -1, dtype=torch.long, device=device)
+        kept = torch.zeros((n, max_new_tokens), device=device)
         done = torch.zeros(n, dtype=torch.bool, device=device)
-        for t in range(self.max_new_tokens):
-            chosen, logprob = self._choose(hidden, uniforms[:, t])
+        for t in range(max_new_tokens):
+            chosen, logprob = self._choose(hidden, uniforms[:, t], params.temperature)
             tokens[active, t] = torch.where(done, -1, chosen)
             kept[active, t] = logprob
             done = done | torch.isin(chosen, stops)
             left = int((~done).sum())
-            if left == 0 or t + 1 == self.max_new_tokens:
+            if left == 0 or t + 1 == max_new_tokens:
                 break
             if left <= 0.8 * len(active):  # the finished leave the batch
                 stay = (~done).nonzero()[:, 0]
@@ -210,11 +198,11 @@ class LocalSampler:
         )
         return real[:, None, None, :] if everywhere else real.long()
 
-    def _choose(self, hidden: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        z = logits(self.lm, hidden).float()
-        if self.temperature == 0:
+    def _choose(self, hidden: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        z = logits(self.policy.lm, hidden, self.policy.precision).float()
+        if temperature == 0:
             return z.argmax(-1), torch.zeros_like(z[:, 0])
-        logp = (z / self.temperature if self.temperature != 1 else z).log_softmax(-1)
+        logp = (z / temperature if temperature != 1 else z).log_softmax(-1)
         cumulative = logp.exp().cumsum(-1, dtype=torch.float64)
         # scaled to the sum as rounded, so that no number lies beyond the last token with any
         # probability
@@ -222,3 +210,8 @@ class LocalSampler:
             :, 0
         ].clamp(max=logp.shape[-1] - 1)
         return chosen, logp.gather(-1, chosen[:, None])[:, 0]
+
+
+def _stream(keys: Keys, row: int, length: int) -> np.ndarray:
+    seed = np.random.SeedSequence([keys.seed, keys.step, keys.prompt[row], keys.sample[row]])
+    return np.random.Generator(np.random.Philox(seed)).random(length)

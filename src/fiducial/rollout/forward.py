@@ -1,0 +1,55 @@
+"""What policy, reference and critic say of sampled tokens, before anything is learned from them.
+
+Shapes: N rows, T columns; column t is about token t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models.roles import Roles
+from ..train.processes import Processes
+from .trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class RolloutLogprobs:
+    """[N, T] each, 0 outside the mask.
+
+    logprobs, ref_logprobs: of the policy as it sampled and of the reference, in nats.
+    entropy: of the policy's distribution at each token, in nats.
+    values: of the state before each token, in units of the reward; 0 without a critic.
+    """
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+def forward(
+    trajectory: Trajectory, roles: Roles, processes: Processes, tokens: int
+) -> RolloutLogprobs:
+    """Log-probabilities, entropies and values of all rows, without gradients.
+
+    The policy's log-probabilities are computed again by the trainer, not taken from the sampler, so
+    that the probability ratio of the first step is 1.
+
+    Args:
+        tokens: padded tokens per micro-batch.
+    """
+
+    def compute(rows: list[int]) -> tuple[Tensor, ...]:
+        ids, mask = trajectory.slice_rows(rows, processes.device)
+        policy = roles.outputs(ids, mask, trajectory.temperature, entropy=True)
+        assert policy.entropy is not None
+        values = torch.zeros_like(policy.logprobs) if policy.values is None else policy.values
+        reference = roles.reference(ids, mask, trajectory.temperature)
+        return policy.logprobs, reference, policy.entropy, values
+
+    costs = [[int(n)] for n in trajectory.lengths]
+    width = trajectory.ids.shape[1]
+    return RolloutLogprobs(*processes.map_rows(costs, tokens, width, compute))

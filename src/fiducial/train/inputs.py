@@ -1,0 +1,63 @@
+"""SHA-256 of what a run began with: its models, data and reward functions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import digest
+
+MODELS = ("model", "teacher")
+FILES = ("data", "reference_data", "rows.eval_data", "ptx.data")
+
+
+def inputs(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a run's settings (as plain values) name, for its summary.
+
+    Returns:
+        "model": {"name", "sha256"}, and "data": {flag: {"source", "sha256"}} for everything else
+        that is a local file or folder.
+    """
+    data = {}
+    for flag, source in _named(settings):
+        path = _local(source)
+        if path is not None:
+            data[flag] = {"source": source, "sha256": sha256(path)}
+    name = str(settings.get("model", ""))
+    found = _local(name)
+    return {
+        "model": {"name": name, "sha256": sha256(found) if found is not None else None},
+        "data": data,
+    }
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes; of a folder, over the names and digests of the files in it."""
+    if path.is_file():
+        return digest(path)
+    state = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        state.update(f"{file.relative_to(path)}\0{digest(file)}\n".encode())
+    return state.hexdigest()
+
+
+def _named(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in (*MODELS[1:], *FILES):
+        value: Any = settings
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, str):
+            yield f"--{name.replace('_', '-')}", value
+    rewards = settings.get("reward") or []
+    for number, value in enumerate(rewards, start=1):
+        yield "--reward" if len(rewards) == 1 else f"--reward {number}", str(value)
+
+
+def _local(source: str) -> Path | None:
+    """The file or folder that a setting names; of file.py:function, the file."""
+    for candidate in (source, source.rpartition(":")[0]):
+        if candidate and Path(candidate).exists():
+            return Path(candidate)
+    return None
