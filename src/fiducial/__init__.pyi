@@ -31,6 +31,7 @@ from .run import Run as Run
 from .use.collect import collect as collect
 from .use.evaluate import evaluate as evaluate
 from .use.generate import generate as generate
+from .use.label_steps import label_steps as label_steps
 from .use.settings import Collect as Collect
 from .use.settings import Evaluate as Evaluate
 from .use.settings import Generate as Generate

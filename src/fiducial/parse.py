@@ -14,7 +14,7 @@ from typing import Any
 from .errors import InputError
 from .flags import Flag, flags, sections
 from .names import check_name
-from .settings import S, Settings, build, load_yaml
+from .settings import MissingSetting, S, Settings, build, load_yaml
 from .usage import usage
 
 Given = dict[tuple[str, ...], Any]
@@ -50,14 +50,13 @@ def parse(cls: type[S], args: Sequence[str], *, command: str) -> S:
             return command
         return file if _has(values, path) else command
 
-    whole = _overlay(values, given)
-    for flag in flags(cls):
-        if flag.required and not _has(whole, flag.path):
-            name = _called(flag)
-            raise InputError(
-                f"{command}: {name} is required (fiducial {command} --help explains it)"
-            )
-    settings = build(cls, whole, source=source)
+    try:
+        settings = build(cls, _overlay(values, given), source=source)
+    except MissingSetting as missing:
+        called = next(_called(flag) for flag in flags(cls) if ".".join(flag.path) == missing.name)
+        raise InputError(
+            f"{command}: {called} is required (fiducial {command} --help explains it)"
+        ) from None
     _check_names(settings)
     return settings
 

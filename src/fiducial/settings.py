@@ -277,7 +277,7 @@ def build(
     try:
         return cls(**whole)
     except ValidationError as error:
-        raise InputError(explain(error, named)) from None
+        raise _refusal(error, named) from None
 
 
 _IN_WORDS = {
@@ -288,7 +288,15 @@ _IN_WORDS = {
 """Faults that pydantic tells in words about parsing."""
 
 
-def explain(error: ValidationError, source: Callable[[tuple[str, ...]], str]) -> str:
+class MissingSetting(InputError):
+    """A setting without a default was not given; `name` is the setting."""
+
+    def __init__(self, source: str, name: str) -> None:
+        super().__init__(f"{source}: --{name.replace('_', '-')} is required")
+        self.name = name
+
+
+def _refusal(error: ValidationError, source: Callable[[tuple[str, ...]], str]) -> InputError:
     """The first fault of a pydantic error as one sentence."""
     # what is wrong comes before what is not there
     first = min(error.errors(), key=lambda e: e["type"] == "missing")
@@ -296,16 +304,15 @@ def explain(error: ValidationError, source: Callable[[tuple[str, ...]], str]) ->
     told = source(path)
     message = _IN_WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
     if first["type"] == "value_error":
-        return f"{told}: {message}"
+        return InputError(f"{told}: {message}")
     flag = f"--{'.'.join(path).replace('_', '-')}"
     if first["type"] == "missing":
-        lacks = "is required" if len(path) == len(first["loc"]) else "needs more values"
-        return f"{told}: {flag} {lacks}"
+        if len(path) == len(first["loc"]):
+            return MissingSetting(told, ".".join(path))
+        return InputError(f"{told}: {flag} needs more values")
     given = first["input"]
-    plain = isinstance(given, str) and given and not given.isspace()
-    return (
-        f"{told}: {flag}: {message[0].lower()}{message[1:]}, not {given if plain else repr(given)}"
-    )
+    shown = given if isinstance(given, str) and given.strip() else repr(given)
+    return InputError(f"{told}: {flag}: {message[0].lower()}{message[1:]}, not {shown}")
 
 
 def _check_known(
