@@ -214,7 +214,7 @@ OTHERS: list[Verb] = [
     Verb(
         "lab",
         "Run every method against the exactly known optimum, and write the page.",
-        ".lab.command:Lab",
+        ".lab.settings:Lab",
         ".lab.command:lab",
     ),
     Verb(
@@ -228,7 +228,7 @@ OTHERS: list[Verb] = [
 DEMO = Verb(
     "demo",
     "Run the whole pipeline on an embedded world, in minutes on a CPU.",
-    ".demo.pipeline:Demo",
+    ".demo.settings:Demo",
     ".demo.pipeline:demo",
 )
 
