@@ -103,7 +103,7 @@ def test_a_policy_learns_from_what_they_say(models, data, tmp_path, method):
     run = getattr(fd, method)(asked, sampler=sampler, rewards=scorer)
 
     assert scorer.checked == 10
-    assert [v for v in dict.fromkeys(sampler.synced)] == list(range(6))
+    assert list(dict.fromkeys(sampler.synced)) == list(range(6))
     assert all(p.max_new_tokens == 6 and END in p.stop_ids for p, _ in sampler.asked)
     assert {k.seed for _, k in sampler.asked} == {0}
     assert run.metrics["completions/mean_length"] == 2.0  # given tokens are nobody's choice

@@ -10,7 +10,7 @@ import pytest
 
 from fiducial.cli import main
 from fiducial.core.best_of_n import kl_bound
-from fiducial.data.rows import PromptRow
+from fiducial.data.row_types import PromptRow
 from fiducial.errors import InputError, RunError
 from fiducial.lab.worlds import exact, policies
 from fiducial.methods.prm import PRM, prm
