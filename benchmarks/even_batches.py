@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from fiducial.data.batches import Batches
-from fiducial.lab.runs.measured import Plan, run, write_world
+from fiducial.lab.runs.measured import Plan, run
 from fiducial.lab.worlds import policies
+from fiducial.lab.worlds.files import write_world
 
 
 def ragged(self: Batches, step: int) -> list[int]:

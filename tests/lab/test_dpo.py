@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fiducial.lab.runs.measured import Plan, run, write_world
+from fiducial.lab.runs.measured import Plan, run
 from fiducial.lab.worlds import exact, policies
+from fiducial.lab.worlds.files import write_world
 from fiducial.lab.worlds.world import World, bradley_terry, intransitive
 
 SEEDS = (0, 1, 2)

@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from fiducial.errors import InputError
-from fiducial.lab.page.answer import lab_alarms, lab_answer, middle, samples_needed, share
 from fiducial.lab.page.figures import (
     best_of_n_figure,
     frontier_figures,
@@ -23,9 +20,12 @@ from fiducial.lab.page.figures import (
     proxy_figures,
     sparse_figures,
 )
+from fiducial.lab.page.schema import Lab, read_lab
+
+from fiducial.errors import InputError
+from fiducial.lab.page.answer import lab_alarms, lab_answer, middle, samples_needed, share
 from fiducial.lab.page.mathml import formula, mathml
 from fiducial.lab.page.page import FORMULAS, identities, side, write_lab_page
-from fiducial.lab.page.schema import Lab, read_lab
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028<!--<b> {{ 7*7 }}"
 EVIL = "<svg/onload=alert(2)>"

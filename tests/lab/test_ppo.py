@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fiducial.lab.runs.measured import Plan, run, write_world
+from fiducial.lab.runs.measured import Plan, run
 from fiducial.lab.worlds import policies
+from fiducial.lab.worlds.files import write_world
 
 SEEDS = (0, 1, 2)
 

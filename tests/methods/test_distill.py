@@ -17,8 +17,8 @@ from fiducial import lab, losses
 from fiducial.core import intervals, kl
 from fiducial.core.logprobs import compared
 from fiducial.errors import InputError
-from fiducial.lab.runs.measured import write_rows, write_world
 from fiducial.lab.worlds import exact, policies
+from fiducial.lab.worlds.files import write_rows, write_world
 from fiducial.metrics import known
 from fiducial.models.load import load_policy, load_renderer, load_teacher, plain
 from fiducial.report.answer import answer, kind

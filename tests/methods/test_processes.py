@@ -148,7 +148,7 @@ def torchrun(jobs, folder, processes):
         text=True,
         env=env,
         cwd=folder,
-        timeout=400,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fiducial.rollout.shaping import KLSettings, ScoreSettings
 from safetensors.torch import load_file
 
 import fiducial as fd
 from fiducial.errors import InputError, RunError
-from fiducial.rollout.shaping import KLSettings, ScoreSettings
 from fiducial.run import Run
 from fiducial.settings import LoraSettings, RunSettings
 from fiducial.train import checkpoint
@@ -179,7 +179,7 @@ def drive(jobs, folder):
         text=True,
         env=env,
         cwd=folder,
-        timeout=300,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [int(line.split()[-1]) for line in done.stdout.splitlines()], done.stderr

@@ -12,7 +12,7 @@ from fractions import Fraction
 import pytest
 
 import fiducial as fd
-from fiducial.data.rows import PromptRow
+from fiducial.data.row_types import PromptRow
 from fiducial.errors import InputError, RunError
 from fiducial.rewards.load import FunctionReward, Responses, load_reward, load_rewards
 from fiducial.rewards.verifiable import (
@@ -195,15 +195,22 @@ FRAMES = ("{}", "A: x{}", "<think>{}")
 
 
 def test_no_text_makes_it_hang():
-    """In a process that is stopped should it hang: 20 kB each."""
+    """Texts of 20 kB, read in a child process that the kernel stops after 60 s of CPU time.
+
+    CPU time and not wall time, so that a busy machine does not fail the test. The import is not
+    counted. The timeout in wall time only guards against a child that waits without computing.
+    """
     code = (
+        "import resource, time\n"
         "from fiducial.rewards.verifiable import final_number, format\n"
+        "limit = int(time.process_time()) + 60\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))\n"
         f"for text in {ADVERSARIES!r}:\n"
         f"    for frame in {FRAMES!r}:\n"
         "        hostile = frame.replace('{}', text * (20_000 // len(text)))\n"
         "        final_number(hostile), format([''], [hostile])\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=3600)
 
 
 # ---- the other three ----

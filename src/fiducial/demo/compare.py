@@ -257,7 +257,7 @@ def reward_model(folder: Path, world: World, judge: ModelReward) -> dict[str, An
         for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     from ..data.prepare import split, text_of
-    from ..data.rows import Message
+    from ..data.row_types import Message
 
     keys = [text_of((Message("user", r["prompt"][-1]["content"]),)) for r in rows]
     _, held = split(list(dict.fromkeys(keys)), RowSettings().held_out, world.seed)

@@ -33,7 +33,7 @@ from ..core.reductions import select
 from ..data.batches import stream
 from ..data.prepare import text_of
 from ..data.render import Renderer
-from ..data.rows import PromptRow
+from ..data.row_types import PromptRow
 from ..models.load import load_policy, load_teacher
 from ..models.roles import Roles, TokenOutputs
 from ..models.save import save
@@ -54,7 +54,7 @@ from ..train.progress import say
 from ..train.renderer import load_renderer
 from ..train.step import Stepper
 from .settings.distill import Distill
-from .setup import Elements, RowFormat, read
+from .setup import Elements, RowFormat, check_names, read
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,7 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
     def render(renderer: Renderer) -> Callable[[PromptRow], list[int]]:
         return lambda row: fitting_prompt(row, renderer, settings.max_new_tokens)
 
+    check_names(settings)
     renderer = load_renderer(settings.model, settings.rows)
     rows = RowFormat[list[int]]((PromptRow,), render, lambda row: text_of(row.prompt))
     train, held_out, note = read(settings.data, settings.rows, rows, renderer, settings.seed)

@@ -23,9 +23,9 @@ from .. import losses
 from ..core import advantages, kl
 from ..core.reductions import whiten
 from ..data.batches import Batches, pad, stream
+from ..data.language import LANGUAGE_ROWS, language_rows
 from ..data.prepare import load
 from ..data.render import Rendered
-from ..data.rows import ChatRow, CompletionRow, TextRow
 from ..models.save import save
 from ..rewards.shaping import ScoreScale, shape
 from ..rewards.types import Scorer
@@ -37,7 +37,7 @@ from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from ..train.step import Stepper
 from .settings.ppo import PPO
-from .setup import PreparedOnline, before_training, language_rows, prepare_online
+from .setup import PreparedOnline, before_training, prepare_online
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def prepare(
     )
     if settings.ptx.data is None:
         return ready, []
-    accept, render = (TextRow, ChatRow, CompletionRow), language_rows(ready.renderer)
-    return ready, load(settings.ptx.data, settings.rows, accept, render)[0]
+    render = language_rows(ready.renderer)
+    return ready, load(settings.ptx.data, settings.rows, LANGUAGE_ROWS, render)[0]
 
 
 def improve(

@@ -14,11 +14,13 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from ..data.batches import Batches
 from ..data.prepare import load, split
-from ..data.render import Rendered, Renderer
-from ..data.rows import ChatRow, CompletionRow, Content, PromptRow, TextRow
+from ..data.render import Renderer
+from ..data.row_types import PromptRow
+from ..data.sources import records
 from ..errors import InputError, RunError
-from ..models.load import SHARED, load_policy, load_roles, load_scorer
+from ..models.load import SHARED, exists, load_policy, load_roles, load_scorer
 from ..models.roles import Roles
+from ..rewards.load import check_names as check_rewards
 from ..rewards.load import load_rewards
 from ..rewards.types import Responses, Scored, Scorer
 from ..rollout.local import local_sampler
@@ -215,6 +217,7 @@ def prepare_offline(
     Raises:
         InputError: a row or a model cannot be used.
     """
+    check_names(settings)
     renderer = load_renderer(settings.model, settings.rows)
     train, held_out, note = read(
         settings.data, settings.rows, rows, renderer, settings.seed, skipped
@@ -256,6 +259,9 @@ def prepare_online(
     Raises:
         InputError: a row, a reward or a model cannot be used.
     """
+    check_names(settings)
+    if rewards is None:
+        check_rewards(settings.reward, settings.reward_weights)
     renderer = load_renderer(settings.model, settings.rows)
     prompts, rows, note = read_prompts(settings.data, settings, renderer)
     start, alone = None, False
@@ -288,6 +294,32 @@ def prepare_online(
         settings.run.samples,
         note,
     )
+
+
+def check_names(settings: _Common) -> None:
+    """Refuse models, files and rewards that do not exist, before any row is read.
+
+    Raises:
+        InputError: names the setting.
+    """
+    exists(settings.model, "--model")
+    if teacher := getattr(settings, "teacher", None):
+        exists(teacher, "--teacher")
+    for flag, source in _sources(settings):
+        try:
+            records(source)  # opens the file and reads nothing yet
+        except InputError as error:
+            raise InputError(f"{flag}: {error}") from error
+
+
+def _sources(settings: Any) -> Iterator[tuple[str, str]]:
+    yield "--data", settings.data
+    for name in ("rows.eval_data", "ptx.data", "reference_data"):
+        value = settings
+        for part in name.split("."):
+            value = getattr(value, part, None)
+        if value is not None:
+            yield f"--{name.replace('_', '-')}", value
 
 
 def read(
@@ -329,29 +361,6 @@ def read_prompts(
         return fitting_prompt(row, renderer, settings.max_new_tokens)
 
     return load(source, settings.rows, (PromptRow,), render)
-
-
-def language_rows(renderer: Renderer) -> Callable[[Any], Rendered]:
-    """How rows with text, messages, or prompt and completion are rendered."""
-
-    def render(row: TextRow | ChatRow | CompletionRow) -> Rendered:
-        if isinstance(row, TextRow):
-            return renderer.text(row)
-        if isinstance(row, ChatRow):
-            return renderer.chat(row)
-        return renderer.completion(row.prompt, row.completion, row.where)
-
-    return render
-
-
-def language_prompt(row: TextRow | ChatRow | CompletionRow) -> tuple[Content, str] | None:
-    """What a model may be asked to continue from such a row, and the row's file:line."""
-    if isinstance(row, TextRow):
-        return (" ".join(row.text.split()[:4]), row.where)
-    if isinstance(row, ChatRow):
-        first = next(i for i, m in enumerate(row.messages) if m.role == "assistant")
-        return (row.messages[:first], row.where) if first else None
-    return (row.prompt, row.where)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ import torch
 
 from .. import losses
 from ..data.batches import pad
+from ..data.language import LANGUAGE_ROWS, language_prompt, language_rows
 from ..data.render import Rendered
-from ..data.rows import ChatRow, CompletionRow, TextRow
+from ..data.row_types import ChatRow, CompletionRow, TextRow
 from ..models.roles import Policy
 from ..models.save import save
 from ..rollout.samples import show_samples
@@ -23,7 +24,7 @@ from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from ..train.step import Stepper
 from .settings.sft import SFT
-from .setup import Prepared, RowFormat, language_prompt, language_rows, prepare_offline
+from .setup import Prepared, RowFormat, prepare_offline
 
 
 def sft(settings: SFT) -> Run[None]:
@@ -70,7 +71,7 @@ def prepare(settings: SFT, processes: Processes, skipped: Path | None = None) ->
     Raises:
         InputError: a row or the model cannot be used.
     """
-    rows = RowFormat[Rendered]((TextRow, ChatRow, CompletionRow), language_rows, _key)
+    rows = RowFormat[Rendered](LANGUAGE_ROWS, language_rows, _key)
     return prepare_offline(settings, processes, rows, skipped=skipped)
 
 

@@ -35,7 +35,7 @@ def load_tokenizer(name: str, *, flag: str = "--model") -> Any:
     Raises:
         InputError: it cannot be loaded; `flag` names the setting in the message.
     """
-    _exists(name, flag)
+    exists(name, flag)
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:
@@ -50,7 +50,7 @@ def load_config(name: str, *, flag: str = "--model") -> Any:
     Raises:
         InputError: it cannot be loaded.
     """
-    _exists(name, flag)
+    exists(name, flag)
     adapter = Path(name) / "adapter_config.json"
     try:
         if adapter.is_file():
@@ -247,7 +247,7 @@ def _precision(run: RunSettings) -> torch.dtype | None:
 
 def _pretrained(auto: Any, name: str, flag: str, **keywords: Any) -> tuple[Any, bool]:
     """The model in float32, and whether a folder holds it as it is."""
-    _exists(name, flag)
+    exists(name, flag)
     folder = Path(name)
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         pickles = [p.name for p in folder.glob("*.bin")]
@@ -340,7 +340,12 @@ def _check_head(policy: Policy, name: str) -> None:
         )
 
 
-def _exists(name: str, flag: str) -> None:
+def exists(name: str, flag: str) -> None:
+    """Refuse a name that looks like a folder and is none; a Hub name may pass.
+
+    Raises:
+        InputError: names the setting and the folder.
+    """
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if Path(name).is_dir() or not (looks_local or Path(name).exists()):
         return

@@ -14,9 +14,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ..data.render import Renderer
-from ..data.rows import PromptRow
+from ..data.row_types import PromptRow
 from ..errors import InputError
-from ..models.load import load_scorer
+from ..models.load import exists, load_scorer
 from ..settings import LoraSettings, RowSettings, RunSettings
 from ..train.processes import Processes
 from ..train.renderer import load_renderer
@@ -79,13 +79,29 @@ def load_rewards(
         InputError: a name leads nowhere, a folder is no reward model, or the number of weights is
             not the number of rewards.
     """
+    check_names(names, weights)
+    parts = [load_reward(n, run, processes) for n in names]
+    models = [p for p in parts if isinstance(p, ModelReward)]
+    return Rewards(list(parts), [1.0] * len(names) if weights is None else list(weights), models)
+
+
+def check_names(names: Sequence[str], weights: Sequence[float] | None) -> None:
+    """Look at names alone: nothing is imported or loaded.
+
+    Raises:
+        InputError: a name leads nowhere, or the number of weights is not the number of rewards.
+    """
     if not names:
         raise InputError(f"--reward is required: {FORMS}")
     if weights is not None and len(weights) != len(names):
         raise InputError(f"--reward-weights: {len(weights)} weights for {len(names)} rewards")
-    parts = [load_reward(n, run, processes) for n in names]
-    models = [p for p in parts if isinstance(p, ModelReward)]
-    return Rewards(list(parts), [1.0] * len(names) if weights is None else list(weights), models)
+    for name in names:
+        where = name.rpartition(":")[0]
+        if where and not Path(name).is_dir():
+            if where.endswith(".py") and not Path(where).is_file():
+                raise InputError(f"--reward: there is no file {where}")
+        elif name not in VERIFIABLE:
+            _check_folder(name, "--reward")
 
 
 def load_reward(
@@ -130,11 +146,16 @@ def _load(
     if not Path(name).is_dir():
         if name in VERIFIABLE:
             return FunctionReward(name, VERIFIABLE[name], processes)
-        near = difflib.get_close_matches(name.lower().replace("-", "_"), VERIFIABLE, n=1)
-        if near:
-            raise InputError(f"{flag}: there is no {name!r}: did you mean {near[0]}? Give {FORMS}")
+        _check_folder(name, flag)
     model = load_scorer(name, LoraSettings(), run, head="saved", flag=flag)
     model = model.requires_grad_(False).to(processes.device)
     renderer = load_renderer(name, RowSettings(), flag=flag)
     kind = ProcessReward if model.facts.steps else ModelReward
     return kind(name, model, renderer, run.tokens, processes)
+
+
+def _check_folder(name: str, flag: str) -> None:
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), VERIFIABLE, n=1)
+    if near and not Path(name).is_dir():
+        raise InputError(f"{flag}: there is no {name!r}: did you mean {near[0]}? Give {FORMS}")
+    exists(name, flag)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from ..data.prepare import load
 from ..data.render import Renderer
-from ..data.rows import PromptRow
-from ..models.load import load_policy
+from ..data.row_types import PromptRow
+from ..data.sources import records
+from ..errors import InputError
+from ..models.load import exists, load_policy
 from ..models.roles import Policy
 from ..rewards.types import Responses
 from ..rollout.local import local_sampler
@@ -52,6 +54,11 @@ class Model:
         Raises:
             InputError: a row or the model cannot be used; `flag` names the model's setting.
         """
+        exists(name, flag)
+        try:
+            records(prompts)  # opens the file and reads nothing yet
+        except InputError as error:
+            raise InputError(f"--prompts: {error}") from error
         renderer = load_renderer(name, rows, flag=flag)
 
         def render(row: PromptRow) -> list[int]:

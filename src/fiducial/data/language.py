@@ -1,0 +1,33 @@
+"""Rows for the language-model loss: text, messages, or prompt and completion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .render import Rendered, Renderer
+from .row_types import ChatRow, CompletionRow, Content, TextRow
+
+LANGUAGE_ROWS = (TextRow, ChatRow, CompletionRow)
+
+
+def language_rows(renderer: Renderer) -> Callable[[TextRow | ChatRow | CompletionRow], Rendered]:
+    """How rows with text, messages, or prompt and completion are rendered."""
+
+    def render(row: TextRow | ChatRow | CompletionRow) -> Rendered:
+        if isinstance(row, TextRow):
+            return renderer.text(row)
+        if isinstance(row, ChatRow):
+            return renderer.chat(row)
+        return renderer.completion(row.prompt, row.completion, row.where)
+
+    return render
+
+
+def language_prompt(row: TextRow | ChatRow | CompletionRow) -> tuple[Content, str] | None:
+    """What a model may be asked to continue from such a row, and the row's file:line."""
+    if isinstance(row, TextRow):
+        return (" ".join(row.text.split()[:4]), row.where)
+    if isinstance(row, ChatRow):
+        first = next(i for i, m in enumerate(row.messages) if m.role == "assistant")
+        return (row.messages[:first], row.where) if first else None
+    return (row.prompt, row.where)
