@@ -76,7 +76,7 @@ METHODS: list[Method] = [
         title="SFT",
         colour="purple",
         kind="loss",
-        decides=("loss", "entropy"),
+        decides=("loss",),
     ),
     Method(
         name="reward",
@@ -86,7 +86,7 @@ METHODS: list[Method] = [
         title="Reward model",
         colour="green",
         kind="reward",
-        decides=("accuracy", "margin", "loss", "reward_mean"),
+        decides=("accuracy", "margin", "loss"),
     ),
     Method(
         name="prm",
