@@ -18,12 +18,17 @@ Colour = Literal["blue", "orange", "green", "vermillion", "sky", "purple", "grey
 
 @dataclass(frozen=True)
 class Verb:
-    """One subcommand: what `--help` says of it, and where its settings and its function are."""
+    """One subcommand: what `--help` says of it, and where its settings and its function are.
+
+    lines: where the function is that turns the result into the lines that the command prints; None
+    for a run, whose numbers and page are printed, and for a path.
+    """
 
     name: str
     summary: str
     settings: str
     run: str
+    lines: str | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,7 @@ OTHERS: list[Verb] = [
         "Measure win rate, score, KL and length of a model, with 95% intervals.",
         ".use.settings:Evaluate",
         ".use.evaluate:evaluate",
+        lines=".use.evaluate:as_lines",
     ),
     Verb(
         "lab",

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fiducial.rollout.shaping import KLSettings, Looks, ScoreSettings, overlong, shape
 from pydantic import ValidationError
 
 from fiducial.core import kl

@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from ..errors import InputError
-from ..settings import Settings
+from ..settings import POSITIONAL, Settings
 from .page import write_report
 
 
 class Report(Settings):
     """Report: write the page of a run again from the files in its folder."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, POSITIONAL]
     """The run folder."""
 
 

@@ -89,7 +89,8 @@ def rational(prompts: int, states: int, seed: int) -> Array:
     likely = np.random.default_rng([seed, 11]).integers(0, 3, size=(prompts, states, 1))
     out = np.full((prompts, states, 3), 0.25)
     np.put_along_axis(out, likely, 0.5, axis=-1)
-    return np.log(out)
+    logs: Array = np.log(out)
+    return logs
 
 
 def make_population(
