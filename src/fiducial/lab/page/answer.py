@@ -116,8 +116,8 @@ def _sparse(lab: LabResults) -> list[str]:
         else "one seed does not show an order"
     )
     told = (
-        f"{first} needs {_range(few)} sampled responses to close 90% of the gap ({order}), {last} "
-        f"{_range(many)}"
+        f"{first} needs {_range(few)} sampled responses to close 90% of the gap ({order})"
+        + (f", {last} {_range(many)}" if last != first else "")
     )
     steps = [
         f"{name} {_range(n)}"
