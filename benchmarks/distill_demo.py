@@ -35,6 +35,7 @@ os.environ["OMP_WAIT_POLICY"] = (
 )
 
 import torch
+from fiducial.rollout.answers import local_sampler
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,7 +47,6 @@ from fiducial.demo.world import DEMONSTRATION_FAULTS, StoryWorld
 from fiducial.methods.distill import Distill, distill
 from fiducial.methods.sft import SFT, sft
 from fiducial.models.load import load_policy, load_renderer
-from fiducial.rollout.answers import local_sampler
 from fiducial.settings import OptimizerSettings, RowSettings, RunSettings
 
 QUIET = RunSettings(checkpoint_every=0, eval_every=0, samples=5, tokens=2048)

@@ -17,7 +17,7 @@ from .. import verbs
 from ..core import intervals, kl
 from ..core.reductions import select
 from ..data.prepare import split, text_of
-from ..data.rows import Message
+from ..data.row_types import Message
 from ..rewards.load import load_reward
 from ..rewards.model import ModelReward
 from ..rollout.sampling import sampling_params

@@ -5,24 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ... import verbs
-from ...report.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION
+from ...report.figures import method_colour
 from ..runs.results import MethodResult
 from ..study.results import Num
 from .text import label
 
 DASHES = {"table": "solid", "transformer": "dash"}
-PALETTE: dict[verbs.Colour, str] = {
-    "blue": BLUE,
-    "orange": ORANGE,
-    "green": GREEN,
-    "vermillion": VERMILLION,
-    "sky": SKY,
-    "purple": PURPLE,
-    "grey": GREY,
-    "ink": INK,
-}
-"""The colors of the table of methods."""
 
 
 def curve(
@@ -75,12 +63,7 @@ def keys_of(methods: Sequence[MethodResult]) -> list[tuple[str, str, str]]:
     """A legend: names, colors, and the style class of the dash."""
     return list(
         dict.fromkeys(
-            (label(m), colour(m.method), "" if DASHES.get(m.policy) == "solid" else "dash")
+            (label(m), method_colour(m.method), "" if DASHES.get(m.policy) == "solid" else "dash")
             for m in methods
         )
     )
-
-
-def colour(method: str) -> str:
-    """A method's color on every page."""
-    return PALETTE[verbs.colour(method)]

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from ...report.figures import GREEN, INK, VERMILLION, Figure, figure, thin
+from ...report.figures import GREEN, INK, VERMILLION, Figure, figure, method_colour, thin
 from ..runs.results import LabResults, MethodResult, PathPoint, RunResult, Sensitivity
 from ..study.results import Frontier
-from .curves import DASHES, FAMILIES, colour, curve, families, keys_of
+from .curves import DASHES, FAMILIES, curve, families, keys_of
 from .reading import (
     NEAR,
     first_world,
@@ -144,7 +144,7 @@ def _method_path(m: MethodResult, run: RunResult, named: bool) -> dict[str, Any]
         label(m),
         [x for x, _, _ in path],
         [y for _, y, _ in path],
-        colour(m.method),
+        method_colour(m.method),
         dash=DASHES.get(m.policy, "dot"),
         legend=named,
         mode="lines+markers" if len(path) <= 60 else "lines",
@@ -276,7 +276,7 @@ def _gap_figure(title: str, methods: list[MethodResult], x: str, at: Axis) -> Fi
                         label(m),
                         [at(s) for s in steps],
                         [max(s.relative_gap or 0.0, FLOOR) for s in steps],
-                        colour(m.method),
+                        method_colour(m.method),
                         dash=DASHES.get(m.policy, "dot"),
                         faint=run is not own,
                         legend=False,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...report.figures import GREEN, INK, VERMILLION, Figure, figure
+from ...report.figures import GREEN, INK, VERMILLION, Figure, figure, method_colour
 from ...report.numbers import number
 from ..study.results import BestOfN, Credit, KLTable, Overoptimization
-from .curves import colour, curve
+from .curves import curve
 from .reading import begins_with
 from .text import share
 
 CREDIT = (
-    ("rloo", colour("rloo"), "solid", "RLOO"),
-    ("ppo", colour("ppo"), "solid", "PPO, its critic"),
-    ("perfect", colour("ppo"), "dot", "PPO, a perfect critic"),
-    ("rloo_steps", colour("rloo_steps"), "solid", "RLOO, process rewards"),
+    ("rloo", method_colour("rloo"), "solid", "RLOO"),
+    ("ppo", method_colour("ppo"), "solid", "PPO, its critic"),
+    ("perfect", method_colour("ppo"), "dot", "PPO, a perfect critic"),
+    ("rloo_steps", method_colour("rloo_steps"), "solid", "RLOO, process rewards"),
 )
 """The advantages that are drawn: key, color, dash and name."""
 
@@ -162,8 +162,8 @@ def proxy_figure(one: Overoptimization, limits: tuple[list[float], list[float]] 
     if one.path and begins_with(one):
         root = [max(k, 0.0) ** 0.5 for k in one.path.kl]
         series += [
-            curve("PPO, proxy", root, one.path.proxy, colour("ppo"), dash="dash"),
-            curve("PPO, true reward", root, one.path.gold, colour("ppo")),
+            curve("PPO, proxy", root, one.path.proxy, method_colour("ppo"), dash="dash"),
+            curve("PPO, true reward", root, one.path.gold, method_colour("ppo")),
         ]
     told = one.title
     if one.peak and one.last and one.turns_over:

@@ -107,7 +107,8 @@ def train(plan: Plan, world: World, folder: Path, out: Path) -> Run[Any]:
     reward = [f"{folder / 'reward.py'}:{'proxy' if plan.reward == 'proxy' else 'gold'}"]
     if plan.reward == "steps":
         reward.append(str(taught(plan, world, folder, out)))
-    return function(settings(data=str(folder / "prompts.jsonl"), reward=tuple(reward), **common))
+    given = {"data": str(folder / "prompts.jsonl"), "reward": tuple(reward), **common}
+    return function(settings(**given))
 
 
 def taught(plan: Plan, world: World, folder: Path, out: Path) -> Path:
