@@ -115,9 +115,8 @@ def _sparse(lab: LabResults) -> list[str]:
         if len(few) > 1
         else "one seed does not show an order"
     )
-    told = (
-        f"{first} needs {_range(few)} sampled responses to close 90% of the gap ({order})"
-        + (f", {last} {_range(many)}" if last != first else "")
+    told = f"{first} needs {_range(few)} sampled responses to close 90% of the gap ({order})" + (
+        f", {last} {_range(many)}" if last != first else ""
     )
     steps = [
         f"{name} {_range(n)}"
