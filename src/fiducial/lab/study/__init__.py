@@ -1,1 +1,1 @@
-"""What needs no run, one question per file: the derivation of DPO, labels, estimators, credit ..."""
+"""What needs no run, one question per file: the derivation of DPO, labels, estimators, credit."""
