@@ -19,6 +19,7 @@ test: .venv/.installed
 	$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/.installed
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

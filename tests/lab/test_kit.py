@@ -38,7 +38,7 @@ from fiducial.lab.kit.layout import layout
 from fiducial.lab.kit.measure import loss_gradient, measure
 from fiducial.lab.kit.population import likelihoods, make_population, pairs, rows
 from fiducial.lab.study import estimators as shipped
-from fiducial.lab.study import sequence
+from fiducial.lab.study import kl_estimators, sequence
 from fiducial.lab.worlds import exact
 from world import difference
 
@@ -113,7 +113,7 @@ SHIPPED = {
     ),
     "k1 in the reward": (policy("kl"), lambda b: shipped.kl_in_the_reward(b, "k1")),
     "k3 of the response": (policy("forward_kl"), lambda b: shipped.kl_loss(b, "k3")),
-    "reinforce": (policy(), lambda b: sequence.reinforce(b, sequence.whole(b))),
+    "reinforce": (policy(), lambda b: sequence.reinforce(b, sequence.returns(b))),
     "reinforce, to go": (
         policy(),
         lambda b: sequence.reinforce(b, advantages.reward_to_go(sequence.paid(b), b.mask)),
@@ -125,11 +125,11 @@ SHIPPED = {
     ),
     "rloo": (
         groups,
-        lambda b: sequence.reinforce(b, advantages.leave_one_out(sequence.whole(b), b.group)),
+        lambda b: sequence.reinforce(b, advantages.leave_one_out(sequence.returns(b), b.group)),
     ),
     "rloo, all 64 responses one group": (
         policy(),
-        lambda b: sequence.reinforce(b, advantages.leave_one_out(sequence.whole(b), b.group)),
+        lambda b: sequence.reinforce(b, advantages.leave_one_out(sequence.returns(b), b.group)),
     ),
     "dr. grpo": (
         groups,
@@ -1509,7 +1509,7 @@ def test_11_the_shipped_surrogate_is_unbiased_in_small_batches():
 
 def test_11_leave_one_out_is_unbiased_in_small_batches_and_the_groups_mean_short_by_half():
     def one(advantage):
-        return lambda b: sequence.reinforce(b, advantage(sequence.whole(b), b.group))
+        return lambda b: sequence.reinforce(b, advantage(sequence.returns(b), b.group))
 
     assert unbiased(one(advantages.leave_one_out), group=2, batch=64, scale=1.0).ok
     assert unbiased(one(advantages.group_mean), group=2, batch=64, scale=0.5, seeds=(0,)).ok
@@ -1543,18 +1543,8 @@ def test_12_a_baseline_may_know_the_state_and_nothing_of_the_response():
 
 def test_the_table_of_estimators_measures_what_the_design_says():
     found = lab.estimator_table(batches=40)
-    table = {r["name"]: r for r in found}
+    table = {r.name: r for r in found}
     assert len(table) == len(found)
-    assert set(found[0]) == {
-        "name",
-        "estimates",
-        "cosine",
-        "relative_bias",
-        "scale",
-        "variance",
-        "exact",
-        "words",
-    }
     unbiased_ones = [
         n for n in table if n.startswith("PPO") and "lambda 1," in n and "within" not in n
     ]
@@ -1584,22 +1574,22 @@ def test_the_table_of_estimators_measures_what_the_design_says():
         "REINFORCE, whitened over 8 responses (REINFORCE++)",
     }
     for name, row in table.items():
-        assert row["exact"] == (name not in sampled), name
-        assert (row["relative_bias"] < 1e-9) == (name in right), name
-        assert name in right or row["relative_bias"] > 0.01, name
-    assert table["k1 as a loss"]["scale"] == 0
+        assert row.exact == (name not in sampled), name
+        assert (row.relative_bias < 1e-9) == (name in right), name
+        assert name in right or row.relative_bias > 0.01, name
+    assert table["k1 as a loss"].scale == 0
 
 
 def test_the_rows_of_the_sequence_level_methods_are_in_the_order_that_their_papers_give():
-    table = {r["name"]: r for r in lab.estimator_table(batches=2)}
-    bias = {n: r["relative_bias"] for n, r in table.items()}
+    table = {r.name: r for r in lab.estimator_table(batches=2)}
+    bias = {n: r.relative_bias for n, r in table.items()}
     for name, scale in (
         ("REINFORCE, no baseline", 1),
         ("REINFORCE, leave-one-out of 2 (RLOO)", 1),
         ("group mean, groups of 2", 1 / 2),
         ("Dr. GRPO, groups of 2", 1 / 4),
     ):
-        assert table[name]["scale"] == pytest.approx(scale, abs=1e-12)
+        assert table[name].scale == pytest.approx(scale, abs=1e-12)
     assert bias["weighted_k3 in the loss"] == pytest.approx(
         bias["k2_tokens in the loss"], abs=1e-12
     )
@@ -1620,9 +1610,7 @@ def test_the_rows_of_the_sequence_level_methods_are_in_the_order_that_their_pape
     assert weights.tolist() == [
         pytest.approx(row) for row in ([1 / 6, 1 / 6, 0], [1 / 6, 0, 0], [1 / 12] * 3, [1 / 12] * 3)
     ]
-    assert (
-        table["Off policy: not corrected"]["estimates"] == "grad E[r] at the policy that has moved"
-    )
+    assert table["Off policy: not corrected"].estimates == "grad E[r] at the policy that has moved"
 
 
 def test_the_table_of_kl_estimators():
@@ -1632,9 +1620,9 @@ def test_the_table_of_kl_estimators():
         exact.log_softmax(world.reference)
         + np.random.default_rng(0).normal(size=world.reference.shape),
     )
-    found = {r["name"]: r for r in table["estimators"]}
-    true = table["value"]["kl"]
-    assert sum(table["per_position"]) == pytest.approx(true)
+    found = {r.name: r for r in table.estimators}
+    true = table.value.kl
+    assert sum(table.per_position) == pytest.approx(true)
     for name in (
         "k1",
         "k3",
@@ -1642,9 +1630,9 @@ def test_the_table_of_kl_estimators():
         "k3, summed over tokens",
         "exact KL per token",
     ):
-        assert found[name]["bias"] == pytest.approx(0, abs=1e-12)
-    assert abs(found["k2"]["bias"]) > 1e-3
-    assert {n: r["loss_gradient"] for n, r in found.items()} == {
+        assert found[name].bias == pytest.approx(0, abs=1e-12)
+    assert abs(found["k2"].bias) > 1e-3
+    assert {n: r.loss_gradient for n, r in found.items()} == {
         "k1": "0",
         "k2": "KL(pi||ref)",
         "k3": "KL(ref||pi)",
@@ -1655,21 +1643,19 @@ def test_the_table_of_kl_estimators():
         "exact KL per token, as a loss and in the reward": "KL(pi||ref)",
     }
     assert (
-        found["k1"]["relative_error_reward"] < 1e-12
-        and found["k1, summed over tokens"]["relative_error_reward"] < 1e-12
+        found["k1"].relative_error_reward < 1e-12
+        and found["k1, summed over tokens"].relative_error_reward < 1e-12
     )
-    assert found["k1"]["cosine_loss"] is None and found["k3"]["relative_error_reward"] > 0.1
-    assert found["exact KL per token"]["std"] < found["k1"]["std"]
+    assert found["k1"].cosine_loss is None and found["k3"].relative_error_reward > 0.1
+    assert found["exact KL per token"].std < found["k1"].std
 
 
 @pytest.mark.parametrize(
     ("shift", "k1", "k2", "k3", "bias"), [(0.1, 20, 1.42, 1.42, 0.0025), (1.0, 2, 1.73, 1.7, 0.25)]
 )
 def test_schulmans_table(shift, k1, k2, k3, bias):
-    row = shipped.schulman(shift)
-    assert [row["k1"], row["k2"], row["k3"], row["bias_k2"]] == pytest.approx(
-        [k1, k2, k3, bias], rel=0.01
-    )
+    row = kl_estimators.schulman(shift)
+    assert [row.k1, row.k2, row.k3, row.bias_k2] == pytest.approx([k1, k2, k3, bias], rel=0.01)
 
 
 # ---- the example ----

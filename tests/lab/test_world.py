@@ -13,6 +13,7 @@ from fiducial.data.render import Renderer
 from fiducial.errors import InputError
 from fiducial.lab.worlds import exact, policies
 from fiducial.lab.worlds import world as lab
+from fiducial.lab.worlds.files import write_world
 from fiducial.lab.worlds.world import EOS, World, prompts_for, tree
 from fiducial.models.load import load_policy
 from fiducial.models.roles import Policy
@@ -160,6 +161,12 @@ def test_what_a_model_samples_is_scored_by_the_table(world, folder):
 
 
 # ---- what a world refuses ----
+
+
+def test_comparisons_need_prompts_of_one_length(made, tmp_path):
+    world, model = made  # the lengths of its prompts differ
+    with pytest.raises(ValueError, match="all prompts must have the same length"):
+        write_world(world, model, tmp_path / "world", copies=2)
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,10 @@ class Population:
 def rational(prompts: int, states: int, seed: int) -> Array:
     """[P, S, 3] log-probabilities 1/2, 1/4, 1/4; the likeliest token is drawn for each state."""
     likely = np.random.default_rng([seed, 11]).integers(0, 3, size=(prompts, states, 1))
-    out = np.full((prompts, states, 3), 0.25)
-    np.put_along_axis(out, likely, 0.5, axis=-1)
-    logs: Array = np.log(out)
-    return logs
+    p = np.full((prompts, states, 3), 0.25)
+    np.put_along_axis(p, likely, 0.5, axis=-1)
+    out: Array = np.log(p)
+    return out
 
 
 def make_population(
