@@ -14,7 +14,9 @@ import pytest
 import fiducial as fd
 from fiducial.data.row_types import PromptRow
 from fiducial.errors import InputError, RunError
-from fiducial.rewards.load import FunctionReward, Responses, load_reward, load_rewards
+from fiducial.rewards.function import FunctionReward
+from fiducial.rewards.load import load_reward, load_rewards
+from fiducial.rewards.types import Responses
 from fiducial.rewards.verifiable import (
     VERIFIABLE,
     ColumnFault,
@@ -391,9 +393,9 @@ def test_a_fault_names_file_and_line_before_the_work_and_during_it():
     with pytest.raises(InputError, match=r"^f.jsonl:2: numeric_answer needs the column 'answer'"):
         reward.check_rows(rows)
     with pytest.raises(RunError, match=r"^f.jsonl:2: numeric_answer needs the column 'answer'"):
-        reward(responses(rows, ["1", "2"]))
+        reward.score(responses(rows, ["1", "2"]))
     reward.check_rows(rows[:1])
-    assert reward(responses(rows[:1], ["A: 1"])).parts == {
+    assert reward.score(responses(rows[:1], ["A: 1"])).parts == {
         "numeric_answer": [1.0],
         "exact_match": [0.0],
     }
@@ -412,9 +414,8 @@ def test_columns_that_are_called_like_the_arguments_do_no_harm():
     row = PromptRow(
         "a", {"answer": "1", "prompts": "x", "completions": ["y"], "labels": [True]}, "f:1"
     )
-    assert load_reward("numeric_answer", RunSettings(), Processes())(responses([row], ["1"])) == [
-        1.0
-    ]
+    reward = load_reward("numeric_answer", RunSettings(), Processes())
+    assert reward.score(responses([row], ["1"])).scores == [1.0]
 
 
 @pytest.mark.parametrize("run", [generate, collect])
