@@ -38,7 +38,7 @@ def step(self, number):
 Stepper.step = step
 
 def state_of(run):
-    """Its numbers by name; what is not set yet, or is no number, has none."""
+    # its numbers by name; what is not set yet has none
     plain = TypeAdapter(type(run.state)).dump_python(run.state)
     flat = {k: v for k, v in (plain or {}).items() if not isinstance(v, dict)}
     for name, part in (plain or {}).items():

@@ -25,7 +25,7 @@ from fiducial.rewards.process import AGGREGATES, ProcessReward, aggregate, diffe
 from fiducial.rewards.types import Responses
 from fiducial.rollout.sampling import SamplingParams
 from fiducial.rollout.trajectory import Trajectory
-from fiducial.settings import RowSettings, RunSettings
+from fiducial.settings import RowSettings, RunSettings, build
 from fiducial.train.processes import Processes
 from fiducial.train.renderer import load_renderer
 from fiducial.use import label_steps as collecting
@@ -165,7 +165,7 @@ def test_the_rewards_of_a_response_stand_on_its_step_ends_and_add_up_to_its_scor
 
 @torch.no_grad()
 def test_other_tokens_get_the_scores_of_the_same_steps_by_number(folders, models):
-    """The policy is a Llama with BOS, the reward model a Qwen without one: k-th step for k-th step."""
+    """The policy is a Llama with BOS, the reward model a Qwen without: k-th step for k-th step."""
     batch = batch_of("llama", models, finished=(True, True, True))
     part = load_reward(folders["qwen3"], RunSettings(), Processes())
     theirs = load_renderer(models["qwen3"], RowSettings())
