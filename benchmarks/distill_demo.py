@@ -35,7 +35,6 @@ os.environ["OMP_WAIT_POLICY"] = (
 )
 
 import torch
-from fiducial.rollout.answers import local_sampler
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,8 +45,11 @@ from fiducial.demo.settings import Demo
 from fiducial.demo.world import DEMONSTRATION_FAULTS, StoryWorld
 from fiducial.methods.distill import Distill, distill
 from fiducial.methods.sft import SFT, sft
-from fiducial.models.load import load_policy, load_renderer
+from fiducial.models.load import load_policy
+from fiducial.rollout.local import local_sampler
+from fiducial.rollout.sampling import Keys, sampling_params
 from fiducial.settings import OptimizerSettings, RowSettings, RunSettings
+from fiducial.train.renderer import load_renderer
 
 QUIET = RunSettings(checkpoint_every=0, eval_every=0, samples=5, tokens=2048)
 RESPONSES = 4

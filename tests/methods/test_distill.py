@@ -56,7 +56,7 @@ def test_the_exact_kl_is_the_sum_over_the_vocabulary(temperature):
     )  # 1/2 log(1/2 / 3/4) + 1/2 log(1/2 / 1/4)
 
 
-def test_a_token_that_the_student_cannot_say_costs_nothing_and_one_that_the_teacher_cannot_is_infinite():
+def test_what_the_student_cannot_say_costs_nothing_and_what_the_teacher_cannot_is_infinite():
     z = torch.tensor([0.3, -0.2, -math.inf], requires_grad=True)
     found = kl.exact(z, torch.tensor([0.1, 0.4, 2.0]))
     found.backward()

@@ -37,7 +37,7 @@ GENTLE = OptimizerSettings(eps=1e-3, schedule="constant", max_grad_norm=1e9)
 
 
 def test_the_loss_and_its_metrics_by_hand():
-    """sigma(log 3) = 3/4 and sigma(-log 9) = 1/10: the losses are -log of 3/4, 1/4, 9/10 and 1/2."""
+    """sigma(log 3) = 3/4 and sigma(-log 9) = 1/10: losses are -log of 3/4, 1/4, 9/10 and 1/2."""
     scores = torch.tensor(
         [[math.log(3), 7.0, math.log(3)], [-math.log(9), 0.0, 7.0]], dtype=torch.float64
     )

@@ -252,7 +252,7 @@ def slow_reinforce(
 @pytest.mark.parametrize("tokens", [1, 100_000])
 @pytest.mark.parametrize("baseline", ["none", "mean", "remax", "rloo", "reinforce++"])
 def test_the_gradient_of_each_step_is_that_of_the_formula(probe, models, baseline, tokens):
-    """Also that k1 is paid in the reward: from the second step on the policy is not the reference."""
+    """Also that k1 is paid in the reward: from step two on the policy is not the reference."""
     run, updates = probe(
         "reinforce", baseline=baseline, beta=0.3, steps=3, run=RunSettings(samples=1, tokens=tokens)
     )

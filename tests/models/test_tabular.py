@@ -238,7 +238,7 @@ def test_the_gradient_of_j_through_the_package_is_the_exact_one(world):
     np.testing.assert_allclose(gradient, as_table(exact.gradient(world, away)), atol=EXACT)
 
 
-def test_12_a_baseline_of_the_prompt_leaves_the_gradient_of_the_model_alone_and_one_of_the_response_does_not():
+def test_12_a_baseline_of_the_prompt_leaves_the_gradient_alone_and_one_of_the_response_does_not():
     policy = Policy(policies.table(WORLD).double())
     logp = logprobs(policy, WORLD)
 

@@ -350,12 +350,13 @@ def settings_of(files, model, **changes):
         "judge": f"{files}/judge.py:no_x",
         "out": str(files / "steps.jsonl"),
     }
-    return LabelSteps(
+    return build(
+        LabelSteps,
         **(
             common
             | {"samples": 6, "completions": 5, "separator": "e", "max_new_tokens": 20}
             | changes
-        )
+        ),
     )
 
 

@@ -359,10 +359,17 @@ def test_a_name_is_loaded_and_a_near_miss_lists_what_there_is(tmp_path, monkeypa
     for name, function in VERIFIABLE.items():
         reward = load_reward(name, RunSettings(), processes)
         assert isinstance(reward, FunctionReward) and reward.function is function
-    for wrong in ("numeric_anwser", "numeric-answer", "Exact_Match", "formats", "lenght"):
+    meant = {
+        "numeric_anwser": "numeric_answer",
+        "numeric-answer": "numeric_answer",
+        "Exact_Match": "exact_match",
+        "formats": "format",
+        "lenght": "length",
+    }
+    for wrong, right in meant.items():
         with pytest.raises(
             InputError,
-            match=r"--score: there is no .* did you mean numeric_answer\? .*folder.*file.py:function, "
+            match=rf"--score: there is no .* did you mean {right}\? .*folder.*file.py:function, "
             r"or one of exact_match, numeric_answer, format, length",
         ):
             load_reward(wrong, RunSettings(), processes, "--score")

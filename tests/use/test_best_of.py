@@ -259,7 +259,7 @@ def test_the_bound_is_the_labs_and_is_reached_where_no_score_has_mass(n):
 
 
 def test_eval_measures_the_best_of_n_by_another_judge(files, settings):
-    """The score sees letters, the judge lengths; both means are recounted from the plain samples."""
+    """The score sees letters, the judge lengths; both means are recounted from plain samples."""
     common = {**settings, "samples": 4}
     numbers = evaluate(
         Evaluate(
