@@ -131,13 +131,9 @@ def samples(model: Path, renderer: Any, seed: int) -> list[Row]:
     ]
     policy = load_policy(str(model), Distill.model_fields["lora"].default, QUIET)
     numbers = [i for i in range(len(prompts)) for _ in range(RESPONSES)]
-    t = local_sampler(policy, renderer, max_new_tokens=MAX_NEW)(
-        [prompts[i] for i in numbers],
-        seed=seed + 100,
-        step=0,
-        prompt=numbers,
-        sample=[k % RESPONSES for k in range(len(numbers))],
-    )
+    keys = Keys(seed + 100, 0, numbers, [k % RESPONSES for k in range(len(numbers))])
+    params = sampling_params(renderer, MAX_NEW)
+    t = local_sampler(policy).sample([prompts[i] for i in numbers], params, keys)
     return [
         (ids[:n], p)
         for ids, n, p in zip(

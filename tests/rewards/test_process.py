@@ -352,7 +352,7 @@ def settings_of(files, model, **changes):
     }
     return build(
         LabelSteps,
-        **(
+        (
             common
             | {"samples": 6, "completions": 5, "separator": "e", "max_new_tokens": 20}
             | changes
