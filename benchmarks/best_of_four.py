@@ -32,7 +32,7 @@ import torch
 
 from fiducial.core import intervals
 from fiducial.data.prepare import split
-from fiducial.data.rows import LabelledRow
+from fiducial.data.row_types import LabelledRow
 from fiducial.methods.prm import PRM, prm, solver, tensors
 from fiducial.methods.sft import SFT, sft
 from fiducial.models.load import load_renderer

@@ -35,17 +35,18 @@ os.environ["OMP_WAIT_POLICY"] = (
 )
 
 import torch
+from fiducial.rollout.answers import local_sampler
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fiducial.core import intervals
 from fiducial.demo import grammar
-from fiducial.demo.pipeline import MAX_NEW, Demo, make_world
-from fiducial.demo.world import DEMONSTRATION_FAULTS, World
+from fiducial.demo.pipeline import MAX_NEW, make_world
+from fiducial.demo.settings import Demo
+from fiducial.demo.world import DEMONSTRATION_FAULTS, StoryWorld
 from fiducial.methods.distill import Distill, distill
 from fiducial.methods.sft import SFT, sft
 from fiducial.models.load import load_policy, load_renderer
-from fiducial.rollout.answers import local_sampler
 from fiducial.settings import OptimizerSettings, RowSettings, RunSettings
 
 QUIET = RunSettings(checkpoint_every=0, eval_every=0, samples=5, tokens=2048)
@@ -59,7 +60,7 @@ Row = tuple[list[int], int]
 def make_teacher(folder: Path, seed: int) -> Path:
     """The stages `world`, `pretrain` and `sft` of the demo."""
     settings = Demo(seed=seed)
-    make_world(World(seed), folder, settings)
+    make_world(StoryWorld(seed), folder, settings)
     sft(
         SFT(
             model=str(folder / "base"),
@@ -105,7 +106,7 @@ def make_student(teacher: Path, out: Path) -> Path:
 def demonstrations(renderer: Any, seed: int) -> list[Row]:
     """Answers to the held-out prompts, told as the demonstrations were, by dice of their own."""
     rows = []
-    for number, prompt in enumerate(World(seed).prompts()[1] * RESPONSES):
+    for number, prompt in enumerate(StoryWorld(seed).prompts()[1] * RESPONSES):
         dice = random.Random(f"{seed}/held-out demonstrations/{number}")
         faults = [fault for fault, share in DEMONSTRATION_FAULTS.items() if dice.random() < share]
         start = renderer.tokenizer.apply_chat_template(
@@ -124,7 +125,7 @@ def samples(model: Path, renderer: Any, seed: int) -> list[Row]:
         renderer.tokenizer.apply_chat_template(
             [{"role": "user", "content": p.text}], tokenize=True, add_generation_prompt=True
         )["input_ids"]
-        for p in World(seed).prompts()[1]
+        for p in StoryWorld(seed).prompts()[1]
     ]
     policy = load_policy(str(model), Distill.model_fields["lora"].default, QUIET)
     numbers = [i for i in range(len(prompts)) for _ in range(RESPONSES)]
@@ -233,7 +234,8 @@ def table(teacher: Path, students: dict[str, Path], renderer: Any, seed: int) ->
         gap = per_token([t - m for m, t in zip(mine, theirs, strict=True)], own)
         c, d = per_token(losses(student, told), told), per_token(theirs_told, told)
         print(
-            f"{name:<10}{words(a):>24}{words(b):>20}{words(gap):>20}{abs(a['value'] / b['value'] - 1):>8.1%}   "
+            f"{name:<10}{words(a):>24}{words(b):>20}{words(gap):>20}"
+            f"{abs(a['value'] / b['value'] - 1):>8.1%}   "
             f"{words(c):>24}{words(d):>20}{abs(c['value'] / d['value'] - 1):>8.1%}",
             flush=True,
         )

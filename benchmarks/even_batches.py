@@ -21,8 +21,10 @@ import numpy as np
 import torch
 
 from fiducial.data.batches import Batches
-from fiducial.lab.runs.measured import Plan, run, write_world
+from fiducial.lab.runs.measured import run
+from fiducial.lab.runs.plan import Plan
 from fiducial.lab.worlds import policies
+from fiducial.lab.worlds.files import write_world
 
 
 def ragged(self: Batches, step: int) -> list[int]:
@@ -45,9 +47,9 @@ def main() -> None:
             world, model = policies.mild(seed)
             files = write_world(world, model, Path(folder) / "world", copies=50)
             plan = Plan("dpo", "table", 0.05, options.steps, seed=seed, points=0)
-            even = run(plan, files, Path(folder) / "even")["total_variation"]
+            even = run(plan, files, Path(folder) / "even").result.total_variation
             with mock.patch.object(Batches, "__getitem__", ragged):
-                left = run(plan, files, Path(folder) / "ragged")["total_variation"]
+                left = run(plan, files, Path(folder) / "ragged").result.total_variation
         ratios.append(left / even)
         print(
             f"seed {seed}: even {even:.4f}, with a small last batch {left:.4f}, ratio "

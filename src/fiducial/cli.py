@@ -1,90 +1,44 @@
-"""The command line: one subcommand a verb. It parses, calls and prints; it knows no method."""
+"""The command line: one subcommand per verb. It parses, calls and prints; it knows no method."""
 
 from __future__ import annotations
 
-import importlib
+import difflib
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+from . import verbs
 from .errors import InputError, RunError
 
+HELP = """\
+fiducial: align language models on one machine
 
-class Verb(NamedTuple):
-    """Where a verb lives (module:settings:function), and the one line that --help shows."""
-
-    where: str
-    line: str
-
-
-VERBS = {
-    "demo": Verb(
-        "demo.pipeline:Demo:demo",
-        "the whole pipeline on an embedded world, in minutes on a CPU; prints where the page is",
-    ),
-    "sft": Verb("methods.sft:SFT:sft", "supervised fine-tuning on demonstrations"),
-    "reward": Verb(
-        "methods.reward_model:RewardModel:reward", "a Bradley-Terry reward model from comparisons"
-    ),
-    "prm": Verb(
-        "methods.prm:PRM:prm",
-        "a process reward model from solutions with labelled steps, or from their outcomes alone",
-    ),
-    "ppo": Verb(
-        "methods.ppo:PPO:ppo",
-        "sample, score and improve, with a critic and a KL penalty to a frozen reference",
-    ),
-    "reinforce": Verb(
-        "methods.reinforce:Reinforce:reinforce",
-        "the same without a critic: RLOO, ReMax, REINFORCE++, a running mean or no baseline",
-    ),
-    "grpo": Verb(
-        "methods.grpo:GRPO:grpo",
-        "the same against the other responses to a prompt: GRPO, Dr. GRPO, DAPO, GSPO, CISPO",
-    ),
-    "dpo": Verb("methods.dpo:DPO:dpo", "learn from comparisons without a reward model"),
-    "distill": Verb(
-        "methods.distill:Distill:distill",
-        "learn from a teacher on samples of one's own: the reverse KL, token by token",
-    ),
-    "collect": Verb(
-        "use.collect:Collect:collect",
-        "sample responses, have a judge compare them, write preference rows",
-    ),
-    "generate": Verb("use.generate:Generate:generate", "answer a file of prompts"),
-    "eval": Verb(
-        "use.evaluate:Evaluate:evaluate",
-        "win rate, score, KL and length of a model, with intervals",
-    ),
-    "lab": Verb(
-        "lab.command:Lab:lab",
-        "every method against the exactly known optimum of small worlds, and a page with the "
-        "derivations and their numbers",
-    ),
-    "report": Verb("report.command:Report:report", "write the page of a run again"),
-}
-
-HELP = """fiducial: align language models on one machine
-
-usage: fiducial VERB [--config run.yaml] [--flag value ...]
-       fiducial VERB --help          every setting of a verb, with its default and where that comes from
+usage: fiducial VERB [--config run.yaml] [--flag VALUE ...]
+       fiducial VERB --help            the settings that everyone turns, with defaults and sources
+       fiducial VERB --help all        every setting
 
 {verbs}
 
 An example, from a base model to an aligned one:
   fiducial sft     --model DIR_OR_NAME --data demonstrations.jsonl --out runs/sft
-  fiducial collect --model runs/sft/model --prompts prompts.jsonl --judge judge.py:score --out pairs.jsonl
+  fiducial collect --model runs/sft/model --prompts prompts.jsonl --judge judge.py:score \\
+                   --out pairs.jsonl
   fiducial reward  --model runs/sft/model --data pairs.jsonl --out runs/reward
-  fiducial ppo     --model runs/sft/model --data prompts.jsonl --reward runs/reward/model --out runs/ppo
+  fiducial ppo     --model runs/sft/model --data prompts.jsonl --reward runs/reward/model \\
+                   --out runs/ppo
   fiducial dpo     --model runs/sft/model --data pairs.jsonl --out runs/dpo
-  fiducial grpo    --model runs/sft/model --data questions.jsonl --reward numeric_answer --out runs/grpo
-  fiducial eval    --model runs/ppo/model --baseline runs/sft/model --prompts held_out.jsonl --judge judge.py:score
+  fiducial grpo    --model runs/sft/model --data questions.jsonl --reward numeric_answer \\
+                   --out runs/grpo
+  fiducial eval    --model runs/ppo/model --baseline runs/sft/model --prompts held_out.jsonl \\
+                   --judge judge.py:score
 
-Is it right? fiducial lab runs the methods where the optimum is known; fiducial.lab.check_policy_loss and its kin check a loss of yours.
-Every run is a folder with config.yaml, metrics.jsonl, samples.jsonl, model/ and report.html. Stop it with Ctrl-C; go on with --resume.
+Is it right? `fiducial lab` runs the methods where the optimum is known. In Python,
+fiducial.lab.check_policy_loss and the other checks there test a loss of your own.
+A run is a folder with config.yaml, metrics.jsonl, samples.jsonl, model/ and report.html.
+Stop a run with Ctrl-C; go on with --resume.
 Several processes: torchrun --nproc_per_node 2 -m fiducial VERB ...
-Exit codes: 0 done, 1 failed while running (what was trained is saved), 2 refused before it started. --debug shows tracebacks."""
+Exit codes: 0 done; 1 failed while running (what was trained is saved); 2 refused before it started.
+--debug shows tracebacks."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,12 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
     if not args or args[0] in ("-h", "--help", "help"):
-        width = max(map(len, VERBS))
-        print(
-            HELP.format(
-                verbs="\n".join(f"  {name:<{width}}  {verb.line}" for name, verb in VERBS.items())
-            )
-        )
+        table = verbs.verbs()
+        width = max(map(len, table))
+        rows = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in table.items())
+        print(HELP.format(verbs=rows))
         return 0
     if args[0] == "--version":
         from . import __version__
@@ -122,26 +74,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(name: str, args: list[str]) -> int:
-    from . import verbs
+    table = verbs.verbs()
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        raise InputError(f"there is no verb {name!r}{hint} (fiducial --help lists them)")
+    from .parse import parse  # it imports pydantic, which `fiducial --help` does not need
 
-    known = verbs.verbs()
-    if name not in known:
-        raise InputError(f"there is no verb {name!r} (fiducial --help lists them)")
-    from .parse import parse
-
-    settings = parse(verbs.resolve(known[name].settings), args, command=name)
-    function = verbs.resolve(known[name].run)
-    result = function(settings)
-    _say_result(name, importlib.import_module(function.__module__), result)
+    verb = table[name]
+    settings = parse(verbs.resolve(verb.settings), args, command=name)
+    result = verbs.resolve(verb.run)(settings)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _print_result(verb, result)
     return 0
 
 
-def _say_result(name: str, module: Any, result: Any) -> None:
-    """The last lines: numbers for eval, the page for everything that wrote one."""
-    if int(os.environ.get("RANK", "0")) != 0:
-        return
-    if hasattr(module, "as_lines"):
-        print("\n".join(module.as_lines(result)))
+def _print_result(verb: verbs.Verb, result: Any) -> None:
+    """The last lines: a verb's own, the numbers and the page of a run, or the path of a file."""
+    if verb.lines is not None:
+        print("\n".join(verbs.resolve(verb.lines)(result)))
     elif hasattr(result, "evaluation"):
         from .report.numbers import Estimate, with_interval
 

@@ -1,155 +1,190 @@
-"""Argv, --config and --help: the settings of one command from its flags."""
+"""Argv, --config and --help: the settings of one command.
+
+Order of precedence: flags, then the file, then the defaults in the classes. A flag that takes
+several values replaces the file's.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
 from .errors import InputError
-from .settings import S, Settings, _known, _parsing, _Refused, build, explain, load_yaml
+from .flags import Flag, flags, sections
+from .names import check_name
+from .settings import MissingSetting, S, Settings, build, load_yaml
+from .usage import usage
+
+Given = dict[tuple[str, ...], Any]
+"""What the flags gave, by the path of the setting."""
 
 
 def parse(cls: type[S], args: Sequence[str], *, command: str) -> S:
-    """Settings of one command from its flags, over `--config FILE`, over the defaults. `--help` and
-    a wrong flag exit by themselves (0 and 2).
-    """
-    import tyro
+    """The settings of one command from its flags, over `--config FILE`, over the defaults.
 
-    args, file = _take_config(list(args))
+    With `--out DIR --resume` and no file, DIR's own config.yaml is read, so a run goes on with the
+    settings it was started with. `--help` prints and exits with 0.
+
+    Raises:
+        InputError: one sentence that names the flag, or the file and the setting, at fault.
+    """
+    words = list(args)
+    for asks in ("-h", "--help"):
+        if asks in words:
+            after = words[words.index(asks) + 1 :][:1]
+            topic = after[0] if after and not after[0].startswith("-") else None
+            print(usage(cls, command, topic))
+            raise SystemExit(0)
+    words, file = _take_config(words)
+    given = _read(cls, words, command)
+    if file is None and given.get(("resume",)) is True and ("out",) in given:
+        stored = Path(given["out",]) / "config.yaml"
+        file = str(stored) if stored.is_file() else None
     values = load_yaml(file) if file else {}
-    values.pop("method", None)
-    if file is None and "--resume" in args and "--out" in args[:-1]:
-        stored = Path(args[args.index("--out") + 1]) / "config.yaml"
-        if stored.is_file():  # go on with the settings the run was started with
-            file, values = str(stored), load_yaml(stored)
-            values.pop("method", None)
-    default = _partial(cls, values, file or command)
-    if not {"-h", "--help"} & set(args):
-        _check_flags(cls, args, default, command)
-    _parsing.append((command, cls))
-    said = io.StringIO()
+
+    def source(path: tuple[str, ...]) -> str:
+        """Who gave a setting: a flag of the command, or the file."""
+        if file is None or any(known[: len(path)] == path for known in given):
+            return command
+        return file if _has(values, path) else command
+
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                cls,
-                prog=f"fiducial {command}",
-                default=default,
-                args=args,
-                config=(tyro.conf.AvoidSubcommands,),
-                description=_description(cls),
-            )
-    except _Refused as refused:
-        raise InputError(str(refused)) from None
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
+        settings = build(cls, _overlay(values, given), source=source)
+    except MissingSetting as missing:
+        called = next(_called(flag) for flag in flags(cls) if ".".join(flag.path) == missing.name)
         raise InputError(
-            f"{command}: {_sentence(said.getvalue())} (fiducial {command} --help explains it)"
+            f"{command}: {called} is required (fiducial {command} --help explains it)"
         ) from None
-    finally:
-        _parsing.pop()
+    _check_names(settings)
+    return settings
 
 
-def _sentence(box: str) -> str:
-    """What the flag parser says in a box, as one sentence: what stands between its title and its
-    next rule, drawn in lines or, in a plain terminal, dashes.
-    """
-    lines = [line.strip(" │|") for line in box.splitlines()]
-    rules = [i for i, line in enumerate(lines) if line.startswith(("╭", "╰", "─", "--", "+-"))]
-    told = (
-        " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines)
-        .strip()
-        .removesuffix(".")
-    )
-    return told[:1].lower() + told[1:]
-
-
-def _check_flags(cls: type[Settings], args: Sequence[str], default: Settings, command: str) -> None:
-    """One sentence for an unknown flag or a missing one."""
-    import tyro
-
-    known = {name for flag in _flags(cls) for name in (flag, "no-" + flag)}
-    given = {a[2:].split("=", 1)[0].replace("_", "-") for a in args if a.startswith("--")}
-    for flag in sorted(given - known):
-        near = (
-            difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-            or [k for k in sorted(known) if k.endswith(f".{flag}")][:1]
-        )
-        raise InputError(
-            f"{command}: there is no flag --{flag}{f': did you mean --{near[0]}?' if near else ''} "
-            f"(fiducial {command} --help lists them)"
-        )
-    for name in cls.model_fields:
-        flag = name.replace("_", "-")
-        positional = any(
-            m is tyro.conf.Positional or "Positional" in repr(m)
-            for m in cls.model_fields[name].metadata
-        )
-        if getattr(default, name) is tyro.MISSING and flag not in given and not positional:
-            raise InputError(
-                f"{command}: --{flag} is required (fiducial {command} --help explains it)"
-            )
-
-
-def _flags(cls: type[BaseModel], prefix: str = "") -> list[str]:
-    out: list[str] = []
-    for name, field in cls.model_fields.items():
-        flag = prefix + name.replace("_", "-")
-        nested = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        out += _flags(field.annotation, flag + ".") if nested else [flag]  # type: ignore[arg-type]
-    return out
-
-
-def _description(cls: type[Settings]) -> str:
-    return (
-        cls.__doc__ or ""
-    ) + "\n\n--config FILE reads any of these from a YAML file first; flags win."
-
-
-def _take_config(args: list[str]) -> tuple[list[str], str | None]:
-    for i, arg in enumerate(args):
-        if arg == "--config":
-            if i + 1 == len(args):
-                raise InputError("--config needs the path of a YAML file")
-            return args[:i] + args[i + 2 :], args[i + 1]
-        if arg.startswith("--config="):
-            return args[:i] + args[i + 1 :], arg.split("=", 1)[1]
-    return args, None
-
-
-def _partial(cls: type[Settings], values: Mapping[str, Any], source: str) -> Any:
-    """An instance with what the file gives, defaults elsewhere, and a mark where a flag must still
-    come.
-    """
-    import tyro
-
-    _known(cls, values, source, "")
-    fields: dict[str, Any] = {}
-    for name, field in cls.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Settings):
-            fields[name] = build(
-                annotation,
-                {**field.get_default().model_dump(), **values.get(name, {})},
-                source=f"{source}: {name}",
-            )
-        elif name in values:
-            value = values[name]
-            fields[name] = tuple(value) if isinstance(value, list) else value
+def _read(cls: type[Settings], words: Sequence[str], command: str) -> Given:
+    """What the words of a command line give; types are the settings' own business."""
+    table = {flag.name: flag for flag in flags(cls)}
+    positional = [flag for flag in table.values() if flag.positional]
+    given: Given = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            if not positional:
+                raise InputError(
+                    f"{command}: {word!r} belongs to no flag (fiducial {command} --help lists them)"
+                )
+            given[positional.pop(0).path] = word
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("_", "-")
+        flag = table.get(name)
+        if flag is None or flag.positional:
+            switch = table.get(name.removeprefix("no-"))
+            if switch is None or not switch.switch or equals:
+                raise _unknown(cls, name, command)
+            given[switch.path] = False
+        elif flag.switch:
+            if equals:
+                raise InputError(
+                    f"{command}: --{name} takes no value: give --{name} or --no-{name}"
+                )
+            given[flag.path] = True
         else:
-            fields[name] = tyro.MISSING if field.is_required() else field.get_default()
-    given = {k: v for k, v in fields.items() if v is not tyro.MISSING}
-    try:
-        cls(**given)
-    except ValidationError as error:
-        if values and any(
-            e["type"] != "missing" and e["loc"] for e in error.errors()
-        ):  # two settings that do not fit: a flag may still mend it
-            raise InputError(explain(error, source)) from None
-    return cls.model_construct(**fields)
+            values = [value] if equals else _values(rest, flag)
+            if not values:
+                raise InputError(
+                    f"{command}: --{name} needs a value (fiducial {command} --help explains it)"
+                )
+            _give(given, flag, values)
+    return given
+
+
+def _values(rest: list[str], flag: Flag) -> list[str]:
+    """Take the values of a flag from the words that follow it."""
+    values: list[str] = []
+    while rest and not rest[0].startswith("--") and (flag.many or not values):
+        values.append(rest.pop(0))
+    return values
+
+
+def _give(given: Given, flag: Flag, values: list[str]) -> None:
+    if values == ["None"] and flag.optional:
+        given[flag.path] = None
+    elif flag.many:  # given several times, it takes all of them
+        given[flag.path] = (*(given.get(flag.path) or ()), *values)
+    else:
+        given[flag.path] = values[0]
+
+
+def _unknown(cls: type[Settings], name: str, command: str) -> InputError:
+    """One sentence about a flag that does not exist, with the nearest that does."""
+    if name in sections(cls):
+        return InputError(
+            f"{command}: --{name} is a section, not a flag (fiducial {command} --help {name} lists "
+            "its settings)"
+        )
+    field = name.replace("-", "_")
+    if field in cls.moved:
+        return InputError(f"{command}: --{name}: {cls.moved[field]}")
+    known = [
+        option
+        for flag in flags(cls)
+        for option in ((flag.name, f"no-{flag.name}") if flag.switch else (flag.name,))
+    ]
+    near = (
+        difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        or [k for k in sorted(known) if k.endswith(f".{name}")][:1]
+    )
+    hint = f": did you mean --{near[0]}?" if near else ""
+    return InputError(
+        f"{command}: there is no flag --{name}{hint} (fiducial {command} --help lists them)"
+    )
+
+
+def _called(flag: Flag) -> str:
+    return flag.path[-1].upper() if flag.positional else f"--{flag.name}"
+
+
+def _take_config(words: list[str]) -> tuple[list[str], str | None]:
+    for i, word in enumerate(words):
+        if word == "--config":
+            if i + 1 == len(words):
+                raise InputError("--config needs the path of a YAML file")
+            return words[:i] + words[i + 2 :], words[i + 1]
+        if word.startswith("--config="):
+            return words[:i] + words[i + 1 :], word.split("=", 1)[1]
+    return words, None
+
+
+def _overlay(values: Mapping[str, Any], given: Given) -> dict[str, Any]:
+    """The file's values with those of the flags laid over them."""
+    whole = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    for path, value in given.items():
+        at = whole
+        for section in path[:-1]:
+            if not isinstance(at.get(section), dict):
+                at[section] = {}
+            at = at[section]
+        at[path[-1]] = value
+    return whole
+
+
+def _has(values: Mapping[str, Any], path: tuple[str, ...]) -> bool:
+    at: Any = values
+    for name in path:
+        if not isinstance(at, Mapping) or name not in at:
+            return False
+        at = at[name]
+    return True
+
+
+def _check_names(settings: Settings) -> None:
+    """Refuse names that look like paths and lead nowhere, each under its own flag."""
+    for flag in flags(type(settings)):
+        value: Any = settings
+        for name in flag.path:
+            value = getattr(value, name)
+        if flag.kind is not None and value is not None:
+            for name in value if isinstance(value, tuple) else (value,):
+                check_name(flag.kind.kind, name, f"--{flag.name}")

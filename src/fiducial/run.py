@@ -28,13 +28,9 @@ from .train.inputs import inputs
 from .train.meter import Meter
 from .train.processes import Processes
 from .train.progress import Progress, say
+from .train.resume import changed_settings
 
 S = TypeVar("S")
-
-FREE = {"steps", "epochs", "resume", "out", "run"}
-"""Settings that may differ when a run is resumed, because they do not change what was computed;
-`run.precision` does, and may not.
-"""
 
 
 class TrainingSettings(Protocol):
@@ -90,7 +86,7 @@ class Run(Generic[S]):
     def __enter__(self) -> Run[S]:
         config = self.path / "config.yaml"
         if self.settings.resume:
-            self._changed = self._same_settings(config)
+            self._changed = changed_settings(self.path, self.method, self._yaml())
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(
                 f"--out: {self.path} exists already: choose another folder, or go on with --resume"
@@ -153,29 +149,6 @@ class Run(Generic[S]):
                 "stopping after this step; Ctrl-C again stops at once and loses what came after "
                 "the last checkpoint"
             )
-
-    def _same_settings(self, config: Path) -> dict[str, Any]:
-        """Refuse settings other than the run's own; returns the free ones that changed."""
-        if not config.is_file():
-            raise InputError(
-                f"--resume: {self.path} holds no run to go on with (config.yaml is missing)"
-            )
-        before = yaml.safe_load(config.read_text(encoding="utf-8"))
-        now = yaml.safe_load(self._yaml())
-        if before.get("method") != self.method:
-            raise InputError(
-                f"--resume: {self.path} is a run of {before.get('method')}, not of {self.method}"
-            )
-        differ = [k for k in now if before.get(k) != now[k]]
-        fixed = [k for k in differ if k not in FREE]
-        if before.get("run", {}).get("precision") != now["run"]["precision"]:
-            fixed.append("run.precision")
-        if fixed:
-            raise InputError(
-                f"--resume: {', '.join(fixed)} differ from {config}: a resumed run keeps its "
-                "settings, so leave these flags out"
-            )
-        return {k: {"was": before.get(k), "is": now[k]} for k in differ if k not in _OF_COMMAND}
 
     # -- steps
 
@@ -411,7 +384,3 @@ class Run(Generic[S]):
     def how_to_go_on(self) -> str:
         """The command that continues this run."""
         return f"go on with: fiducial {self.method} --out {self.path} --resume"
-
-
-_OF_COMMAND = {"resume", "out"}
-"""Settings that say something about one command, not about the run."""

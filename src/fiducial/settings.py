@@ -8,7 +8,7 @@ nothing heavy.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -18,8 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from . import kl_choice
 from .errors import InputError
 from .kl_choice import Penalty, Placement
+from .names import RowsName
 
 S = TypeVar("S", bound="Settings")
+
+BESIDE = ("method", "resumed")
+"""What a run's config.yaml says beside its settings: the verb, and what changed on resume."""
+POSITIONAL = "positional"
+"""Marks a setting that is given without a flag: `Annotated[str, POSITIONAL]`."""
 
 Aggregate = Literal["last", "min", "product"]
 """How the scores of the steps of a solution become one score."""
@@ -28,35 +34,17 @@ Aggregate = Literal["last", "min", "product"]
 class Settings(BaseModel):
     """Frozen; nothing is coerced beyond what a flag needs; an unknown key is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
+    )
     moved: ClassVar[Mapping[str, str]] = {}
     """Names that a user may expect here, and the sentence that says where to find them."""
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            if not _parsing:
-                raise
-            command, whole = _parsing[-1]
-            section = next(
-                (f"{n}." for n, f in whole.model_fields.items() if f.annotation is type(self)), ""
-            )
-            raise _Refused(explain(error, command, section)) from None
-
-
-class _Refused(Exception):
-    """Carries one sentence past the flag parser, which would frame a ValueError."""
-
-
-_parsing: list[tuple[str, type[Settings]]] = []
-"""The command whose flags are being parsed, and its settings."""
 
 
 class RowSettings(Settings):
     """How rows are read, rendered to tokens and split."""
 
-    max_length: int | None = Field(None, gt=1)
+    max_length: int | None = Field(default=None, gt=1)
     """Largest number of tokens in a row, prompt and response together. None: the model's context.
     """
     on_long: Literal["truncate", "error"] = "truncate"
@@ -73,18 +61,18 @@ class RowSettings(Settings):
     """`chatml` or a Jinja file, for a tokenizer without a template. None: the tokenizer's own."""
     eos_token: str | None = None
     """The token that ends a response. None: the tokenizer's EOS token."""
-    held_out: float = Field(0.1, ge=0, lt=1)
+    held_out: float = Field(default=0.1, ge=0, lt=1)
     """Share of the prompts kept for evaluation and never trained on. Our choice; no published
     value. ppo, reinforce and grpo train on all prompts: measure them with `fiducial eval`.
     """
-    eval_data: str | None = None
+    eval_data: RowsName | None = None
     """Rows to evaluate on, in place of the held-out share: a file or a Hub name."""
 
 
 class LoraSettings(Settings):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), through peft."""
 
-    r: int = Field(0, ge=0)
+    r: int = Field(default=0, ge=0)
     """Rank of the adapters. 0: no adapters; all weights are trained."""
     alpha: float = 16.0
     """Scale of the adapters: their output is multiplied by alpha / r. 16: our choice."""
@@ -97,40 +85,40 @@ class OptimizerSettings(Settings):
 
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's two moments. 0.9 and 0.95: InstructGPT."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Added to the square root of AdamW's second moment. 1e-8: PyTorch's default."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay. 0: InstructGPT."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after warm-up: constant, linear to zero, or a cosine to a tenth of the peak
     (InstructGPT).
     """
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the learning rate rises linearly to its peak."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; a larger gradient is scaled down to it. 1: the usual value."""
 
 
 class RunSettings(Settings):
     """Memory, precision, checkpoints and evaluation."""
 
-    tokens: int = Field(8192, gt=0)
+    tokens: int = Field(default=8192, gt=0)
     """Padded tokens per micro-batch. Lower it if memory runs out; the result does not change."""
-    checkpoint_every: int = Field(100, ge=0)
+    checkpoint_every: int = Field(default=100, ge=0)
     """Steps between checkpoints. 0: only when the run is stopped with Ctrl-C."""
-    keep_checkpoints: int = Field(2, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0)
     """Number of recent checkpoints to keep."""
-    eval_every: int = Field(50, ge=0)
+    eval_every: int = Field(default=50, ge=0)
     """Steps between evaluations on the held-out rows, for methods that keep some. 0: only at the
     end.
     """
-    samples: int = Field(8, ge=0)
+    samples: int = Field(default=8, ge=0)
     """Number of prompts answered before and after training, for the run's page."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward pass. Weights and optimizer state stay in float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    timeout_minutes: float = Field(10.0, gt=0)
+    timeout_minutes: float = Field(default=10.0, gt=0)
     """How long one process waits for the others before all of them stop with an error."""
 
 
@@ -145,11 +133,11 @@ class KLSettings(Settings):
     """k1 in the reward and k2 in the loss are exact. k2_tokens, weighted_k3 and forward_k3 are
     losses of known bias; k3 is refused. None: k1; for the grpo variant forward_k3.
     """
-    target: float | None = Field(None, gt=0)
+    target: float | None = Field(default=None, gt=0)
     """KL in nats per response that beta is adapted to hold. None: beta stays. Ziegler et al. 2019:
     6 for style, none for summaries.
     """
-    horizon: int = Field(10_000, gt=0)
+    horizon: int = Field(default=10_000, gt=0)
     """Responses over which an error of 20% changes beta by a factor of about 1.2. 10,000: Ziegler
     et al. 2019.
     """
@@ -194,19 +182,19 @@ class ScoreSettings(Settings):
     """Subtract the mean of the scores and divide by their standard deviation: those of the first
     batch (Ziegler et al. 2019), or those of each batch.
     """
-    clip: float | None = Field(None, gt=0)
+    clip: float | None = Field(default=None, gt=0)
     """Largest absolute score, after normalization. None: no clipping. PPO-max (Zheng et al. 2023,
     arXiv 2307.04964) clips.
     """
-    missing_eos_penalty: float = Field(0.0, ge=0)
+    missing_eos_penalty: float = Field(default=0.0, ge=0)
     """Subtracted from the score of a response that was cut at the limit, as in TRL. Huang et al.
     2024 (N+) set that score to -1 instead.
     """
-    length_buffer: int = Field(0, ge=0)
+    length_buffer: int = Field(default=0, ge=0)
     """Last tokens below the limit over which a length penalty grows linearly. 0: off. DAPO (arXiv
     2503.14476, eq. 13): 4,096 of 20,480.
     """
-    length_penalty: float = Field(1.0, gt=0)
+    length_penalty: float = Field(default=1.0, gt=0)
     """Largest length penalty, subtracted from the score of a response at its limit. 1: DAPO."""
 
     def check_length_buffer(self, max_new_tokens: int) -> None:
@@ -230,18 +218,22 @@ class LongSettings(Settings):
     """Importance weights for a sampler that differs from the trainer: per token (tis, icepop), or
     per response (sequence_tis, sequence_mis), which is the exact correction.
     """
-    cap: float = Field(2.0, gt=1)
+    cap: float = Field(default=2.0, gt=1)
     """Largest weight. Truncated weights (tis) are clipped at it; masked ones (icepop, mis) are
     dropped beyond it. 2: veRL; TRL: 3.
     """
-    floor: float = Field(0.5, ge=0, lt=1)
+    floor: float = Field(default=0.5, ge=0, lt=1)
     """Smallest weight that icepop keeps. 0.5: the inverse of the cap. Our choice; no published
     value.
     """
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; InputError with the line if it is none."""
+    """The settings in a YAML file, without what a run's config.yaml says beside its settings.
+
+    Raises:
+        InputError: there is no such file, or it is not a mapping; with the line.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"--config: there is no file {path}")
@@ -258,56 +250,97 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path}:1: expected settings as `name: value` lines, got a {type(data).__name__}"
         )
-    return data
+    return {name: value for name, value in data.items() if name not in BESIDE}
 
 
-def build(cls: type[S], values: Mapping[str, Any], *, source: str = "settings") -> S:
-    """`cls` from nested plain values; every fault in one InputError sentence that names the
-    setting.
+def build(
+    cls: type[S],
+    values: Mapping[str, Any],
+    *,
+    source: str | Callable[[tuple[str, ...]], str] = "settings",
+) -> S:
+    """`cls` from nested plain values; a section keeps the method's defaults where it gives none.
+
+    Args:
+        source: who gave the values, for messages; by the path of the setting where several did.
+
+    Raises:
+        InputError: one sentence that names the setting at fault.
     """
-    _known(cls, values, source, "")
+    named = source if callable(source) else lambda path: source
+    _check_known(cls, values, named, ())
+    whole = dict(values)
+    for name, field in cls.model_fields.items():
+        default = field.get_default()
+        if isinstance(default, Settings) and isinstance(whole.get(name), Mapping):
+            whole[name] = default.model_dump() | whole[name]
     try:
-        return cls(**values)
+        return cls(**whole)
     except ValidationError as error:
-        raise InputError(explain(error, source)) from None
+        raise _refusal(error, named) from None
 
 
-def explain(error: ValidationError, source: str, section: str = "") -> str:
+_IN_WORDS = {
+    "float_parsing": "input should be a number",
+    "int_parsing": "input should be a whole number",
+    "int_from_float": "input should be a whole number",
+}
+"""Faults that pydantic tells in words about parsing."""
+
+
+class MissingSetting(InputError):
+    """A setting without a default was not given; `name` is the setting."""
+
+    def __init__(self, source: str, name: str) -> None:
+        super().__init__(f"{source}: --{name.replace('_', '-')} is required")
+        self.name = name
+
+
+def _refusal(error: ValidationError, source: Callable[[tuple[str, ...]], str]) -> InputError:
     """The first fault of a pydantic error as one sentence."""
-    first = min(
-        error.errors(), key=lambda e: e["type"] == "missing"
-    )  # what is wrong before what is not there
-    name = section + ".".join(str(p) for p in first["loc"]) or "settings"
+    # what is wrong comes before what is not there
+    first = min(error.errors(), key=lambda e: e["type"] == "missing")
+    path = tuple(part for part in first["loc"] if isinstance(part, str))
+    told = source(path)
+    message = _IN_WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+    if first["type"] == "value_error":
+        return InputError(f"{told}: {message}")
+    flag = f"--{'.'.join(path).replace('_', '-')}"
     if first["type"] == "missing":
-        return f"{source}: {name} is required: give --{name.replace('_', '-')}"
-    message = first["msg"].removeprefix("Value error, ")
-    flag = f"--{name.replace('_', '-')}"
-    return (
-        f"{source}: {flag}: {message[0].lower() + message[1:]}, not {first['input']!r}"
-        if first["type"] != "value_error"
-        else f"{source}: {message}"
-    )
+        if len(path) == len(first["loc"]):
+            return MissingSetting(told, ".".join(path))
+        return InputError(f"{told}: {flag} needs more values")
+    given = first["input"]
+    shown = given if isinstance(given, str) and given.strip() else repr(given)
+    return InputError(f"{told}: {flag}: {message[0].lower()}{message[1:]}, not {shown}")
 
 
-def _known(cls: type[BaseModel], values: Mapping[str, Any], source: str, prefix: str) -> None:
+def _check_known(
+    cls: type[BaseModel],
+    values: Mapping[str, Any],
+    source: Callable[[tuple[str, ...]], str],
+    path: tuple[str, ...],
+) -> None:
+    """Refuse a name that is no setting, and offer the nearest that is."""
     for key, value in values.items():
-        field = cls.model_fields.get(key)
+        here = (*path, str(key))
+        name, field = ".".join(here), cls.model_fields.get(str(key))
         if field is None:
             if issubclass(cls, Settings) and key in cls.moved:
-                raise InputError(f"{source}: {prefix}{key}: {cls.moved[key]}")
+                raise InputError(f"{source(here)}: {name}: {cls.moved[key]}")
             near = difflib.get_close_matches(str(key), list(cls.model_fields), n=1, cutoff=0.5)
             hint = (
-                f": did you mean {prefix}{near[0]}?"
+                f": did you mean {'.'.join((*path, near[0]))}?"
                 if near
                 else f"; there are {', '.join(cls.model_fields)}"
             )
-            raise InputError(f"{source}: unknown setting {prefix}{key}{hint}")
-        if (
-            isinstance(value, Mapping)
-            and isinstance(field.annotation, type)
-            and issubclass(field.annotation, BaseModel)
-        ):
-            _known(field.annotation, value, source, f"{prefix}{key}.")
+            raise InputError(f"{source(here)}: unknown setting {name}{hint}")
+        if isinstance(field.get_default(), Settings) and not isinstance(value, Settings):
+            if not isinstance(value, Mapping):
+                raise InputError(
+                    f"{source(here)}: {name} is a section: write its settings below it"
+                )
+            _check_known(type(field.get_default()), value, source, here)
 
 
 def dump_yaml(settings: Settings, method: str) -> str:

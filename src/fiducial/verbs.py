@@ -18,12 +18,17 @@ Colour = Literal["blue", "orange", "green", "vermillion", "sky", "purple", "grey
 
 @dataclass(frozen=True)
 class Verb:
-    """One subcommand: what `--help` says of it, and where its settings and its function are."""
+    """One subcommand: what `--help` says of it, and where its settings and its function are.
+
+    lines: where the function is that turns the result into the lines that the command prints; None
+    for a run, whose numbers and page are printed, and for a path.
+    """
 
     name: str
     summary: str
     settings: str
     run: str
+    lines: str | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ METHODS: list[Method] = [
         title="SFT",
         colour="purple",
         kind="loss",
-        decides=("loss", "entropy"),
+        decides=("loss",),
     ),
     Method(
         name="reward",
@@ -81,7 +86,7 @@ METHODS: list[Method] = [
         title="Reward model",
         colour="green",
         kind="reward",
-        decides=("accuracy", "margin", "loss", "reward_mean"),
+        decides=("accuracy", "margin", "loss"),
     ),
     Method(
         name="prm",
@@ -204,11 +209,12 @@ OTHERS: list[Verb] = [
         "Measure win rate, score, KL and length of a model, with 95% intervals.",
         ".use.settings:Evaluate",
         ".use.evaluate:evaluate",
+        lines=".use.evaluate:as_lines",
     ),
     Verb(
         "lab",
         "Run every method against the exactly known optimum, and write the page.",
-        ".lab.command:Lab",
+        ".lab.settings:Lab",
         ".lab.command:lab",
     ),
     Verb(
@@ -222,7 +228,7 @@ OTHERS: list[Verb] = [
 DEMO = Verb(
     "demo",
     "Run the whole pipeline on an embedded world, in minutes on a CPU.",
-    ".demo.pipeline:Demo",
+    ".demo.settings:Demo",
     ".demo.pipeline:demo",
 )
 

@@ -197,7 +197,7 @@ def test_nothing_is_computed_twice_without_gradients():
     assert calls == [4, 4, 2]
 
 
-# ---- advantages (the slow loop is check 15, in test_exact.py) ----
+# ---- advantages (the slow loop is check 15, in exact/test_policy_gradient.py) ----
 
 
 def test_advantages_by_hand():

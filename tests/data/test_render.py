@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fiducial.data.prepare import load, split
 from fiducial.data.render import Renderer, set_chat_template
-from fiducial.data.rows import ChatRow, CompletionRow, Message, TextRow
+from fiducial.data.row_types import ChatRow, CompletionRow, Message, TextRow
 from fiducial.errors import InputError
 from fiducial.settings import RowSettings
 from support import CHAT_TEMPLATE, make_tokenizer

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fiducial.data import sources
-from fiducial.data.rows import (
+from fiducial.data.row_types import (
     ChatRow,
     CompletionRow,
     LabelledRow,
@@ -20,9 +20,8 @@ from fiducial.data.rows import (
     PromptRow,
     StepsRow,
     TextRow,
-    parse_row,
-    read_rows,
 )
+from fiducial.data.rows import parse_row, read_rows
 from fiducial.errors import InputError
 
 SFT = (TextRow, ChatRow, CompletionRow)

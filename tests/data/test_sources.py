@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiducial.data import sources
-from fiducial.data.rows import (
+from fiducial.data import json_files, record, sources
+from fiducial.data.row_types import (
     ChatRow,
     CompletionRow,
     LabelledRow,
@@ -27,8 +27,8 @@ from fiducial.data.rows import (
     PromptRow,
     StepsRow,
     TextRow,
-    read_rows,
 )
+from fiducial.data.rows import read_rows
 from fiducial.errors import InputError
 
 SFT = (TextRow, ChatRow, CompletionRow)
@@ -81,7 +81,7 @@ def test_an_array_is_cut_where_json_cuts_it(array, step, indent, ascii_only):
     )
     file.step = step
     assert [
-        json.loads(item) for item in sources._array_items(file, Path("f.json"), "f.json")
+        json.loads(item) for item in json_files._array_items(file, Path("f.json"), "f.json")
     ] == array
 
 
@@ -149,12 +149,12 @@ def test_a_broken_array_is_not_read_on_when_rows_are_skipped(tmp_path):
 
 
 def test_the_limit_of_a_row():
-    assert sources.MAX_ROW_BYTES == 100_000_000
+    assert record.MAX_ROW_BYTES == 100_000_000
 
 
 @pytest.mark.parametrize("name", ["f.jsonl", "f.jsonl.gz", "f.json", "f.csv"])
 def test_a_row_at_the_limit_passes_and_a_longer_one_does_not(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(record, "MAX_ROW_BYTES", 1000)
 
     def content(extra):
         text = b"x" * (1000 - len(b'{"text": ""}\n') + extra)
@@ -172,7 +172,7 @@ def test_a_row_at_the_limit_passes_and_a_longer_one_does_not(tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", ["f.jsonl", "f.jsonl.gz", "f.json"])
 def test_an_overlong_row_is_never_held_and_can_be_skipped(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 10_000)
+    monkeypatch.setattr(record, "MAX_ROW_BYTES", 10_000)
     rows = [b'{"text": "a"}', b'{"text": "' + b"x" * 20_000_000 + b'"}', b'{"text": "c"}']
     source = write(
         tmp_path / name, b"[" + b",".join(rows) + b"]" if name == "f.json" else b"\n".join(rows)
@@ -382,7 +382,7 @@ def test_parquet_text_that_is_not_utf8(tmp_path):
 
 
 def test_a_parquet_row_over_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(record, "MAX_ROW_BYTES", 1000)
     source = parquet(tmp_path / "f.parquet", {"text": ["a" * 600, "b" * 1100, "c" * 600]})
     assert refused(source).startswith(":row 2: the row is longer than")
     assert [row.text[0] for row in read_rows(source, SFT, on_error="skip")] == ["a", "c"]
@@ -529,7 +529,8 @@ def test_a_hub_name(monkeypatch, source, name, split):
 def test_a_hub_that_does_not_answer(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(ONE[".jsonl"])
     code = """
-from fiducial.data.rows import TextRow, read_rows
+from fiducial.data.row_types import TextRow
+from fiducial.data.rows import read_rows
 for source in "nobody/nothing:test", "train":
     try:
         read_rows(source, (TextRow,))

@@ -12,9 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from fiducial.demo import grammar
-from fiducial.demo.world import Prompt, World, annotator, build_tokenizer, gold, gold_parts
+from fiducial.demo.world import Prompt, StoryWorld, annotator, build_tokenizer, gold, gold_parts
 
 FOX = "Tell me about a shy fox who wants a friend."
 # words:          10                             5                        7
@@ -36,14 +37,14 @@ def value(story: str, prompt: str = FOX) -> float:
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer(World(0).corpus(1000))
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer(StoryWorld(0).corpus(1000))
 
 
 # gold
 
 
-def test_a_good_story_by_hand():
+def test_a_good_story_by_hand() -> None:
     assert gold_parts(FOX, GOOD) == {
         "on_topic": 1,
         "kind_ending": 1,
@@ -87,7 +88,7 @@ def test_a_good_story_by_hand():
         ),
     ],
 )
-def test_one_change_by_hand(change, to, expected):
+def test_one_change_by_hand(change: str, to: str, expected: float) -> None:
     assert change in GOOD
     assert value(GOOD.replace(change, to).strip()) == pytest.approx(expected, abs=1e-12)
 
@@ -101,11 +102,11 @@ def test_one_change_by_hand(change, to, expected):
         ("It wanted a friendly goose.", 0),
     ],
 )
-def test_names_are_whole_words_and_each_counts(text, expected):
+def test_names_are_whole_words_and_each_counts(text: str, expected: float) -> None:
     assert gold_parts(FOX, text)["on_topic"] == pytest.approx(expected)
 
 
-def test_length_is_symmetric_and_ends_at_12_and_60_words():
+def test_length_is_symmetric_and_ends_at_12_and_60_words() -> None:
     at = {n: gold_parts(FOX, " ".join(["word"] * n))["length"] for n in range(80)}
     assert (
         at[36] == 1
@@ -133,16 +134,17 @@ def test_length_is_symmetric_and_ends_at_12_and_60_words():
         "happy kind friend smiled warm safe glad hugged shared bread honey soup berries sun and "
         "laughed " * 3,
         GOOD
-        + " I will help you, said the goose. The goose was kind and sat down to listen. The goose gave the fox some honey. "
+        + " I will help you, said the goose. The goose was kind and sat down to listen. "
+        + "The goose gave the fox some honey. "
         + LAST,
     ],
 )
-def test_hacks_are_worth_little(hack):
+def test_hacks_are_worth_little(hack: str) -> None:
     assert value(hack) < 0.1
 
 
-def test_messages_and_texts_are_the_same():
-    def as_dicts(text, role):
+def test_messages_and_texts_are_the_same() -> None:
+    def as_dicts(text: str, role: str) -> list[dict[str, str]]:
         return [{"role": "system", "content": "Be kind."}, {"role": role, "content": text}]
 
     turns = (("user", "Hello."), ("assistant", "Yes?"), ("user", FOX))
@@ -158,7 +160,7 @@ def test_messages_and_texts_are_the_same():
     )
 
 
-def test_gold_refuses_what_it_cannot_read():
+def test_gold_refuses_what_it_cannot_read() -> None:
     with pytest.raises(ValueError, match="not a request"):
         gold(["Tell me a joke."], [GOOD])
     with pytest.raises(ValueError, match="not a request"):
@@ -172,7 +174,7 @@ def test_gold_refuses_what_it_cannot_read():
 # grammar, prompts, texts
 
 
-def test_sentences_are_told_apart():
+def test_sentences_are_told_apart() -> None:
     fillings = [
         dict(zip(grammar._SLOTS, values, strict=True))
         for values in itertools.product(*(slot[:2] for slot in grammar._SLOTS.values()))
@@ -219,7 +221,7 @@ def test_sentences_are_told_apart():
         ("long", None),
     ],
 )
-def test_each_fault_spoils_what_it_names(fault, part):
+def test_each_fault_spoils_what_it_names(fault: str, part: str | None) -> None:
     rng, prompts = random.Random(0), grammar.all_prompts()[::7]
     clean = [gold_parts(prompt.text, grammar.tell(prompt, rng)) for prompt in prompts]
     assert all(
@@ -239,8 +241,8 @@ def test_each_fault_spoils_what_it_names(fault, part):
         grammar.tell(prompts[0], rng, ["rude"])
 
 
-def test_prompts_are_split_with_nothing_shared():
-    training, held_out = World(3).prompts()
+def test_prompts_are_split_with_nothing_shared() -> None:
+    training, held_out = StoryWorld(3).prompts()
     assert (len(set(training)), len(set(held_out)), len(set(training) | set(held_out))) == (
         288,
         96,
@@ -255,25 +257,24 @@ def test_prompts_are_split_with_nothing_shared():
         for p in held_out
         for pair in itertools.combinations((p.trait, p.animal, p.wish), 2)
     )
-    assert World(3).prompts() == (training, held_out) and set(World(4).prompts()[1]) != set(
-        held_out
-    )
+    assert StoryWorld(3).prompts() == (training, held_out)
+    assert set(StoryWorld(4).prompts()[1]) != set(held_out)
 
 
-def test_texts_ask_only_for_training_prompts_and_do_not_depend_on_the_count():
-    world = World(0)
+def test_texts_ask_only_for_training_prompts_and_do_not_depend_on_the_count() -> None:
+    world = StoryWorld(0)
     training = {prompt.text for prompt in world.prompts()[0]}
     corpus, demonstrations = world.corpus(500), world.demonstrations(500)
     asked = [document.split("\n")[0] for document in corpus if "\n" in document]
     assert set(asked) <= training and 0.85 < len(asked) / 500 < 0.95
     assert {prompt.text for prompt, _ in demonstrations} == training
     assert world.corpus(20) == corpus[:20] and world.demonstrations(20) == demonstrations[:20]
-    assert World(1).corpus(20) != corpus[:20]
+    assert StoryWorld(1).corpus(20) != corpus[:20]
 
 
-def test_the_same_in_another_process_whatever_the_hash_seed():
+def test_the_same_in_another_process_whatever_the_hash_seed() -> None:
     program = (
-        "import hashlib, json; from fiducial.demo.world import *; w = World(5); d = "
+        "import hashlib, json; from fiducial.demo.world import *; w = StoryWorld(5); d = "
         "w.demonstrations(40); p, s = d[0][0].text, [x for _, x in d]\n"
         "j = annotator(2); made = [[x.text for x in w.prompts()[1]], w.corpus(200), s, gold([p] * "
         "40, s), [j(p, s[0], x, 'k') for x in s]]\n"
@@ -293,18 +294,16 @@ def test_the_same_in_another_process_whatever_the_hash_seed():
     assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout.strip()) == 64
 
 
-def test_importing_the_world_does_not_import_torch():
-    program = "import sys, fiducial.demo.world as w; assert not {'torch', 'transformers'} & set(sys.modules), 'heavy'"
-    source = Path(grammar.__file__).parents[
-        2
-    ]  # without the package's own __init__, whose imports are not this module's affair
-    stub = f"import sys, types; p = types.ModuleType('fiducial'); p.__path__ = [r'{source / 'fiducial'}']; sys.modules['fiducial'] = p\n"
-    stub += f"d = types.ModuleType('fiducial.demo'); d.__path__ = [r'{source / 'fiducial' / 'demo'}']; sys.modules['fiducial.demo'] = d\n"
-    subprocess.run([sys.executable, "-c", stub + program], check=True)
+def test_importing_the_world_does_not_import_torch() -> None:
+    program = (
+        "import sys, fiducial.demo.world; heavy = {'torch', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_demonstrations_leave_room_and_every_fault_is_there():
-    rows = World(0).demonstrations(1500)
+def test_demonstrations_leave_room_and_every_fault_is_there() -> None:
+    rows = StoryWorld(0).demonstrations(1500)
     parts = [gold_parts(prompt.text, story) for prompt, story in rows]
     mean = sum(math.prod(p.values()) for p in parts) / len(parts)
     assert 0.4 < mean < 0.65
@@ -319,7 +318,7 @@ def test_demonstrations_leave_room_and_every_fault_is_there():
 # annotators
 
 
-def test_preference_probability_by_hand():
+def test_preference_probability_by_hand() -> None:
     judge = annotator(0, scale=4.0, length_bias=0.5, flip=0.1)
     b = GOOD.replace(" " + LAST, "")  # 27 words, no ending
     logit = 4.0 * (length(38) - 0.5 * length(27)) + 0.5 * 11 / 10
@@ -334,8 +333,8 @@ def test_preference_probability_by_hand():
     )  # does not overflow
 
 
-def test_labels_follow_the_exact_probability():
-    rows, n = World(0).demonstrations(4), 4000
+def test_labels_follow_the_exact_probability() -> None:
+    rows, n = StoryWorld(0).demonstrations(4), 4000
     judge = annotator(7)
     for (prompt, a), (_, b) in itertools.pairwise(rows):
         p = judge.prefer_probability(prompt.text, a, b)
@@ -343,8 +342,8 @@ def test_labels_follow_the_exact_probability():
         assert abs(count - n * p) < 4.5 * math.sqrt(n * p * (1 - p)), (p, count / n)
 
 
-def test_labels_depend_on_the_question_alone():
-    (prompt, a), (_, b), *_ = World(0).demonstrations(2)
+def test_labels_depend_on_the_question_alone() -> None:
+    (prompt, a), (_, b), *_ = StoryWorld(0).demonstrations(2)
     judge, keys = annotator(1), list(range(200))
     labels = [judge(prompt.text, a, b, key) for key in keys]
     assert [judge(prompt.text, a, b, key) for key in reversed(keys)] == labels[::-1]
@@ -355,7 +354,7 @@ def test_labels_depend_on_the_question_alone():
     ] != labels  # "1" is another key than 1
 
 
-def test_longer_is_liked_at_equal_gold():
+def test_longer_is_liked_at_equal_gold() -> None:
     short, long = ("A shy fox. " * n for n in (5, 15))  # neither is worth anything
     assert value(short) == pytest.approx(value(long), abs=1e-3)
     assert annotator(0, flip=0.0, length_bias=0.5).prefer_probability(
@@ -363,8 +362,8 @@ def test_longer_is_liked_at_equal_gold():
     ) == pytest.approx(1 / (1 + math.exp(-0.5 * 30 / 10)), abs=2e-3)
 
 
-def test_bayes_accuracy_is_that_of_the_best_of_all_predictors():
-    (prompt, a), (_, b), (_, c), *_ = World(0).demonstrations(3)
+def test_bayes_accuracy_is_that_of_the_best_of_all_predictors() -> None:
+    (prompt, a), (_, b), (_, c), *_ = StoryWorld(0).demonstrations(3)
     pairs = [(prompt.text, x, y) for x, y in ((a, b), (b, c), (c, a), (a, a))]
     judge = annotator(0)
     chances = [judge.prefer_probability(*pair) for pair in pairs]
@@ -378,8 +377,8 @@ def test_bayes_accuracy_is_that_of_the_best_of_all_predictors():
         judge.bayes_accuracy([])
 
 
-def test_the_labels_are_as_noisy_as_people():
-    rows = World(0).demonstrations(2 * 288)  # the same prompts twice
+def test_the_labels_are_as_noisy_as_people() -> None:
+    rows = StoryWorld(0).demonstrations(2 * 288)  # the same prompts twice
     pairs = [
         (prompt.text, a, b) for (prompt, a), (_, b) in zip(rows[:288], rows[288:], strict=True)
     ]
@@ -389,9 +388,9 @@ def test_the_labels_are_as_noisy_as_people():
 # tokenizer
 
 
-def test_text_comes_back_exactly(tokenizer):
+def test_text_comes_back_exactly(tokenizer: PreTrainedTokenizerFast) -> None:
     for text in (
-        *World(1).corpus(200),
+        *StoryWorld(1).corpus(200),
         "A tidy  Zebra, isn't it?\n\n é ☃ <b>",
         "",
         " leading and trailing ",
@@ -399,21 +398,25 @@ def test_text_comes_back_exactly(tokenizer):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_nearly_every_word_is_one_token_and_stories_are_short(tokenizer):
-    documents = World(1).corpus(300)
+def test_nearly_every_word_is_one_token_and_stories_are_short(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    documents = StoryWorld(1).corpus(300)
     num_words = sum(len(grammar.words(document)) for document in documents)
     pieces = [piece.lstrip("Ġ") for document in documents for piece in tokenizer.tokenize(document)]
     assert num_words / sum(piece.isalpha() and piece != "Ċ" for piece in pieces) > 0.95
     num_tokens = sorted(
-        len(tokenizer(story).input_ids) for _, story in World(1).demonstrations(300)
+        len(tokenizer(story).input_ids) for _, story in StoryWorld(1).demonstrations(300)
     )
     assert num_tokens[int(0.95 * 300)] <= 64
     assert len(tokenizer) < 768
 
 
-def test_the_chat_template_continues_its_prompt_and_ends_with_eos(tokenizer):
-    def render(messages, **options):
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+def test_the_chat_template_continues_its_prompt_and_ends_with_eos(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    def render(messages: list[dict[str, str]], **options: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     user, answer = {"role": "user", "content": FOX}, {"role": "assistant", "content": GOOD}
     for before in ([user], [{"role": "system", "content": "Be kind."}, user], [user, answer, user]):
@@ -432,7 +435,9 @@ def test_the_chat_template_continues_its_prompt_and_ends_with_eos(tokenizer):
         render([{"role": "tool", "content": "x"}])
 
 
-def test_the_tokenizer_is_an_ordinary_one(tokenizer, tmp_path):
+def test_the_tokenizer_is_an_ordinary_one(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     from transformers import AutoTokenizer
 
     tokenizer.save_pretrained(tmp_path)

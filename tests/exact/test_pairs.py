@@ -1,5 +1,5 @@
 """The package against known answers, on pairs: DPO's optimum and start, and the Bradley-Terry
-maximum likelihood. Numbers as in test_exact.py.
+maximum likelihood. The numbers in test names are those of the exact checks in the design.
 """
 
 import itertools
@@ -278,3 +278,31 @@ def test_21_the_pairs_log_probabilities_are_those_of_their_responses():
     exact = np.log(distribution(WORLD.policy))
     np.testing.assert_allclose(chosen.detach(), exact[WINNER], atol=1e-12)
     np.testing.assert_allclose(rejected.detach(), exact[LOSER], atol=1e-12)
+
+
+# ---- 20: wrong labels ----
+
+
+@pytest.mark.parametrize("e", [0.05, 0.2, 0.45])
+def test_20_with_label_smoothing_a_pair_always_labelled_alike_rests_at_log_odds_of_the_smoothing(e):
+    beta, zero = 0.3, torch.zeros(1, dtype=torch.float64)
+
+    def loss(h: float) -> tuple[float, float]:
+        at = torch.tensor([h], dtype=torch.float64, requires_grad=True)
+        value, _ = losses.dpo(at, zero, zero, zero, beta=beta, label_smoothing=e)
+        (slope,) = torch.autograd.grad(value, at)
+        return value.item(), slope.item()
+
+    fixed = math.log((1 - e) / e) / beta
+    value, slope = loss(fixed)
+    assert abs(slope) < 1e-12
+    assert value == pytest.approx(-e * math.log(e) - (1 - e) * math.log(1 - e), abs=1e-12)
+    assert loss(fixed - 1)[1] < -1e-3 and loss(fixed + 1)[1] > 1e-3
+
+
+@pytest.mark.parametrize("e", [0.1, 0.3])
+def test_20_smoothing_on_clean_labels_is_plain_dpo_on_labels_of_which_that_share_is_flipped(e):
+    a, b, c, d = torch.randn(4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    smooth, _ = losses.dpo(a, b, c, d, beta=0.7, label_smoothing=e)
+    right, wrong = losses.dpo(a, b, c, d, beta=0.7)[0], losses.dpo(b, a, d, c, beta=0.7)[0]
+    assert smooth.item() == pytest.approx(((1 - e) * right + e * wrong).item(), abs=1e-12)

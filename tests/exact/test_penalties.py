@@ -1,5 +1,5 @@
-"""The KL in the loss, what is refused of it, and the score before it is a reward. Check 13 of the
-estimators themselves is in test_exact.py.
+"""The KL penalty in the loss, the settings that are refused, and how a score becomes a reward.
+Check 13 of the KL estimators themselves is in test_policy_gradient.py.
 """
 
 import itertools
@@ -14,8 +14,10 @@ from pydantic import ValidationError
 from fiducial.core import kl
 from fiducial.lab.worlds import exact as lab_exact
 from fiducial.lab.worlds import policies
-from fiducial.rewards import Scored
-from fiducial.rollout.shaping import KLSettings, Looks, ScoreSettings, overlong, shape
+from fiducial.rewards.shaping import overlong, shape
+from fiducial.rewards.types import Scored
+from fiducial.rollout.forward import RolloutLogprobs
+from fiducial.settings import KLSettings, ScoreSettings
 from test_sequence import EXACT, LENGTHS, WORLD, off, tensor, token_scores
 from world import (
     PREFIXES,
@@ -46,7 +48,9 @@ def penalised(world: World, estimator: str) -> np.ndarray:
 
 
 def of_states(world: World, each) -> np.ndarray:
-    """[21] a gradient [3] for each state by its two distributions, as often as the policy comes there."""
+    """[21] a gradient [3] for each state by its two distributions, as often as the policy comes
+    there.
+    """
     pi = distribution(world.policy)
     out = np.zeros((len(PREFIXES), 3))
     for s, prefix in enumerate(PREFIXES):
@@ -244,10 +248,10 @@ def test_the_length_penalty_by_hand_with_the_papers_numbers():
     assert overlong(torch.tensor([1, 2, 3]), 3, 1).tolist() == [0, 0, 1]
 
 
-def test_the_reward_of_each_token_is_its_step_the_rest_of_the_score_and_the_price_of_its_log_ratio():
+def test_the_reward_of_each_token_is_its_step_the_rest_of_the_score_and_its_share_of_the_kl():
     every = all_responses()
     now = tensor(np.random.default_rng(2).normal(size=every.mask.shape))
-    looks = Looks(
+    before = RolloutLogprobs(
         torch.where(every.mask, now, NAN),
         torch.where(every.mask, 0.5 * now, NAN),
         torch.zeros_like(now),
@@ -255,7 +259,7 @@ def test_the_reward_of_each_token_is_its_step_the_rest_of_the_score_and_the_pric
     )
     steps = tensor(np.random.default_rng(3).normal(size=every.mask.shape))
     settings = ScoreSettings(missing_eos_penalty=0.3, length_buffer=2, length_penalty=0.5)
-    for scored_steps, priced in itertools.product(
+    for scored_steps, kl_in_reward in itertools.product(
         (None, torch.where(every.mask, steps, NAN)), (True, False)
     ):
         scored = (
@@ -263,8 +267,8 @@ def test_the_reward_of_each_token_is_its_step_the_rest_of_the_score_and_the_pric
             if scored_steps is not None
             else Scored(WORLD.reward.tolist(), {})
         )
-        rewards, metrics = shape(
-            every, scored, looks, settings, {"beta": 0.7}, priced=priced, limit=3
+        rewards, metrics, _ = shape(
+            every, scored, before, settings, beta=0.7, kl_in_reward=kl_in_reward, limit=3
         )
         for i, n in enumerate(LENGTHS):
             score = (
@@ -272,9 +276,9 @@ def test_the_reward_of_each_token_is_its_step_the_rest_of_the_score_and_the_pric
             )
             earned = [0.0] * n if scored_steps is None else steps[i, 1 : 1 + n].tolist()
             earned[-1] += score - sum(earned)
-            price = [0.7 * 0.5 * x * priced for x in now[i, 1 : 1 + n].tolist()]
+            penalty = [0.7 * 0.5 * x * kl_in_reward for x in now[i, 1 : 1 + n].tolist()]
             assert rewards[i, 1 : 1 + n].tolist() == pytest.approx(
-                [a - b for a, b in zip(earned, price, strict=True)], abs=1e-6
+                [a - b for a, b in zip(earned, penalty, strict=True)], abs=1e-6
             )
         assert rewards.isfinite().all() and not rewards[~every.mask].any()
         assert metrics["reward"] == pytest.approx(WORLD.reward.mean())

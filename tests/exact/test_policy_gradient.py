@@ -1,5 +1,5 @@
 """The package against a world in which everything is known: sampling, gradients, KL, advantages,
-PPO. Pairs are in test_exact_pairs.py.
+PPO. Pairs are in test_pairs.py.
 
 Numbers in parentheses are those of the checks in the design; tolerances are theirs too.
 """
@@ -14,11 +14,14 @@ import torch
 from fiducial import losses
 from fiducial.core import kl as estimators
 from fiducial.core.advantages import gae
-from fiducial.models.roles import Policy, Reference
-from fiducial.rewards import Scored
-from fiducial.rollout.sampler import LocalSampler
-from fiducial.rollout.shaping import Looks, ScoreSettings, look, shape
+from fiducial.models.roles import Policy, Reference, Roles
+from fiducial.rewards.shaping import shape
+from fiducial.rewards.types import Scored
+from fiducial.rollout.forward import RolloutLogprobs, forward
+from fiducial.rollout.local import local_sampler
+from fiducial.rollout.sampling import Keys, SamplingParams
 from fiducial.rollout.trajectory import Trajectory
+from fiducial.settings import ScoreSettings
 from fiducial.train.processes import Processes
 from world import (
     EOS,
@@ -100,10 +103,10 @@ def test_1_sampled_frequencies_are_the_probabilities_and_only_what_ended_in_eos_
     kind, seed, temperature, n
 ):
     policy = Policy(tiny(kind, seed=seed))
-    sampler = LocalSampler(policy.lm, 3, frozenset({EOS}), 32, temperature)
     each = n // len(PROMPTS)
-    drawn = sampler(
-        PROMPTS * each, seed=7, step=3, prompt=[0, 1] * each, sample=[i // 2 for i in range(n)]
+    keys = Keys(7, 3, [0, 1] * each, [i // 2 for i in range(n)])
+    drawn = local_sampler(policy).sample(
+        PROMPTS * each, SamplingParams(3, temperature, frozenset({EOS})), keys
     )
     answers = [tuple(y) for y in drawn.responses(ending=True)]
 
@@ -184,13 +187,12 @@ def ppo_gradient(
             critic[i, every.prompt_lengths[i] + t] = (
                 0.0 if values is None else values[PREFIXES.index(y[:t])]
             )
-    looks = Looks(now.detach(), ref, torch.zeros_like(ref), critic)
-    rewards, _ = shape(
-        every, Scored(world.reward.tolist(), {}), looks, ScoreSettings(), {"beta": world.beta}
-    )
-    advantage, _ = gae(rewards, looks.values, every.mask, gamma=1.0, lam=lam)
+    before = RolloutLogprobs(now.detach(), ref, torch.zeros_like(ref), critic)
+    scored = Scored(world.reward.tolist(), {})
+    rewards, _, _ = shape(every, scored, before, ScoreSettings(), beta=world.beta)
+    advantage, _ = gae(rewards, before.values, every.mask, gamma=1.0, lam=lam)
     likely = tensor(distribution(world.policy))[:, None]
-    loss, _ = losses.ppo_clip_sum(now, looks.logprobs, likely * advantage, every.mask)
+    loss, _ = losses.ppo_clip_sum(now, before.logprobs, likely * advantage, every.mask)
     return -grads(loss, policy)
 
 
@@ -447,19 +449,17 @@ def test_15_lambda_one_is_monte_carlo_and_lambda_zero_one_step():
 
 def sampled(kind: str) -> tuple[Policy, Trajectory]:
     policy = Policy(tiny(kind))
-    sampler = LocalSampler(policy.lm, 3, frozenset({EOS}), 32, 0.7)
-    return policy, sampler(
-        PROMPTS * 20, seed=0, step=0, prompt=[0, 1] * 20, sample=[i // 2 for i in range(40)]
-    )
+    keys = Keys(0, 0, [0, 1] * 20, [i // 2 for i in range(40)])
+    params = SamplingParams(3, 0.7, frozenset({EOS}))
+    return policy, local_sampler(policy).sample(PROMPTS * 20, params, keys)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_16_the_first_minibatch_has_ratio_one_nothing_clipped_and_the_policy_gradient(kind):
     policy, drawn = sampled(kind)
-    policy.add_value_head()
-    before = look(
-        drawn, policy, Reference(policy, Policy(tiny(kind))), Processes(), tokens=64
-    )  # in micro-batches of other widths
+    policy.value_head = torch.nn.Linear(32, 1)
+    roles = Roles(policy=policy, reference=Reference(policy, Policy(tiny(kind))))
+    before = forward(drawn, roles, Processes(), tokens=64)  # in micro-batches of other widths
     torch.testing.assert_close(before.logprobs, before.ref_logprobs, atol=1e-5, rtol=0)
     advantage = torch.randn(drawn.mask.shape, generator=torch.Generator().manual_seed(1))
     now = policy(drawn.ids, drawn.mask, drawn.temperature).logprobs
@@ -479,7 +479,7 @@ def test_16_the_first_minibatch_has_ratio_one_nothing_clipped_and_the_policy_gra
 
 
 @pytest.mark.parametrize("eps", [0.2, 0.05])
-def test_16_the_derivative_is_zero_exactly_where_the_clip_is_meant_to_cut_and_minus_ratio_times_advantage_elsewhere(
+def test_16_the_derivative_is_zero_where_the_clip_cuts_and_minus_ratio_times_advantage_elsewhere(
     eps,
 ):
     ratios = [0.5, 1 - eps - 1e-6, 1 - eps + 1e-6, 1.0, 1 + eps - 1e-6, 1 + eps + 1e-6, 2.0]

@@ -3,7 +3,7 @@ is enumerated, each as often as it is likely.
 
 Numbers in test names are those of the checks in the design. The slow side is NumPy in loops, with
 formulas of its own: nothing of the package in it. What weights and penalties do is in
-test_sequence_weights.py.
+test_weights.py.
 """
 
 import itertools
@@ -83,7 +83,7 @@ def exact_gradient_of_j(world: World) -> np.ndarray:
 
 
 def paid(world: World) -> np.ndarray:
-    """[15] the reward of each response less the price of its log-ratio: sequence k1 in the reward."""
+    """[15] the reward of each response less beta times its log-ratio: sequence k1 in the reward."""
     return world.reward - world.beta * np.log(distribution(world.policy) / distribution(world.ref))
 
 
@@ -229,7 +229,7 @@ def greedy_response(table: np.ndarray) -> int:
     return RESPONSES.index(y)
 
 
-def test_12_no_baseline_a_constant_and_the_greedy_responses_score_all_have_exactly_the_gradient_of_j():
+def test_12_no_baseline_a_constant_and_the_greedy_score_all_have_exactly_the_gradient_of_j():
     r, goal = tensor(paid(WORLD)), exact_gradient_of_j(WORLD)
     greedy = r[greedy_response(WORLD.policy)].expand(15)
     for advantage in (
@@ -364,7 +364,9 @@ def off_policy(
 def slow_off_policy(
     coefficient, advantage: np.ndarray, *, new=WORLD.policy, old=OTHER
 ) -> np.ndarray:
-    """E_old sum_t c_t A grad log pi; coefficient: A, the ratios of a response's tokens to c_t of each."""
+    """E_old sum_t c_t A grad log pi; coefficient: A, the ratios of a response's tokens to c_t of
+    each.
+    """
     score, mu = token_scores(new), distribution(old)
     out = np.zeros(21)
     for i, ratios in enumerate(token_ratios(new, old)):
@@ -445,7 +447,7 @@ def test_16_gspos_gradient_is_the_finite_difference_of_the_papers_objective():
     )
 
 
-def test_16_cispo_without_a_cap_has_the_gradient_of_the_unclipped_surrogate_and_with_one_this_bias():
+def test_16_cispo_without_a_cap_has_the_unclipped_surrogates_gradient_and_with_one_this_bias():
     def surrogate(table: np.ndarray) -> float:
         return sum(
             mu * a * sum(r)

@@ -1,8 +1,8 @@
 """What multiplies a sequence-level gradient: groups, token weights, corrections for another
 sampler; and that padding changes none of it.
 
-Penalties are in test_sequence_penalties.py. The exact expectations of the estimators themselves are
-in test_sequence_exact.py, whose slow NumPy stands behind these too.
+Penalties are in test_penalties.py. The exact expectations of the estimators themselves are in
+test_sequence.py, whose slow NumPy code these tests use too.
 """
 
 import math
@@ -359,7 +359,7 @@ def goal() -> np.ndarray:
 
 
 @pytest.mark.parametrize("what", CORRECTED)
-def test_each_correction_leaves_the_bias_that_a_slow_loop_finds_and_only_the_whole_responses_ratio_leaves_none(
+def test_each_correction_leaves_the_bias_of_a_slow_loop_and_only_the_sequence_ratio_leaves_none(
     what,
 ):
     weights, slow, measured = CORRECTED[what]
@@ -387,7 +387,7 @@ def test_the_corrections_in_order_of_what_they_leave():
     assert bias["sequence tis, cap 3"] < bias["token, endless cap"] < bias["none"]
 
 
-def test_a_constant_baseline_does_not_take_the_bias_of_token_ratios_away_nor_give_the_whole_ratio_one():
+def test_a_constant_baseline_leaves_the_bias_of_token_ratios_and_gives_the_sequence_ratio_none():
     mean = float(distribution(OTHER) @ WORLD.reward)
     token, whole = (
         corrected(CORRECTED[w][0], WORLD.reward - mean)

@@ -184,7 +184,9 @@ def all_responses(prompt: list[int] | None = None, temperature: float = 1.0) -> 
 
 
 def logprobs(policy: Policy, prompt: list[int] | None = None, temperature: float = 1.0) -> Tensor:
-    """[15, T] of every token of every response, by the package; the sum over T is that of the response."""
+    """[15, T] of every token of every response, by the package; the sum over T is that of the
+    response.
+    """
     every = all_responses(prompt, temperature)
     return policy(every.ids, every.mask, temperature).logprobs
 

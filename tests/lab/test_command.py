@@ -2,16 +2,29 @@
 minutes.
 """
 
+import ast
+import dataclasses
+import graphlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
+from fiducial import verbs
 from fiducial.errors import InputError, RunError
 from fiducial.lab import command
-from fiducial.lab.command import Job, Lab, as_lines, cause, jobs, lab
-from fiducial.lab.runs.measured import METHODS, Plan
-from fiducial.lab.study import derivation
+from fiducial.lab.command import as_lines, lab
+from fiducial.lab.runs.folders import WORLDS
+from fiducial.lab.runs.jobs import Job, jobs
+from fiducial.lab.runs.plan import METHODS, Plan, verb_of
+from fiducial.lab.runs.results import LabResults, MeasuredRun, PathPoint, RunResult
+from fiducial.lab.runs.rows import cause
+from fiducial.lab.settings import Lab
+from fiducial.lab.study import decision_process
 from fiducial.lab.worlds import exact, policies
 
 FEW = [
@@ -37,7 +50,9 @@ FEW = [
     Job("long", Plan("ppo", "table", 0.05, 6, points=6, credit=True), "methods", 1.0),
     Job(
         "long",
-        Plan("rloo", "table", 0.05, 6, points=3, reward="steps", settings={"credit": "to_go"}),
+        Plan(
+            "rloo", "table", 0.05, 6, points=3, reward="steps", settings={"credit": "reward_to_go"}
+        ),
         "methods",
         1.0,
     ),
@@ -52,15 +67,15 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "jobs", lambda form, seed: FEW)
-        page = lab(Lab(out=str(folder), processes=2))
-    return folder, page, json.loads((folder / "lab.json").read_text())
+        finished = lab(Lab(out=str(folder), processes=2))
+    return folder, finished, json.loads((folder / "lab.json").read_text())
 
 
 @pytest.mark.parametrize("form", ["quick", "full"])
 def test_every_run_has_a_name_and_files_of_its_own(form):
     names = [j.name for j in jobs(form, seed=0)]
     assert len(set(names)) == len(names) > 30
-    assert {j.world for j in jobs(form, 0)} == set(command.WORLDS)
+    assert {j.world for j in jobs(form, 0)} == set(WORLDS)
     seeds = {
         (j.world, j.plan.policy, j.plan.method): set()
         for j in jobs(form, 0)
@@ -70,11 +85,8 @@ def test_every_run_has_a_name_and_files_of_its_own(form):
         if j.section == "methods":
             seeds[j.world, j.plan.policy, j.plan.method].add(j.plan.seed)
     assert seeds["mild", "table", "ppo"] == {7, 8, 9}
-    assert (
-        {m for w, p, m in seeds if w == "mild" and p == "table"}
-        == set(METHODS)
-        <= set(command.NAMES)
-    )
+    assert {m for w, p, m in seeds if w == "mild" and p == "table"} == set(METHODS)
+    assert all(verbs.method(m) is not None and verbs.method(m).name == verb_of(m) for m in METHODS)
     assert {m for w, _, m in seeds if w == "long"} == {
         "ppo",
         "reinforce_none",
@@ -94,7 +106,9 @@ def test_every_run_has_a_name_and_files_of_its_own(form):
 
 
 def test_the_page_and_its_data_hold_every_section_and_every_run(small):
-    folder, page, data = small
+    folder, finished, data = small
+    page = finished.page
+    assert json.loads(TypeAdapter(LabResults).dump_json(finished.results)) == data
     assert page == folder / "index.html" and page.stat().st_size > 50_000
     empty = [k for k, v in data.items() if not v and k != "seed"]
     assert empty == []
@@ -112,7 +126,7 @@ def test_the_page_and_its_data_hold_every_section_and_every_run(small):
         2000 + 256 * k for k in (0, 2, 4, 6)
     ]  # the judge's own are counted
     assert [r["name"] for r in data["parts"]] == [
-        "GRPO as its paper has it",
+        "GRPO as in its paper",
         "GRPO, KL in the reward",
     ]
     assert [r["name"] for r in data["lengths"]] == ["RLOO", "RLOO, a penalty for the last token"]
@@ -162,9 +176,9 @@ def test_the_page_and_its_data_hold_every_section_and_every_run(small):
 
 
 def test_the_terminal_gets_a_line_a_method_and_the_page(small):
-    _, page, data = small
-    lines = as_lines(page)
-    assert len(lines) == 8 and lines[-1] == str(page)
+    _, finished, data = small
+    lines = as_lines(finished)
+    assert len(lines) == 8 and lines[-1] == str(finished.page)
     gap = 100 * data["methods"][0]["runs"][0]["relative_gap"]
     assert lines[0].split()[:3] == ["mild", "DPO", "table"] and f"{gap:.2g}%" in lines[0]
 
@@ -216,33 +230,73 @@ def test_the_cause_is_the_response_that_is_missed_most_and_how_often_it_was_draw
     ref, best = exact.reference(world), exact.optimum(world)[0]
     p, y = (int(i) for i in np.unravel_index((np.exp(best) - np.exp(ref)).argmax(), best.shape))
     plan = Plan("ppo", "table", 0.1, 10, batch_size=200)
-    path = [{"step": s, "relative_gap": 1.0} for s in (0, 5, 10)]
-    result = {"relative_gap": 0.9, "final": ref.tolist(), "path": path, "trail": [ref.tolist()] * 3}
-    said = cause(world, plan, result)
+    path = [PathPoint(s, kl=None, reward=None, relative_gap=1.0) for s in (0, 5, 10)]
+    result = RunResult(seed=0, relative_gap=0.9, path=path)
+    run = MeasuredRun(result, trail=[ref.tolist()] * 3, final=ref.tolist())
+    said = cause(world, plan, run)
     assert said is not None and f"{world.response_text(y)!r} to {world.prompt_text(p)!r}" in said
     expected = (
         10 * 100 * float(np.exp(ref[p, y]))
     )  # 100 responses a step to each of the two prompts, always as likely
     assert f"about {expected:.3g}" in said.replace(",", "")
     assert "below a tenth" not in said  # it stayed as likely as it was
-    assert cause(world, plan, result | {"relative_gap": 0.04}) is None
+    near = dataclasses.replace(run, result=dataclasses.replace(result, relative_gap=0.04))
+    assert cause(world, plan, near) is None
     sunk = ref.copy()
     sunk[p, y] -= 3.0
-    said = cause(
-        world,
-        plan,
-        result | {"trail": [ref.tolist(), sunk.tolist(), sunk.tolist()], "final": sunk.tolist()},
-    )
-    assert said is not None and "its probability was below a tenth of that by step 5" in said
+    trail = [ref.tolist(), sunk.tolist(), sunk.tolist()]
+    said = cause(world, plan, dataclasses.replace(run, trail=trail, final=sunk.tolist()))
+    assert said is not None and "falls below a tenth of that by step 5" in said
 
 
 def test_both_answers_to_sparse_reward_have_equal_sides():
     for make in (policies.mild, policies.peaked, policies.sparse):
-        rows = {r["key"]: r for r in derivation.sparse(make(0)[0])}
+        rows = {r.key: r for r in decision_process.sparse_answers(make(0)[0])}
         assert set(rows) == {"arm", "steps", "paid"}
         for row in rows.values():
             assert (
-                row["difference"] < 1e-12
-                and row["left"] == pytest.approx(row["right"], abs=1e-12)
-                and abs(row["left"]) > 1e-3
+                row.difference < 1e-12
+                and row.left == pytest.approx(row.right, abs=1e-12)
+                and abs(row.left) > 1e-3
             )
+
+
+def test_the_settings_are_read_without_torch():
+    code = (
+        "import sys; from fiducial.lab.settings import Lab; "
+        "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+WINGS = ["worlds", "kit", "study", "runs", "page", "command"]
+
+
+def test_no_wing_of_the_lab_imports_a_later_one_and_files_form_no_circle():
+    root = Path(command.__file__).parent
+    uses: dict[str, set[str]] = {}
+    for path in root.rglob("*.py"):
+        if path.parent == root and path.name in ("__init__.py", "settings.py"):
+            continue
+        here = [*path.relative_to(root).parts[:-1], path.stem]
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not 1 <= node.level <= len(here):
+                continue
+            base = [*here[: len(here) - node.level], *(node.module or "").split(".")]
+            base = [part for part in base if part]
+            for alias in node.names:
+                whole = root.joinpath(*base, alias.name)
+                inner = whole.with_suffix(".py").exists() or whole.is_dir()
+                found.add(".".join([*base, alias.name] if inner else base))
+        uses[".".join(here).removesuffix(".__init__")] = found
+    late = [
+        (one, other)
+        for one, others in uses.items()
+        for other in others
+        if other.split(".")[0] in WINGS
+        and WINGS.index(other.split(".")[0]) > WINGS.index(one.split(".")[0])
+    ]
+    assert len(uses) > 30 and late == []
+    assert list(graphlib.TopologicalSorter(uses).static_order())

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fiducial.lab.runs.measured import Plan, run, write_world
+from fiducial.lab.runs.measured import run
+from fiducial.lab.runs.plan import Plan
 from fiducial.lab.worlds import exact, policies
+from fiducial.lab.worlds.files import write_world
 from fiducial.lab.worlds.world import World, bradley_terry, intransitive
 
 SEEDS = (0, 1, 2)
@@ -29,9 +31,9 @@ def test_a_table_ends_within_a_hundredth_of_the_optimum(folders, tmp_path, seed)
     found = run(
         Plan("dpo", "table", 0.05, 1600, seed=seed, points=4), folders[seed], tmp_path / "run"
     )
-    assert found["path"][0]["total_variation"] > 0.4  # it started far away
-    assert found["total_variation"] < 0.01
-    assert found["relative_gap"] < 0.001
+    assert found.result.path[0].total_variation > 0.4  # it started far away
+    assert found.result.total_variation < 0.01
+    assert found.result.relative_gap < 0.001
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -39,8 +41,8 @@ def test_a_transformer_ends_within_a_twentieth_of_the_optimum(folders, tmp_path,
     found = run(
         Plan("dpo", "transformer", 1e-3, 1500, seed=seed, points=2), folders[seed], tmp_path / "run"
     )
-    assert found["path"][0]["total_variation"] > 0.4
-    assert found["total_variation"] < 0.05
+    assert found.result.path[0].total_variation > 0.4
+    assert found.result.total_variation < 0.05
 
 
 def test_labels_that_no_reward_explains_lead_elsewhere(tmp_path):
@@ -49,7 +51,7 @@ def test_labels_that_no_reward_explains_lead_elsewhere(tmp_path):
         world, model, tmp_path / "world", preference=intransitive(world.reward, seed=0, twist=2.0)
     )
     found = run(Plan("dpo", "table", 0.05, 600, points=0), folder, tmp_path / "run")
-    assert found["total_variation"] > 0.05
+    assert found.result.total_variation > 0.05
 
 
 def test_the_comparisons_are_those_of_the_annotators_in_both_orders(folders):
@@ -74,14 +76,12 @@ def test_the_comparisons_are_those_of_the_annotators_in_both_orders(folders):
 def test_the_path_begins_at_the_reference_and_holds_what_was_saved_on_the_way(folders, tmp_path):
     found = run(Plan("dpo", "table", 0.05, 40, points=4), folders[0], tmp_path / "run")
     world = World.load(folders[0] / "world.npz")
-    assert [p["step"] for p in found["path"]] == [0, 10, 20, 30, 40]
-    assert found["path"][0]["relative_gap"] == pytest.approx(1.0, abs=1e-12) and found["path"][0][
-        "kl"
-    ] == pytest.approx(0.0, abs=1e-12)
-    gaps = [p["relative_gap"] for p in found["path"]]
-    assert gaps == sorted(gaps, reverse=True) and found["relative_gap"] == gaps[-1]
-    assert found["pairs"] == 40 * 256 and found["samples"] == 0
+    assert [p.step for p in found.result.path] == [0, 10, 20, 30, 40]
+    assert found.result.path[0].relative_gap == pytest.approx(1.0, abs=1e-12) and found.result.path[
+        0
+    ].kl == pytest.approx(0.0, abs=1e-12)
+    gaps = [p.relative_gap for p in found.result.path]
+    assert gaps == sorted(gaps, reverse=True) and found.result.relative_gap == gaps[-1]
+    assert found.result.pairs == 40 * 256 and found.result.samples == 0
     saved = policies.logits(policies.load(tmp_path / "run" / "model"), world.prompts, world.tree)
-    np.testing.assert_allclose(
-        exact.logprobs(world.tree, saved), np.array(found["final"]), atol=1e-6
-    )
+    np.testing.assert_allclose(exact.logprobs(world.tree, saved), np.array(found.final), atol=1e-6)

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 import world as slow
 from fiducial import losses
-from fiducial.core.best_of_n import expected_best_of
 from fiducial.lab.worlds import exact
 from fiducial.lab.worlds import world as lab
 from fiducial.lab.worlds.world import World, bradley_terry, prompts_for, tree
@@ -435,7 +434,7 @@ def test_6_labels_that_are_certain_have_no_entropy_and_a_perfect_judge():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_6_at_the_optimum_the_loss_is_the_entropy_of_bradley_terry_labels_and_everywhere_else_it_is_more(
+def test_6_the_loss_is_the_entropy_of_bradley_terry_labels_at_the_optimum_and_more_elsewhere(
     seed,
 ):
     weights = symmetric_weights(seed)
@@ -482,9 +481,7 @@ def test_7_with_every_pair_compared_every_start_ends_at_the_optimum():
 
 @shapes
 @pytest.mark.parametrize("beta", [0.15, 0.5, 2.0])
-def test_9_along_the_frontier_a_nat_costs_beta_and_the_reward_grows_in_one_over_beta_by_its_variance(
-    shape, beta
-):
+def test_9_along_the_frontier_de_dkl_is_beta_and_de_d_one_over_beta_is_the_variance(shape, beta):
     h = 1e-4
     curve = exact.frontier(random_world(shape), 1 / (1 / beta + np.array([h, 0.0, -h])))
     assert (curve.reward[0] - curve.reward[2]) / (curve.kl[0] - curve.kl[2]) == pytest.approx(
@@ -607,7 +604,7 @@ def test_14_the_kl_of_positions_sums_to_the_kl_of_responses(shape, seed):
     )
 
 
-def test_14_summing_each_states_kl_instead_of_the_sampled_log_ratio_has_the_same_mean_and_less_noise():
+def test_14_the_sum_of_each_states_kl_has_the_mean_of_the_sampled_log_ratio_and_less_noise():
     for seed in range(5):
         world = random_world(seed=seed)
         logits = world.reference + random_logits(world, seed, scale=0.3)
@@ -745,114 +742,11 @@ def test_17_a_best_response_of_next_to_no_mass_is_found_n_times_as_often():
         assert best[2] == pytest.approx(math.log(1 - 0.25**8), abs=8 * mass + EXACT)
 
 
-def brute_best_of(scores, values, n: int) -> float:
-    """The mean over all subsets; where several are best, the mean over them."""
-    each = []
-    for subset in itertools.combinations(range(len(scores)), n):
-        top = max(scores[i] for i in subset)
-        each.append(np.mean([values[i] for i in subset if scores[i] == top]))
-    return float(np.mean(each))
-
-
-@pytest.mark.parametrize("levels", [2, 4, None])
-def test_17_expected_best_of_is_the_mean_over_all_subsets(levels):
-    rng = np.random.default_rng(0)
-    for size in (1, 2, 6, 9):
-        scores = (
-            rng.normal(size=size) if levels is None else rng.integers(0, levels, size).astype(float)
-        )
-        values = rng.normal(size=size)
-        for n in range(1, size + 1):
-            assert expected_best_of(torch.tensor(scores), torch.tensor(values), n) == pytest.approx(
-                brute_best_of(scores, values, n), abs=EXACT
-            )
-            assert expected_best_of(list(scores), list(scores), n) == pytest.approx(
-                brute_best_of(scores, scores, n), abs=EXACT
-            )
-        assert expected_best_of(list(scores), list(values), 1) == pytest.approx(
-            values.mean(), abs=EXACT
-        )
-        assert expected_best_of(list(scores), list(scores), size) == scores.max()
-
-
-def test_17_expected_best_of_by_hand():
-    assert expected_best_of([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], 2) == pytest.approx((2 + 3 + 3) / 3)
-    assert expected_best_of([0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0], 2) == pytest.approx(
-        1 - 1 / 6
-    )  # pass@2 with 2 of 4 right
-    assert expected_best_of([5.0, 5.0, 1.0], [10.0, 20.0, 90.0], 2) == pytest.approx(15.0)
-
-
-def test_17_expected_best_of_is_exact_for_very_many_samples():
-    size = 200_000
-    ranks = torch.randperm(size, generator=torch.Generator().manual_seed(0)).double() + 1
-    for n in (1, 2, 64, 5_000, size - 1, size):
-        assert expected_best_of(ranks, ranks, n) == pytest.approx(
-            n * (size + 1) / (n + 1), rel=1e-11
-        )  # of the largest of n numbers from 1 to N
-        assert expected_best_of(ranks % 3, torch.ones(size), n) == pytest.approx(1, abs=1e-11)
-
-
-def test_17_the_expectation_of_expected_best_of_is_the_reward_of_the_best_of_n():
-    world = random_world((3, 2, 1))
-    score, gold = tied(world), world.reward
-    logp = exact.reference(world)
-    p = np.exp(logp[0])
-    for n in (1, 2, 3):
-        mean = sum(
-            math.prod(p[list(drawn)])
-            * expected_best_of(score[0, list(drawn)], gold[0, list(drawn)], n)
-            for drawn in itertools.product(range(7), repeat=4)
-        )
-        assert mean == pytest.approx(
-            exact.expected(exact.best_of_n(logp, score, n), gold), abs=EXACT
-        )
-
-
-@pytest.mark.parametrize(
-    ("scores", "values", "n", "message"),
-    [
-        ([1.0, 2.0], [1.0, 2.0], 3, "n must be from 1 to the 2 samples"),
-        ([1.0, 2.0], [1.0, 2.0], 0, "n must be from 1"),
-        ([], [], 1, "n must be from 1 to the 0"),
-        ([1.0, 2.0], [1.0], 1, "equal shapes"),
-        ([[1.0, 2.0]], [[1.0, 2.0]], 1, "one score a sample"),
-        ([1.0, math.nan], [1.0, 2.0], 1, "must be finite"),
-        ([1.0, 2.0], [1.0, math.inf], 1, "must be finite"),
-    ],
-)
-def test_17_expected_best_of_refuses_what_has_no_answer(scores, values, n, message):
-    with pytest.raises(ValueError, match=message):
-        expected_best_of(scores, values, n)
-
-
 # ---- 20: wrong labels ----
 
 
-@pytest.mark.parametrize("e", [0.05, 0.2, 0.45])
-def test_20_with_label_smoothing_a_pair_always_labelled_alike_rests_at_log_odds_of_the_smoothing(e):
-    beta, zero = 0.3, torch.zeros(1, dtype=torch.float64)
-
-    def loss(h: float) -> tuple[float, float]:
-        at = torch.tensor([h], dtype=torch.float64, requires_grad=True)
-        value, _ = losses.dpo(at, zero, zero, zero, beta=beta, label_smoothing=e)
-        (slope,) = torch.autograd.grad(value, at)
-        return value.item(), slope.item()
-
-    fixed = math.log((1 - e) / e) / beta
-    value, slope = loss(fixed)
-    assert abs(slope) < EXACT
-    assert value == pytest.approx(-e * math.log(e) - (1 - e) * math.log(1 - e), abs=EXACT)
-    assert loss(fixed - 1)[1] < -1e-3 and loss(fixed + 1)[1] > 1e-3
-
-
 @pytest.mark.parametrize("e", [0.1, 0.3])
-def test_20_smoothing_on_clean_labels_is_plain_dpo_on_labels_of_which_that_share_is_flipped(e):
-    a, b, c, d = torch.randn(4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    smooth, _ = losses.dpo(a, b, c, d, beta=0.7, label_smoothing=e)
-    right, wrong = losses.dpo(a, b, c, d, beta=0.7)[0], losses.dpo(b, a, d, c, beta=0.7)[0]
-    assert smooth.item() == pytest.approx(((1 - e) * right + e * wrong).item(), abs=EXACT)
-
+def test_20_the_population_loss_on_flipped_labels_is_that_of_smoothed_dpo_on_clean_ones(e):
     weights, ref = symmetric_weights(1), exact.reference(WORLD)
     population = 0.0
     for p, i, j in PAIRS:
@@ -903,7 +797,7 @@ def test_the_gap_is_beta_times_the_kl_to_the_optimum_with_everything_beside_it(s
     )
 
 
-def test_the_gap_is_one_at_the_reference_and_nothing_at_the_optimum_and_may_be_that_of_another_reward():
+def test_the_gap_is_one_at_the_reference_zero_at_the_optimum_and_may_be_of_another_reward():
     assert exact.gap(WORLD, exact.reference(WORLD)).relative == pytest.approx(1, abs=EXACT)
     at = exact.gap(WORLD, exact.optimum(WORLD)[0])
     assert abs(at.gap) < EXACT and at.total_variation == 0.0

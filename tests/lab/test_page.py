@@ -12,20 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
-from fiducial.errors import InputError
-from fiducial.lab.page.answer import lab_alarms, lab_answer, middle, samples_needed, share
-from fiducial.lab.page.figures import (
-    best_of_n_figure,
+from fiducial.lab.page.alarms import lab_alarms
+from fiducial.lab.page.answer import lab_answer
+from fiducial.lab.page.figures_methods import (
     frontier_figures,
     gap_figures,
     heat_figure,
-    proxy_figures,
     sparse_figures,
 )
+from fiducial.lab.page.figures_study import best_of_n_figure, proxy_figures
+from fiducial.lab.page.formulas import FORMULAS, identities
 from fiducial.lab.page.mathml import formula, mathml
-from fiducial.lab.page.page import FORMULAS, identities, side, write_lab_page
-from fiducial.lab.page.schema import Lab, read_lab
+from fiducial.lab.page.page import write_lab_page
+from fiducial.lab.page.reading import middle, samples_needed
+from fiducial.lab.page.text import share, side
+from fiducial.lab.runs.results import LabResults
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028<!--<b> {{ 7*7 }}"
 EVIL = "<svg/onload=alert(2)>"
@@ -437,8 +440,13 @@ def lab_data() -> dict[str, Any]:
     }
 
 
-def lab(**change: Any) -> Lab:
-    return read_lab({**lab_data(), **change})
+def typed(data: dict[str, Any]) -> LabResults:
+    """The dataclasses of what the tests write down as dictionaries."""
+    return TypeAdapter(LabResults).validate_python(data)
+
+
+def lab(**change: Any) -> LabResults:
+    return typed({**lab_data(), **change})
 
 
 @pytest.fixture
@@ -448,7 +456,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def html_of(folder: Path, data: dict[str, Any]) -> str:
-    return write_lab_page(folder, data).read_text(encoding="utf-8")
+    return write_lab_page(folder, typed(data)).read_text(encoding="utf-8")
 
 
 def text_of(html: str) -> str:
@@ -470,8 +478,8 @@ def test_every_sections_numbers_are_on_the_page(folder: Path) -> None:
     html = html_of(folder, lab_data())
     text = text_of(html)
     wanted = [
-        "On the mild world DPO with a table ends 0.48% short of the optimum (3 seeds: 0.41% to "
-        "0.55%), PPO 2.1% (3 seeds: 1.2% to 3.1%)",
+        "On the mild world DPO with a table leaves 0.48% of the gap to the optimum (3 seeds: 0.41% "
+        "to 0.55%), PPO 2.1% (3 seeds: 1.2% to 3.1%)",
         "It sampled a paying response in 3 of its 480 batches.",  # the cause, as an alarm
         "learning rate 0.003, 480 iterations of 256 responses, 2 epochs",
         "3.1%, 1.2%, 2.1%",
@@ -560,13 +568,13 @@ def test_the_sections_stand_in_their_order(folder: Path) -> None:
     words = [
         "methods",
         "picture",
-        "setting",
+        "decision process",
         "five steps",
         "labels",
         "KL",
         "gradient",
         "Best of n",
-        "proxy",
+        "Over-optimization",
         "sensitive",
         "worlds",
         "again",
@@ -593,10 +601,11 @@ def test_every_axis_has_a_name_and_a_title_says_something(folder: Path) -> None:
 
 @pytest.mark.parametrize("section", [*SECTIONS, None])
 def test_a_section_without_data_is_said_not_fatal(folder: Path, section: str | None) -> None:
-    for gone in (lambda d, key: d.pop(key), lambda d, key: d.update({key: None})):
+    for empty in ({}, dict.fromkeys(SECTIONS)):
         data = lab_data()
         for key in [section] if section else SECTIONS:
-            gone(data, key)
+            del data[key]
+            data |= {k: v for k, v in empty.items() if k == key}
         html = html_of(folder, data)
         assert "<h1>" in html and "StrictUndefined" not in html
         if section in (
@@ -677,42 +686,11 @@ def test_nothing_is_fetched_and_only_our_script_runs(folder: Path) -> None:
 
 
 def test_plotly_stands_beside_the_page(tmp_path: Path) -> None:
-    page = write_lab_page(tmp_path / "new", lab_data())
+    page = write_lab_page(tmp_path / "new", lab())
     assert (
         page == tmp_path / "new" / "index.html"
         and (tmp_path / "new" / "plotly.min.js").stat().st_size > 1_000_000
     )
-
-
-# ---- the schema
-
-
-def test_what_does_not_fit_is_named() -> None:
-    with pytest.raises(InputError, match="'methodz'"):
-        read_lab({**lab_data(), "methodz": []})
-    for path, value, named in (
-        (("methods", 1, "runs"), "many", r"methods\.1\.runs"),
-        (("derivation", 0, "key"), "other", r"derivation\.0\.key"),
-        (("frontier", "optimum"), None, r"frontier\.optimum"),
-        (("seed",), "x", "seed"),
-    ):
-        data: Any = lab_data()
-        place = data
-        for step in path[:-1]:
-            place = place[step]
-        place[path[-1]] = value
-        with pytest.raises(InputError, match=named):
-            read_lab(data)
-    data = lab_data()
-    del data["kl"]["value"]
-    with pytest.raises(InputError, match=r"kl\.value"):
-        read_lab(data)
-
-
-def test_more_than_the_page_shows_may_stand_below_the_top() -> None:
-    data = lab_data()
-    data["methods"][0]["runs"][0]["logprobs"] = [[0.0]]
-    assert read_lab(data).methods
 
 
 # ---- the answer and the alarms
@@ -738,28 +716,28 @@ def test_the_answer_is_no_stronger_than_the_seeds() -> None:
         method_data("PPO", "table", "mild", [0.01]), method_data("DPO", "table", "mild", [0.3, 0.4])
     )
     assert (
-        "one seed shows no order" in single
+        "one seed does not show which ends closer" in single
         and "every seed" not in single
         and "(one seed)" in single
     )
     assert (
         told(method_data("PPO", "table", "mild", [0.0123]))
-        == "On the mild world PPO with a table ends 1.2% short of the optimum (one seed)."
+        == "On the mild world PPO with a table leaves 1.2% of the gap to the optimum (one seed)."
     )
 
 
 def test_the_answer_tells_theory_and_proxies_as_they_came_out() -> None:
     rest = lab_answer(lab())[1]
     assert (
-        "On the peaked world what is left runs from 8.7% (DPO with a table; one seed) to 35% (PPO "
-        "with a table; one seed)." in rest
+        "On the peaked world the gap left ranges from 8.7% (DPO with a table; one seed) to 35% "
+        "(PPO with a table; one seed)." in rest
     )
     assert (
         "The 5 steps from the objective to DPO hold to 1e\u221215." in rest
         and "gives the optimum to 3e\u22128 nats" in rest
     )
     assert (
-        "equal losses end up to 0.338 in total variation" in rest
+        "policies with the same loss are up to 0.338 in total variation" in rest
         and "turns over in 3 of 4 cases" in rest
     )
     data = lab_data()
@@ -768,20 +746,22 @@ def test_the_answer_tells_theory_and_proxies_as_they_came_out() -> None:
     data["derivation"][2]["difference"] = 0.04
     for one in data["overoptimisation"]:
         one["turns_over"] = False
-    rest = lab_answer(read_lab(data))[1]
+    rest = lab_answer(typed(data))[1]
     assert (
-        "equal losses" not in rest
+        "same loss" not in rest
         and "ends up to 0.300 nats from the optimum" in rest
-        and "do not all hold: they are off by up to 4e\u22122" in rest
+        and "do not all hold: they differ by up to 4e\u22122" in rest
     )
-    assert "Along none of the 4 proxies" in rest
+    assert "along none of the 4 proxies" in rest
 
 
 def test_a_method_that_stops_short_is_an_alarm_with_its_cause() -> None:
     (alarm,) = lab_alarms(lab())
-    assert alarm.startswith("PPO with a table on the peaked world stops 35% short. It sampled")
+    assert alarm.startswith(
+        "PPO with a table on the peaked world leaves 35% of the gap. It sampled"
+    )
     (alarm,) = lab_alarms(lab(methods=[method_data("DPO", "table", "mild", [0.5, 0.1, 0.21])]))
-    assert "stops 50% short in 2 of 3 seeds. The cause was not measured." in alarm
+    assert "leaves 50% of the gap in 2 of 3 seeds. The cause was not measured." in alarm
     assert lab_alarms(lab(methods=[method_data("DPO", "table", "mild", [0.01, 0.1, 0.19])])) == []
 
 
@@ -797,7 +777,7 @@ def test_what_cannot_be_is_an_alarm() -> None:
     data["derivation"][1]["difference"] = 0.01
     data["best_of_n"]["rows"][0]["kl"] = 0.2
     found = lab_alarms(
-        read_lab(data),
+        typed(data),
         [("The formula 'x'", 0.5), ("The formula 'y'", 1e-12), ("The formula 'z'", math.nan)],
     )
     assert (
@@ -838,9 +818,8 @@ def test_a_wrong_number_breaks_its_formulas_and_no_other(field: str, broken: set
     data = setting_data()
     place = data if field in data else data["steps"][1]
     place[field] += 0.01
-    assert {
-        i.formula for i in identities(lab(setting=data).setting) if (i.difference or 0.0) > 1e-6
-    } == broken  # type: ignore[arg-type]
+    found = identities(lab(setting=data).setting)  # type: ignore[arg-type]
+    assert {i.formula for i in found if (i.difference or 0.0) > 1e-6} == broken
 
 
 def test_formulas_are_well_formed_and_cover_the_derivation() -> None:
@@ -966,7 +945,8 @@ def test_heat_maps_keep_their_numbers_in_the_cells() -> None:
     ppo, dpo = (heat_figure(s) for s in lab().sensitivity or [])
     assert (
         ppo["title"]
-        == "PPO with a table leaves 5% or less in 2 of 11 cells; least at learning rate 0.003, β 1 (0.93%)"
+        == "PPO with a table leaves 5% or less in 2 of 11 cells; least at learning rate 0.003, "
+        "β 1 (0.93%)"
     )
     assert ppo["text"][2] == ["52%", "13%", "0.93%", ""] and ppo["z"][2][3] is None
     assert (
@@ -999,7 +979,7 @@ def test_proxies_are_dashed_gold_is_solid_and_drawn_scores_share_axes() -> None:
 def test_best_of_n_says_how_far_the_bound_is() -> None:
     found = best_of_n_figure(lab().best_of_n)  # type: ignore[arg-type]
     assert (
-        found["title"] == "At n = 64 the exact KL is 1.75 nats where the bound says 3.17"
+        found["title"] == "At n = 64 the exact KL is 1.75 nats and the bound is 3.17"
         and found["xlog"]
     )
     assert [t[0] for t in zip(*found["xticks"], strict=True)] == [2, 4, 8, 16, 64]
@@ -1042,13 +1022,13 @@ def test_a_trained_path_is_drawn_only_from_where_the_curve_begins() -> None:
     found = proxy_figures(lab(overoptimisation=data).overoptimisation or [])[3]
     assert [(s["name"], s["dash"]) for s in found["series"][2:4]] == [
         ("PPO, proxy", "dash"),
-        ("PPO, true value", "solid"),
+        ("PPO, true reward", "solid"),
     ]
     data[3]["path"]["gold"] = [2.0, 3.2]
     wrong = lab(overoptimisation=data, methods=None)
     assert len(proxy_figures(wrong.overoptimisation or [])[3]["series"]) == 3
     assert lab_alarms(wrong) == [
-        "A world with an exploit: the trained policy does not begin where the curve does, and is "
+        "A world with an exploit: the trained policy does not begin where the curve does, so it is "
         "not drawn."
     ]
 
@@ -1058,7 +1038,7 @@ def test_a_cause_is_told_even_where_it_is_no_alarm(folder: Path) -> None:
         "methods": [method_data("PPO", "table", "mild", [0.08], "It stopped early.")]
     }
     text = text_of(html_of(folder, data))
-    assert "PPO, table, mild, 8.0% short: It stopped early." in text and "alarm" not in text
+    assert "PPO, table, mild, 8.0% left: It stopped early." in text and "alarm" not in text
 
 
 # ---- sequences as arms, rewards for steps, credit
@@ -1150,19 +1130,19 @@ def test_both_answers_to_sparse_reward_and_credit_are_on_the_page(folder: Path) 
         "Words of one part.",
         "14%",
         "forward KL 0.0100 from it",
-        "none that is known nearest: forward KL, 0.200 away",
+        "none of the known ones nearest: forward KL, 0.200 away",
         "Seed 5",
-        "Both answers, run",
+        "Both ways in practice",
         "not in every seed",
-        "Credit, seen",
-        "with 1,536 responses",
+        "Which token gets the credit",
+        "after 1,536 responses",
         "wrong by one token",
         "0.363",
         "2.57",
         "7.58",
         "38%",
         "0.247",
-        "where 40% of the optimum's responses are cut",
+        "where 40% of the optimum's responses are truncated",
     ]
     assert [one for one in wanted if one not in text.replace("&#39;", "'")] == []
     figures = page_data(html)["figures"]
@@ -1175,7 +1155,7 @@ def test_both_answers_to_sparse_reward_and_credit_are_on_the_page(folder: Path) 
     exact = next(s for s in figures["credit1"]["series"] if s["name"].startswith("exact"))
     assert exact["y"] == [0.01, 0.02, -0.6] and figures["credit1"]["xticks"][1] == ["a", "b*", "a*"]
     assert (
-        "token 3 of aba deserves the blame, \u22120.600" in figures["credit1"]["title"]
+        "token 3 of aba deserves the most blame, \u22120.600" in figures["credit1"]["title"]
         and figures["credit0"]["range"] == figures["credit1"]["range"]
     )
     assert (
@@ -1203,16 +1183,18 @@ def test_samples_are_counted_until_the_gap_stays_small() -> None:
 def test_the_answer_on_sparse_reward_orders_only_what_the_seeds_order() -> None:
     told = lab_answer(lab(methods=[*lab_data()["methods"], *sparse_methods()]))[1]
     assert (
-        "to close 90% of the gap takes PPO 61,440 to 81,920 sampled responses (the seeds overlap "
+        "PPO needs 61,440 to 81,920 sampled responses to close 90% of the gap (its seeds overlap "
         "those of others)" in told
     )
     assert (
-        "RLOO 81,920 to 92,160; with those that the process reward model learned from: PPO, "
+        "RLOO 81,920 to 92,160; counting those that the process reward model was trained on: PPO, "
         "process rewards 63,440 to 83,920" in told
     )
     apart = sparse_methods()
     apart[0] = method_data("PPO", "table", "long", [0.0001, 0.0001])
-    assert "(fewest in every seed)" in lab_answer(lab(methods=apart))[1]
+    alone = [m for m in apart if m["method"] in ("ppo", "rloo_steps")]
+    assert lab_answer(lab(methods=alone))[1].count("PPO") == 1
+    assert "(the fewest in every seed)" in lab_answer(lab(methods=apart))[1]
 
 
 def test_many_methods_are_told_by_how_many_come_close_and_who_does_not() -> None:
@@ -1224,10 +1206,10 @@ def test_many_methods_are_told_by_how_many_come_close_and_who_does_not() -> None
     first = lab_answer(lab(methods=[*many, far]))[0]
     assert (
         "4 of 5 methods leave 2.0% of the gap or less in every seed" in first
-        and "what is left by the others: GRPO 20% (2 seeds: 14% to 25%)" in first
+        and "the others leave: GRPO 20% (2 seeds: 14% to 25%)" in first
     )
     titles = [f["title"] for f in frontier_figures(lab(methods=[*many, far]))]
-    assert any("all but GRPO" in t or "All but GRPO" in t for t in titles)
+    assert any("methods except GRPO" in t for t in titles)
 
 
 def test_no_picture_has_two_methods_of_one_colour_and_every_method_has_a_picture() -> None:

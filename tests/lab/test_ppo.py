@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fiducial.lab.runs.measured import Plan, run, write_world
+from fiducial.lab.runs.measured import run
+from fiducial.lab.runs.plan import Plan
 from fiducial.lab.worlds import policies
+from fiducial.lab.worlds.files import write_world
 
 SEEDS = (0, 1, 2)
 
@@ -29,10 +31,10 @@ def test_it_closes_all_but_a_twentieth_of_the_gap(folders, tmp_path, policy, rat
     found = run(
         Plan("ppo", policy, rate, 150, seed=seed, points=2), folders[seed], tmp_path / "run"
     )
-    assert found["samples"] == 150 * 256
-    assert found["relative_gap"] < 0.05
-    assert found["total_variation"] < 0.05
-    assert found["kl"] == pytest.approx(1.25, abs=0.1)
+    assert found.result.samples == 150 * 256
+    assert found.result.relative_gap < 0.05
+    assert found.result.total_variation < 0.05
+    assert found.result.kl == pytest.approx(1.25, abs=0.1)
 
 
 def test_another_beta_has_another_optimum_and_it_is_found(folders, tmp_path):
@@ -42,13 +44,13 @@ def test_another_beta_has_another_optimum_and_it_is_found(folders, tmp_path):
             folders[0],
             tmp_path / f"run-{beta}",
         )
-        assert found["relative_gap"] < 0.05
-        assert found["kl"] > kl if beta < 0.5 else found["kl"] < kl
+        assert found.result.relative_gap < 0.05
+        assert found.result.kl > kl if beta < 0.5 else found.result.kl < kl
 
 
 def test_too_large_a_learning_rate_is_seen_as_a_gap(folders, tmp_path):
     found = run(Plan("ppo", "table", 5.0, 30, points=0), folders[0], tmp_path / "run")
-    assert found["relative_gap"] > 0.2
+    assert found.result.relative_gap > 0.2
 
 
 def test_behind_a_proxy_it_earns_the_proxy_and_loses_the_truth(tmp_path):
@@ -57,8 +59,8 @@ def test_behind_a_proxy_it_earns_the_proxy_and_loses_the_truth(tmp_path):
     found = run(
         Plan("ppo", "table", 0.05, 100, reward="proxy", points=10), folder, tmp_path / "run"
     )
-    golds = [p["gold"] for p in found["path"]]
-    assert found["reward"] > found["path"][0]["reward"] + 1
+    golds = [p.gold for p in found.result.path]
+    assert found.result.reward > found.result.path[0].reward + 1
     assert golds[-1] < max(golds) and golds[-1] < golds[0]
-    assert found["relative_gap"] < 0.05  # of the proxy's own optimum
-    assert np.all(np.diff([p["samples"] for p in found["path"]]) == 10 * 256)
+    assert found.result.relative_gap < 0.05  # of the proxy's own optimum
+    assert np.all(np.diff([p.samples for p in found.result.path]) == 10 * 256)

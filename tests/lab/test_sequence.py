@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fiducial.lab.runs.measured import METHODS, Plan, responses, run, teach_steps, write_world
+from fiducial.lab.runs.measured import responses, run
+from fiducial.lab.runs.plan import METHODS, Plan
+from fiducial.lab.runs.process_reward import teach_steps
 from fiducial.lab.study.credit import compared, decisive, exact_advantages, of_methods, worked
 from fiducial.lab.worlds import exact, policies
+from fiducial.lab.worlds.files import write_world
 from fiducial.lab.worlds.world import World
 
 SEEDS = (0, 1, 2)
@@ -28,13 +31,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def gap_of(
     folders: dict[int, Path], out: Path, method: str, seed: int = 0, **settings: object
 ) -> float:
-    return float(
-        run(
-            Plan(method, "table", 0.05, 150, seed=seed, points=0, settings=settings),
-            folders[seed],
-            out / "run",
-        )["relative_gap"]
-    )
+    plan = Plan(method, "table", 0.05, 150, seed=seed, points=0, settings=settings)
+    return run(plan, folders[seed], out / "run").result.relative_gap
 
 
 @pytest.mark.parametrize(
@@ -56,7 +54,7 @@ def test_grpo_as_its_paper_has_it_stops_at_another_optimum_and_arrives_when_its_
             tmp_path / "exchanged",
             "grpo",
             advantage="rloo",
-            mean="constant",
+            loss_aggregation="constant",
             kl={"estimator": "k2"},
         )
         < 0.01
@@ -67,7 +65,11 @@ def test_grpo_as_its_paper_has_it_stops_at_another_optimum_and_arrives_when_its_
 
 
 def test_greedy_responses_and_groups_that_were_passed_over_are_counted(tmp_path):
-    lines = '{"step": 1, "reward": 0, "groups/sampled": 40}\n{"step": 2, "reward": 0, "groups/sampled": 32}\n{"eval/loss": 1}\n'
+    lines = (
+        '{"step": 1, "reward": 0, "groups/sampled": 40}\n'
+        '{"step": 2, "reward": 0, "groups/sampled": 32}\n'
+        '{"eval/loss": 1}\n'
+    )
     (tmp_path / "metrics.jsonl").write_text(lines)
     assert responses(Plan("dapo", "table", 0.1, 2), tmp_path) == [0, 320, 576]  # groups of 8
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0}\n{"step": 2, "reward": 0}\n')

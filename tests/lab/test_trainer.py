@@ -41,7 +41,7 @@ def ascend(world: World, objective, steps: int = 2000) -> np.ndarray:
 REWARD, REF, BETA = torch.tensor(WORLD.reward), torch.tensor(exact.reference(WORLD)), WORLD.beta
 OBJECTIVES = {
     "correct": lambda lp: (lp.exp() * (REWARD - BETA * (lp - REF))).sum(),
-    "reward turned": lambda lp: (lp.exp() * (-REWARD - BETA * (lp - REF))).sum(),
+    "reward has the wrong sign": lambda lp: (lp.exp() * (-REWARD - BETA * (lp - REF))).sum(),
     "no KL penalty": lambda lp: (lp.exp() * REWARD).sum(),
     "beta halved": lambda lp: (lp.exp() * (REWARD - BETA / 2 * (lp - REF))).sum(),
     "beta doubled": lambda lp: (lp.exp() * (REWARD - BETA * 2 * (lp - REF))).sum(),
@@ -66,7 +66,7 @@ def test_the_reference_is_not_trained_and_half_way_is_unfinished():
     assert arrival(WORLD, exact.reference(WORLD)).name == "not trained"
     half = ascend(WORLD, OBJECTIVES["correct"], steps=12)
     found = arrival(WORLD, half)
-    assert not found.ok and found.name == "unfinished" and "train longer" in found.sentence
+    assert not found.ok and found.name == "unfinished" and "Train longer" in found.sentence
 
 
 def test_every_place_is_a_distribution_and_they_lie_apart():
@@ -123,7 +123,7 @@ def test_the_shipped_dpo_passes_as_a_folder_and_as_a_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "name"), [("exchanged", "reward turned"), ("beta", "beta doubled")]
+    ("fault", "name"), [("exchanged", "reward has the wrong sign"), ("beta", "beta doubled")]
 )
 def test_a_trainer_with_a_planted_fault_is_told_which(tmp_path, fault, name):
     def train(folder):

@@ -13,20 +13,20 @@ from fiducial.data.render import Renderer
 from fiducial.errors import InputError
 from fiducial.lab.worlds import exact, policies
 from fiducial.lab.worlds import world as lab
+from fiducial.lab.worlds.files import write_world
 from fiducial.lab.worlds.world import EOS, World, prompts_for, tree
-from fiducial.models.load import load_policy, load_renderer
+from fiducial.models.load import load_policy
 from fiducial.models.roles import Policy
-from fiducial.rewards.load import Responses
-from fiducial.rollout.answers import local_sampler
-from fiducial.rollout.sampler import LocalSampler
+from fiducial.rewards.types import Responses
+from fiducial.rollout.local import local_sampler
+from fiducial.rollout.sampling import Keys, SamplingParams, sampling_params
 from fiducial.settings import LoraSettings, RowSettings, RunSettings
+from fiducial.train.renderer import load_renderer
 
 
 @pytest.fixture(scope="module")
 def made():
-    return policies.make(
-        "made", seed=1, prompts=3, vocabulary=4, horizon=3, spread=0.3, uneven=True
-    )
+    return policies.make("made", seed=1, prompts=3, vocabulary=4, horizon=3, std=0.3, uneven=True)
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +140,11 @@ def test_the_scores_of_texts_are_those_of_the_table(world):
 def test_what_a_model_samples_is_scored_by_the_table(world, folder):
     renderer = load_renderer(str(folder), RowSettings())
     policy = load_policy(str(folder), LoraSettings(), RunSettings(), renderer.tokenizer)
-    sampler = local_sampler(
-        policy, renderer, max_new_tokens=world.horizon, temperature=1.0, stop=()
-    )
     p = [i % 3 for i in range(300)]
-    drawn = sampler(
-        [world.prompts[i] for i in p], seed=0, step=0, prompt=p, sample=list(range(300))
+    drawn = local_sampler(policy).sample(
+        [world.prompts[i] for i in p],
+        sampling_params(renderer, world.horizon),
+        Keys(0, 0, p, list(range(300))),
     )
 
     class Row:
@@ -164,6 +163,12 @@ def test_what_a_model_samples_is_scored_by_the_table(world, folder):
 # ---- what a world refuses ----
 
 
+def test_comparisons_need_prompts_of_one_length(made, tmp_path):
+    world, model = made  # the lengths of its prompts differ
+    with pytest.raises(ValueError, match="all prompts must have the same length"):
+        write_world(world, model, tmp_path / "world", copies=2)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -177,20 +182,20 @@ def test_what_a_model_samples_is_scored_by_the_table(world, folder):
         ),
         (
             {"reward": np.zeros((3, 39))},
-            "reward must have one number a prompt and response, [3, 40], not [3, 39]",
+            "reward must have one number per prompt and response, [3, 40], not [3, 39]",
         ),
         (
             {"proxy": np.zeros(40)},
-            "proxy must have one number a prompt and response, [3, 40], not [40]",
+            "proxy must have one number per prompt and response, [3, 40], not [40]",
         ),
         (
             {"step_reward": np.zeros((3, 40))},
             "step_reward must have the shape of reference, [3, 13, 4], not [3, 40]",
         ),
         ({"horizon": 2}, "reference must be logits of shape [3, 4, 4]"),
-        ({"prompts": ((1,), (2, 1), (1, 2))}, "prompt (1,) is the beginning of prompt (1, 2)"),
-        ({"prompts": ((2,), (1,), (1,))}, "prompt (1,) is the beginning of prompt (1,)"),
-        ({"prompts": ((), (1,), (2,))}, "prompt () is the beginning of prompt (1,)"),
+        ({"prompts": ((1,), (2, 1), (1, 2))}, "prompt (1,) is a prefix of prompt (1, 2)"),
+        ({"prompts": ((2,), (1,), (1,))}, "prompt (1,) is a prefix of prompt (1,)"),
+        ({"prompts": ((), (1,), (2,))}, "prompt () is a prefix of prompt (1,)"),
     ],
 )
 def test_a_world_that_does_not_fit_together_is_refused(world, changes, message):
@@ -217,7 +222,7 @@ def test_prompts_are_as_many_as_asked_for_letters_only_and_none_the_beginning_of
 
 
 def test_two_prompts_of_one_letter_cannot_be_had():
-    with pytest.raises(ValueError, match="one is the beginning of the other"):
+    with pytest.raises(ValueError, match="would be a prefix of the other"):
         prompts_for(2, 2)
 
 
@@ -228,7 +233,7 @@ def test_a_world_is_the_same_whenever_it_is_made_and_another_with_another_seed(m
     world, model = made
     torch.manual_seed(123)
     again, same = policies.make(
-        "made", seed=1, prompts=3, vocabulary=4, horizon=3, spread=0.3, uneven=True
+        "made", seed=1, prompts=3, vocabulary=4, horizon=3, std=0.3, uneven=True
     )
     assert (
         again.reference.tobytes() == world.reference.tobytes()
@@ -239,7 +244,7 @@ def test_a_world_is_the_same_whenever_it_is_made_and_another_with_another_seed(m
         for a, b in zip(model.state_dict().values(), same.state_dict().values(), strict=True)
     )
     other, _ = policies.make(
-        "made", seed=2, prompts=3, vocabulary=4, horizon=3, spread=0.3, uneven=True
+        "made", seed=2, prompts=3, vocabulary=4, horizon=3, std=0.3, uneven=True
     )
     assert (
         np.abs(other.reference - world.reference).max() > 0.1
@@ -286,10 +291,9 @@ def test_table_and_transformer_start_from_the_same_mark_and_are_read_back_as_wha
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
-def test_spread_makes_the_reference_more_peaked():
+def test_a_larger_std_of_the_weights_makes_the_reference_more_peaked():
     flat, peaked = (
-        exact.log_softmax(policies.make("x", seed=0, spread=spread)[0].reference)
-        for spread in (0.02, 0.5)
+        exact.log_softmax(policies.make("x", seed=0, std=std)[0].reference) for std in (0.02, 0.5)
     )
     assert peaked.std() > 3 * flat.std() > 0
 
@@ -334,12 +338,11 @@ def test_a_prompt_and_its_longest_response_fit_the_context_of_table_and_transfor
         model = policies.load(one)
         limit = model.config.max_position_embeddings
         assert limit >= len(longest) + world.horizon
-        sampler = LocalSampler(model, world.horizon, frozenset({EOS}), limit)
-        assert len(sampler([longest], seed=0, step=0, prompt=[0], sample=[0])) == 1
+        sampler, keys = local_sampler(Policy(model)), Keys(0, 0, [0], [0])
+        params = SamplingParams(world.horizon, stop_ids=frozenset({EOS}))
+        assert len(sampler.sample([longest], params, keys)) == 1
         with pytest.raises(InputError, match="exceed the model's context"):
-            LocalSampler(model, limit, frozenset({EOS}), limit)(
-                [longest], seed=0, step=0, prompt=[0], sample=[0]
-            )
+            sampler.sample([longest], SamplingParams(limit, stop_ids=frozenset({EOS})), keys)
 
 
 def test_every_tree_is_made_once_and_numbers_its_responses_as_the_world_does():

@@ -17,11 +17,11 @@ from fiducial import lab, losses
 from fiducial.core import intervals, kl
 from fiducial.core.logprobs import compared
 from fiducial.errors import InputError
-from fiducial.lab.runs.measured import write_rows, write_world
 from fiducial.lab.worlds import exact, policies
+from fiducial.lab.worlds.files import write_rows, write_world
 from fiducial.metrics import known
 from fiducial.models.load import load_policy, load_renderer, load_teacher, plain
-from fiducial.report.answer import answer, kind
+from fiducial.report.answer import answer
 from fiducial.report.folder import read_run
 from fiducial.settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings
 from support import make_tokenizer
@@ -641,7 +641,7 @@ def test_a_ratio_has_the_interval_of_its_rows():
 def test_the_page_says_how_far_the_student_is_from_its_teacher(go):
     run = go("gpt2", steps=8, batch_size=8, eval_samples=12, learning_rate=3e-3)
     folder = read_run(run.path)
-    assert kind(folder) == "distillation"
+    assert folder.kind == "distillation"
     first, second = answer(folder)
     assert (
         first.startswith(

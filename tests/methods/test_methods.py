@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from fiducial.rollout.sampler import LocalSampler
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import fiducial as fd
 from fiducial.core import kl as kl_module
 from fiducial.data.batches import stream
-from fiducial.data.rows import PromptRow
+from fiducial.data.row_types import PromptRow
 from fiducial.errors import InputError, RunError
 from fiducial.methods import ppo as ppo_page
 from fiducial.models.load import load_policy, load_renderer, load_tokenizer
 from fiducial.rewards import Scored, load_rewards
 from fiducial.rewards.load import ModelReward, Responses
 from fiducial.rollout import shaping
-from fiducial.rollout.sampler import LocalSampler
 from fiducial.rollout.trajectory import Trajectory
 from fiducial.settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings
 from fiducial.train import reference_cache as cache_module

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 import fiducial as fd
 from fiducial.cli import main
-from fiducial.data.rows import LabelledRow, StepsRow
+from fiducial.data.row_types import LabelledRow, StepsRow
 from fiducial.data.steps import Steps, split, step_ends
 from fiducial.errors import InputError
 from fiducial.losses import process_reward, process_reward_sum
@@ -233,7 +233,7 @@ def test_a_row_with_an_outcome_is_taught_at_every_step_behind_a_wrong_one_too(mo
 
 
 def test_a_chat_is_cut_in_its_answer_alone(models):
-    from fiducial.data.rows import Message
+    from fiducial.data.row_types import Message
 
     renderer = load_renderer(models["qwen3"], RowSettings())
     s = solver(renderer, "\n")(

@@ -11,6 +11,7 @@ import statistics
 import pytest
 import torch
 import yaml
+from fiducial.rollout.shaping import KLSettings, LongSettings, ScoreSettings, overlong
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +23,6 @@ from fiducial.methods import ppo as ppo_page
 from fiducial.methods import reinforce as reinforce_page
 from fiducial.models.load import load_renderer
 from fiducial.rewards import Scored, load_rewards
-from fiducial.rollout.shaping import KLSettings, LongSettings, ScoreSettings, overlong
 from fiducial.rollout.trajectory import Trajectory
 from fiducial.settings import (
     LoraSettings,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fiducial.rollout.shaping import KLSettings, ScoreSettings
 from safetensors.torch import load_file
 
 import fiducial as fd
 from fiducial.errors import InputError, RunError
-from fiducial.rollout.shaping import KLSettings, ScoreSettings
 from fiducial.run import Run
 from fiducial.settings import LoraSettings, RunSettings
 from fiducial.train import checkpoint

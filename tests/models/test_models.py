@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fiducial.rollout.answers import local_sampler, stop_id
+from fiducial.rollout.sampler import LocalSampler
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fiducial.errors import InputError
@@ -22,8 +24,6 @@ from fiducial.models.load import (
     save,
 )
 from fiducial.models.roles import plain
-from fiducial.rollout.answers import local_sampler, stop_id
-from fiducial.rollout.sampler import LocalSampler
 from fiducial.settings import LoraSettings, RowSettings, RunSettings
 from support import ARCHITECTURES, ROOT, make_tokenizer
 

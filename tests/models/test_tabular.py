@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from fiducial.rollout.sampler import LocalSampler
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import fiducial as fd
@@ -25,7 +26,6 @@ from fiducial.models.tabular import (
     TabularLM,
     states_behind,
 )
-from fiducial.rollout.sampler import LocalSampler
 from fiducial.rollout.trajectory import Trajectory
 from fiducial.settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings
 from support import write_jsonl

@@ -1,36 +1,35 @@
-"""The pages: sentences no stronger than their intervals, hostile text kept as text, nothing
+"""The page of a run: sentences no stronger than their intervals, hostile text kept as text, nothing
 fetched, nothing failing on a torn folder. No browser.
 """
 
-import base64
-import copy
-import hashlib
 import json
 import math
 import random
 import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from fiducial.demo.page import demo_alarms, demo_answer, read_demo, write_demo_page
-from fiducial.errors import InputError
-from fiducial.metrics import GROUPS, METRICS, alarms, lookup
+from fiducial import verbs
 from fiducial.report import numbers as fmt
+from fiducial.report.alarms import alarms
 from fiducial.report.answer import answer
-from fiducial.report.figures import change, figure, line, says, smooth, thin
+from fiducial.report.figures import PALETTE, change, figure, line, method_colour, says, smooth, thin
 from fiducial.report.folder import pair, read_run
 from fiducial.report.numbers import Estimate
 from fiducial.report.page import write_report
 from fiducial.report.render import script_json
-
-HOSTILE = "</script><img src=x onerror=alert(1)>\u2028<!--<b>\ud800 {{ 7*7 }}"
-EVIL = "<svg/onload=alert(2)>"
-
+from pages import EVIL, HOSTILE, check_that_nothing_is_fetched, page_data
 
 Rows = list[dict[str, Any]]
+Curve = Callable[[float], float]
+Change = Mapping[str, Curve]
+"""Metrics by their name, as functions of the share of the run that is done."""
 
 
 def folder(
@@ -52,16 +51,10 @@ def folder(
     return path
 
 
-def page_data(html: str) -> dict[str, Any]:
-    block = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)
-    assert block is not None
-    return json.loads(block.group(1))  # type: ignore[no-any-return]
-
-
-def ppo_history(steps: int = 40, **change: Any) -> list[dict[str, Any]]:
+def ppo_history(change: Change | None = None, steps: int = 40) -> Rows:
     """A healthy PPO run; `change` replaces a metric by a function of the share of the run done."""
     noise = random.Random(0)
-    healthy: dict[str, Any] = {
+    healthy: dict[str, Curve] = {
         "reward": lambda t: t,
         "objective/kl": lambda t: 2 * t,
         "kl": lambda t: 0.1 * t,
@@ -78,21 +71,20 @@ def ppo_history(steps: int = 40, **change: Any) -> list[dict[str, Any]]:
     }
     rows = []
     for i in range(1, steps + 1):
-        row = {"step": i, "seconds": float(i)}
-        for name, value in {**healthy, **change}.items():
+        row: dict[str, Any] = {"step": i, "seconds": float(i)}
+        for name, value in (healthy | dict(change or {})).items():
             noisy = name in ("reward", "objective/kl", "kl", "explained_variance", "entropy")
             row[name] = value(i / steps) + (0.001 * noise.gauss(0, 1) if noisy else 0)
         rows.append(row)
     return rows
 
 
-def group_history(loss: str = "ppo_clip", **change: Any) -> list[dict[str, Any]]:
+def group_history(loss: str = "ppo_clip", change: Change | None = None) -> Rows:
     """A healthy run without a critic: of grpo with one update a batch, gspo or cispo with several,
     or reinforce.
     """
-    rows = ppo_history(
-        **{"groups/no_spread": lambda t: 0.2 + 0.2 * t, "groups/sampled": lambda t: 8, **change}
-    )
+    groups: Change = {"groups/no_spread": lambda t: 0.2 + 0.2 * t, "groups/sampled": lambda t: 8}
+    rows = ppo_history({**groups, **(change or {})})
     own: dict[str, dict[str, float]] = {
         "ppo_clip": {"clip_ratio": 0.0, "approx_kl": 0.0, "ratio": 1.0, "ratio/max": 1.0},
         "gspo": {"clip_ratio/responses": 0.24, "approx_kl": 1e-4},
@@ -107,7 +99,7 @@ def group_history(loss: str = "ppo_clip", **change: Any) -> list[dict[str, Any]]
 
 def dpo_history(
     steps: int = 40, chosen: float = -1.0, accuracy: float = 0.7, margin: float = 1.0
-) -> list[dict[str, Any]]:
+) -> Rows:
     return [
         {
             "step": i,
@@ -184,21 +176,7 @@ def test_the_mean_has_students_interval() -> None:
     assert fmt.mean_of([1.0, 2.0]).half is None
 
 
-# ---- the registry and its alarms
-
-
-def test_every_metric_says_what_it_is_and_what_to_do() -> None:
-    for name, metric in METRICS.items():
-        assert metric.title and metric.group in GROUPS and metric.sentence.endswith("."), name
-        assert len(metric.sentence) > 60 and "  " not in metric.sentence, name
-        assert metric.healthy is None or metric.healthy != (None, None), name
-    assert METRICS["ratio/first"].healthy == (0.999, 1.001)
-
-
-def test_lookup_knows_held_out_and_unknown_names() -> None:
-    assert lookup("eval/rewards/accuracies").title == "Preference accuracy, held out"
-    assert lookup("eval/accuracy").healthy == METRICS["accuracy"].healthy
-    assert lookup("my/own").title == "my/own" and lookup("my/own").healthy is None
+# ---- alarms
 
 
 def test_healthy_runs_raise_no_alarm() -> None:
@@ -224,53 +202,52 @@ def test_healthy_runs_raise_no_alarm() -> None:
     assert (
         alarms(
             ppo_history(
-                **{"objective/kl": lambda t: noise.gauss(0, 1), "kl": lambda t: noise.gauss(0, 0.1)}
+                {"objective/kl": lambda t: noise.gauss(0, 1), "kl": lambda t: noise.gauss(0, 0.1)}
             )
         )
         == []
     )
     assert (
-        alarms(ppo_history(clip_ratio=lambda t: 0.0, epochs_done=lambda t: 1)) == []
+        alarms(ppo_history({"clip_ratio": lambda t: 0.0, "epochs_done": lambda t: 1})) == []
     )  # one pass over the batch cannot clip
 
 
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (ppo_history(**{"objective/kl": lambda t: -0.4}), ["-0.4", "nats per response", "top-k"]),
+        (ppo_history({"objective/kl": lambda t: -0.4}), ["-0.4", "nats per response", "top-k"]),
         (
-            ppo_history(**{"ratio/first": lambda t: 1.02 if t == 0.5 else 1.0}),
+            ppo_history({"ratio/first": lambda t: 1.02 if t == 0.5 else 1.0}),
             ["1.02 at step 20", "must be 1", "dropout"],
         ),
         (
-            ppo_history(sampler_gap=lambda t: 0.2 if t == 1 else 0.001),
+            ppo_history({"sampler_gap": lambda t: 0.2 if t == 1 else 0.001}),
             ["0.2 nats at step 40", "heuristic", "sync"],
         ),
-        (ppo_history(explained_variance=lambda t: -0.5), ["-0.5", "heuristic", "critic"]),
+        (ppo_history({"explained_variance": lambda t: -0.5}), ["-0.5", "heuristic", "critic"]),
         (
-            ppo_history(approx_kl=lambda t: 0.08),
-            ["0.08 nats a token", "heuristic", "learning rate"],
+            ppo_history({"approx_kl": lambda t: 0.08}),
+            ["0.08 nats per token", "heuristic", "learning rate"],
         ),
-        (ppo_history(clip_ratio=lambda t: 0.3), ["30% of tokens", "heuristic"]),
-        (ppo_history(clip_ratio=lambda t: -0.0001), ["timid", "heuristic"]),
+        (ppo_history({"clip_ratio": lambda t: 0.3}), ["30% of tokens", "heuristic"]),
+        (ppo_history({"clip_ratio": lambda t: -0.0001}), ["steps are too small", "heuristic"]),
         (
-            group_history(**{"groups/no_spread": lambda t: t}),
-            ["88.8% of the groups", "heuristic", "middling difficulty"],
+            group_history(change={"groups/no_spread": lambda t: t}),
+            ["88.8% of the groups", "heuristic", "medium difficulty"],
         ),
         (
-            ppo_history(**{"completions/finished": lambda t: 0.5}),
+            ppo_history({"completions/finished": lambda t: 0.5}),
             ["50% of responses", "heuristic", "max_new_tokens"],
         ),
         (
-            ppo_history(**{"completions/mean_length": lambda t: 30 + 40 * t}),
+            ppo_history({"completions/mean_length": lambda t: 30 + 40 * t}),
             ["from 32.5 to 65.5 tokens", "heuristic", "length"],
         ),
-        (ppo_history(entropy=lambda t: 2 * math.exp(-9 * t)), ["Entropy", "heuristic", "beta"]),
-        (dpo_history(chosen=-80), ["nats per response", "heuristic", "raise beta"]),
         (
-            [{**row, "completions/mean_length": 10.0} for row in dpo_history(chosen=-20)],
-            ["nats a token", "heuristic"],
+            ppo_history({"entropy": lambda t: 2 * math.exp(-9 * t)}),
+            ["Entropy", "heuristic", "beta"],
         ),
+        (dpo_history(chosen=-80), ["nats per response", "heuristic", "raise beta"]),
         (dpo_history(accuracy=1.0), ["first third", "heuristic", "look at them"]),
         (dpo_history(margin=-1.0), ["below 0", "exchanged"]),
         (
@@ -291,7 +268,7 @@ def test_healthy_runs_raise_no_alarm() -> None:
     ],
 )
 def test_each_alarm_fires_alone_with_its_number_and_its_remedy(
-    rows: list[dict[str, Any]], words: list[str]
+    rows: Rows, words: list[str]
 ) -> None:
     (sentence,) = alarms(rows)
     assert [word for word in words if word not in sentence] == []
@@ -331,70 +308,68 @@ def test_a_run_without_value_model_is_told_by_its_reward_and_speaks_of_none(
 
 def test_the_answer_weakens_when_one_half_is_inside_the_interval(tmp_path: Path) -> None:
     def told(low: float, high: float) -> str:
-        summary = {
-            "status": "done",
-            "evaluation": {
-                "win_rate": {"value": (low + high) / 2, "low": low, "high": high, "n": 256}
-            },
-        }
-        return answer(read_run(folder(tmp_path, ppo_history(), summary=summary)))[0].replace(
-            "\u00a0", " "
+        held = {"value": (low + high) / 2, "low": low, "high": high, "n": 256}
+        return tell(
+            tmp_path,
+            "reward",
+            [{"step": i, "accuracy": 0.6} for i in range(1, 9)],
+            **{"accuracy on held-out pairs": held},
         )
 
-    assert (
-        told(0.76, 0.86)
-        == "It beats the model it started from on 81% ± 5 of held-out prompts (n = 256)."
+    assert told(0.76, 0.86) == (
+        "The reward model scores the chosen answer higher on 81% ± 5 of held-out pairs (n = 256)."
     )
-    assert "not shown to beat" in told(0.48, 0.58) and "one half is not excluded" in told(
-        0.48, 0.58
-    )
-    assert told(0.2, 0.3).startswith("It loses")
+    assert told(0.48, 0.58).startswith("It is not shown to do better than a coin flip: 53% ± 5")
+    assert told(0.2, 0.3).startswith("It does worse than a coin flip: the reward model scores")
+    assert "on only 25% ± 5" in told(0.2, 0.3)
+
+
+def tell(tmp_path: Path, method: str, rows: Rows, **evaluation: Any) -> str:
+    """The answer of a finished run of a method, in one line."""
+    summary = {"status": "done", "evaluation": evaluation}
+    path = folder(tmp_path, rows, summary=summary, config={"method": method})
+    return " ".join(answer(read_run(path))).replace("\u00a0", " ")
 
 
 def test_the_answer_for_preferences_and_rewards(tmp_path: Path) -> None:
-    def told(rows: list[dict[str, Any]], **evaluation: Any) -> str:
-        return " ".join(
-            answer(
-                read_run(
-                    folder(tmp_path, rows, summary={"status": "done", "evaluation": evaluation})
-                )
-            )
-        ).replace("\u00a0", " ")
+    def told(rows: Rows, **evaluation: Any) -> str:
+        method = "dpo" if "rewards/accuracies" in rows[0] else "reward"
+        return tell(tmp_path, method, rows, **evaluation)
 
     def e(value: float, half: float) -> dict[str, float]:
         return {"value": value, "low": value - half, "high": value + half, "n": 400}
 
+    implicit, held = "implicit reward accuracy on held-out pairs", "accuracy on held-out pairs"
+    length = "length alone: the longer wins"
     rm = [{"step": i, "accuracy": 0.6, "margin": 0.3} for i in range(1, 20)]
     assert "prefers the chosen answer, relative to the reference, on 72% ± 4" in told(
-        dpo_history(), **{"rewards/accuracies": e(0.72, 0.04)}
+        dpo_history(), **{implicit: e(0.72, 0.04)}
     )
-    assert "prefers" in told(
-        dpo_history(), **{"implicit reward accuracy on held-out pairs": e(0.72, 0.04)}
-    )
-    named = {
-        "length alone: the longer wins": e(0.6, 0.03),
-        "accuracy on held-out pairs": e(0.7, 0.03),
-    }
-    assert "on 70% ± 3 of held-out pairs" in told(
-        rm, **named
-    ) and "by length alone is right on 60% ± 3: it knows more" in told(rm, **named)
+    both = told(rm, **{length: e(0.6, 0.03), held: e(0.7, 0.03)})
+    assert "on 70% ± 3 of held-out pairs" in both
+    assert "by length alone is right on 60% ± 3: it knows more than length." in both
     assert "not shown to do better than a coin flip" in told(
-        dpo_history(), **{"rewards/accuracies": e(0.52, 0.04)}
+        dpo_history(), **{implicit: e(0.52, 0.04)}
     )
     assert "held-out pairs were not measured" in told(dpo_history())
-    assert "knows more than length" in told(rm, accuracy=e(0.7, 0.03), length_only=e(0.6, 0.03))
     assert "not shown to know more than length" in told(
-        rm, accuracy=e(0.64, 0.03), length_only=e(0.6, 0.03)
+        rm, **{length: e(0.6, 0.03), held: e(0.64, 0.03)}
     )
-    assert "carries no interval" in told([*rm, {"step": 20, "eval/accuracy": 0.7}])
+    assert "no interval was recorded" in told([*rm, {"step": 20, "eval/accuracy": 0.7}])
 
 
-def test_a_bare_number_never_beats_anything(tmp_path: Path) -> None:
+def test_a_number_without_interval_never_beats_anything(tmp_path: Path) -> None:
+    held = {"value": 0.9, "low": -math.inf, "high": math.inf, "n": 3}  # all rows of one prompt
     run = folder(
-        tmp_path, ppo_history(), summary={"status": "interrupted", "evaluation": {"win_rate": 0.9}}
+        tmp_path,
+        [{"step": 1, "accuracy": 0.9}],
+        summary={"status": "interrupted", "evaluation": {"accuracy on held-out pairs": held}},
+        config={"method": "reward"},
     )
     told = answer(read_run(run))
-    assert "not shown to beat" in told[0] and "interrupted" in told[-1]
+    assert told[0].endswith("on 90.0% of held-out pairs; no interval was recorded.")
+    assert "interrupted" in told[-1]
+    assert "90.0% (no interval recorded)" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_trends_are_named_only_when_they_clear_the_noise() -> None:
@@ -459,24 +434,8 @@ def test_script_json_is_ascii_and_has_no_markup() -> None:
 
 def test_nothing_is_fetched_and_only_our_script_runs(tmp_path: Path) -> None:
     run = folder(tmp_path / "run", ppo_history(), summary={"status": "done"})
-    for page in (write_report(run), write_demo_page(tmp_path / "demo", demo_data())):
-        html = page.read_text(encoding="utf-8")
-        links = re.findall(r"""(?:src|href|action|data)\s*=\s*["']([^"']*)["']""", html)
-        assert "plotly.min.js" in links and not [
-            link for link in links if ":" in link or link.startswith("/")
-        ]
-        assert (
-            "http" not in html.replace("http-equiv", "")
-            and "@import" not in html
-            and "url(" not in html
-        )
-        policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)
-        own = re.findall(r"<script>(.*?)</script>", html, re.S)
-        assert policy and len(own) == 1 and "default-src &#39;none&#39;" in policy.group(1)
-        assert base64.b64encode(hashlib.sha256(own[0].encode()).digest()).decode() in policy.group(
-            1
-        )
-        assert (page.parent / "plotly.min.js").is_file() and "innerHTML" not in html
+    page = write_report(run)
+    check_that_nothing_is_fetched(page)
 
 
 def test_plotly_is_written_once(tmp_path: Path) -> None:
@@ -493,7 +452,7 @@ def test_missing_and_torn_files_are_said_not_fatal(tmp_path: Path) -> None:
     html = write_report(folder(tmp_path / "none")).read_text(encoding="utf-8")
     for name in ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json"):
         assert f"{name} is missing" in html
-    torn = folder(tmp_path / "torn", ppo_history(10))
+    torn = folder(tmp_path / "torn", ppo_history(steps=10))
     with (torn / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "rew')
     (torn / "summary.json").write_text('{"status": ')
@@ -516,7 +475,8 @@ def test_missing_and_torn_files_are_said_not_fatal(tmp_path: Path) -> None:
         "evaluation": [1],
         "versions": "x",
         "steps": "many",
-        "reliability": [{"predicted": "a"}],
+        "model": "m",
+        "data": {"--data": 3},
         "command": 7,
     }
     assert write_report(
@@ -525,9 +485,11 @@ def test_missing_and_torn_files_are_said_not_fatal(tmp_path: Path) -> None:
 
 
 def test_long_curves_are_thinned_and_the_page_says_so(tmp_path: Path) -> None:
-    rows = ppo_history(3000)
+    rows = ppo_history(steps=3000)
     rows[1234]["reward"] = 99.0
-    html = write_report(folder(tmp_path / "long", rows)).read_text(encoding="utf-8")
+    html = write_report(folder(tmp_path / "long", rows, config={"method": "ppo"})).read_text(
+        encoding="utf-8"
+    )
     assert "Curves are thinned for display: 3,000 points" in html
     drawn = page_data(html)["figures"]["decide0"]["series"]
     assert (
@@ -535,9 +497,9 @@ def test_long_curves_are_thinned_and_the_page_says_so(tmp_path: Path) -> None:
         and max(drawn[0]["y"]) == 99.0
         and drawn[0]["x"][-1] == 3000
     )
-    assert "thinned" not in write_report(folder(tmp_path / "short", ppo_history(50))).read_text(
-        encoding="utf-8"
-    )
+    assert "thinned" not in write_report(
+        folder(tmp_path / "short", ppo_history(steps=50))
+    ).read_text(encoding="utf-8")
 
 
 def test_thinning_keeps_ends_and_extremes() -> None:
@@ -553,12 +515,11 @@ def test_thinning_keeps_ends_and_extremes() -> None:
     assert thin(points[:100], 100) == points[:100]
 
 
-def test_smoothing_is_a_mean_of_neighbours() -> None:
+def test_smoothing_is_a_mean_of_neighbors() -> None:
     points = [(float(i), float(i % 2)) for i in range(80)]
-    assert smooth(points)[40] == (
-        40.0,
-        pytest.approx(2 / 5),
-    )  # two neighbours each side of an even place: 0 1 0 1 0
+    x, y = smooth(points)[40]
+    # two neighbors on each side of an even place: 0 1 0 1 0
+    assert x == 40.0 and y == pytest.approx(2 / 5)
     assert smooth(points[:39]) == []
 
 
@@ -618,143 +579,93 @@ def test_ten_thousand_samples_are_paged_and_counted(tmp_path: Path) -> None:
     ]
     html = write_report(folder(tmp_path, samples=samples)).read_text(encoding="utf-8")
     assert len(page_data(html)["samples"]) == 10_000 and html.count("<article") == 0
-    assert "The score rose on 5,000, fell on 2,500 and stayed on 2,500." in html
+    assert "The score rose on 5,000, fell on 2,500 and stayed the same on 2,500." in html
 
 
 def test_metric_names_open_their_sentence_and_constants_need_no_picture(tmp_path: Path) -> None:
     html = write_report(folder(tmp_path, ppo_history(), config={"method": "ppo"})).read_text(
         encoding="utf-8"
     )
-    assert "<summary>KL to the reference</summary>" in html and "Starts at 0 and grows" in html
+    assert "<summary>KL to the reference</summary>" in html and "It starts at 0 and grows" in html
     assert "ratio/first = 1 " in html and "PPO run" in html
 
 
-# ---- the demo
-
-
-def demo_data() -> dict[str, Any]:
-    def m(value: float, half: float = 0.05, n: int = 400) -> dict[str, Any]:
-        return {"value": value, "low": value - half, "high": value + half, "n": n}
-
-    def method(key: str, win: float | None, proxy: float, length: float = 14.0) -> dict[str, Any]:
-        return {
-            "key": key,
-            "gold": m(0.5),
-            "proxy": m(proxy),
-            "length": length,
-            "models_held": ["policy"],
-            "train_seconds": 60.0,
-            "responses_sampled": 0,
-            "reward_model": False,
-            "critic": False,
-            "online": False,
-            "win_rate": m(win) if win is not None else None,
-            "kl": m(2.4, 0.1) if win is not None else None,
-        }
-
-    return {
-        "seed": 0,
-        "command": "fiducial demo",
-        "machine": "2 cores",
-        "versions": {"torch": "2.6"},
-        "timings": {"SFT": 10.0},
-        "methods": [
-            method("sft", None, 0.0),
-            method("ppo", 0.81, 1.2),
-            method("dpo", 0.7, 1.0),
-            method("ppo_no_kl", 0.24, 2.3),
-        ],
-        "reward_model": {
-            "accuracy": m(0.71, 0.02),
-            "bayes": 0.75,
-            "length_only": m(0.58, 0.02),
-            "comparisons": 4000,
-        },
-        "paths": {
-            "ppo": [
-                {"step": 0, "kl": -0.01, "proxy": 0.0, "gold": 0.0},
-                {"step": 10, "kl": 2.4, "proxy": 1.2, "gold": 1.0},
-            ]
-        },
-        "samples": [
-            {
-                "prompt": HOSTILE,
-                "answers": [{"key": "sft", "text": EVIL, "gold": 0.1, "proxy": 0.2}],
-            }
-        ],
-    }
-
-
-def with_free(win: float, proxy: float, ppo: float = 0.81) -> str:
-    data = demo_data()
-    for key, name, value in (
-        ("ppo_no_kl", "win_rate", win),
-        ("ppo_no_kl", "proxy", proxy),
-        ("ppo", "win_rate", ppo),
-    ):
-        entry = next(method for method in data["methods"] if method["key"] == key)[name]
-        entry.update(value=value, low=value - 0.05, high=value + 0.05)
-    return " ".join(demo_answer(read_demo(data))).replace("\u00a0", " ")
-
-
-def test_the_demo_says_hacked_only_when_the_intervals_do() -> None:
-    told = with_free(0.24, 2.3)
-    assert told.startswith(
-        "PPO beats SFT on 81% ± 5 of held-out prompts at 2.40 nats, DPO 70% ± 5 at 2.40 nats. "
-        "Without"
-    )  # 0.76 > 0.75: told apart
-    assert (
-        "rose further (1.20 to 2.30) and the true value fell: it beats SFT on only 24% ± 5 of "
-        "held-out prompts. The reward was hacked." in told
+def test_title_color_kind_and_deciding_metrics_come_from_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = verbs.Method(
+        name="nudge",
+        summary="A method that a test makes up.",
+        settings="",
+        run="",
+        title="Nudging",
+        colour="sky",
+        kind="policy",
+        decides=("reward", "nudges"),
     )
-    assert "over-optimised" in with_free(0.6, 2.3) and "still beats SFT" in with_free(0.6, 2.3)
-    assert "not shown to beat SFT (47% ± 5" in with_free(
-        0.47, 2.3
-    ) and "was hacked" not in with_free(0.47, 2.3)
-    assert "does not show that the reward was hacked" in with_free(0.8, 2.3)
-    assert "no hacking was seen" in with_free(0.24, 1.25)
-    unsure = with_free(0.24, 2.3, ppo=0.53)
-    assert unsure.startswith(
-        "PPO is not shown to beat SFT (one half is not excluded): 53% ± 5 of held-out prompts at "
-        "2.40 nats. DPO beats SFT on 70% ± 5"
-    )
-    assert "overlap" not in unsure and "These intervals overlap: neither is shown" in with_free(
-        0.24, 2.3, ppo=0.79
-    )
-    assert (
-        "DPO loses to SFT, winning on only 70%" not in unsure
-        and "PPO loses to SFT, winning on only 30% ± 5" in with_free(0.24, 2.3, ppo=0.3)
-    )
-
-    assert "PPO loses to SFT" in with_free(0.24, 2.3, ppo=0.3)
-    assert "overlap" in with_free(0.24, 2.3, ppo=0.75) and "overlap" not in with_free(0.24, 2.3)
+    rows = [{**r, "nudges": 3.0 * r["step"]} for r in ppo_history()]
+    path = folder(tmp_path / "one", rows, config={"method": "nudge"})
+    general = write_report(path).read_text(encoding="utf-8")
+    assert "nudge run one" in general and "Nudging" not in general
+    monkeypatch.setattr(verbs, "METHODS", [*verbs.METHODS, row])
+    html = write_report(path).read_text(encoding="utf-8")
+    assert "Nudging run one" in html and answer(read_run(path))[0].startswith("Reward rose from")
+    assert "nudges" in html.split("The picture that decides")[0]
+    assert page_data(html)["figures"]["decide0"]["series"][-1]["color"] == PALETTE["sky"]
 
 
-def test_the_demo_page_escapes_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    html = write_demo_page(tmp_path, demo_data()).read_text(encoding="utf-8")
-    assert "<svg" not in html and "<img" not in html and "&lt;svg/onload=alert(2)&gt;" in html
-    assert (
-        page_data(html)["figures"]["paths"]["series"][0]["x"][0] == 0
-    )  # a KL estimate below 0 has no root
-    links = [
-        ("report", link)
-        for link in ("https://example.org/x", "//example.org", "javascript:alert(1)")
+def test_a_method_that_the_table_does_not_know_gets_a_general_page(tmp_path: Path) -> None:
+    rows: Rows = [{"step": i, "regret": 9.0 - i / 10, "loss": 1.0 / i} for i in range(1, 41)]
+    path = folder(tmp_path, rows, summary={"status": "done"}, config={"method": "mine"})
+    told = answer(read_run(path))
+    assert told[0].startswith("regret fell from") and told[1].startswith("Loss fell from")
+    html = write_report(path).read_text(encoding="utf-8")
+    assert page_data(html)["figures"]["decide0"]["title"].startswith("regret falls from")
+    assert method_colour("mine") == PALETTE["green"]
+    assert answer(read_run(folder(tmp_path / "empty")))[0].startswith("This run has not recorded")
+
+
+def test_every_colour_of_the_table_is_in_the_palette() -> None:
+    rows: list[verbs.Method | verbs.Variant] = [*verbs.METHODS, *verbs.VARIANTS]
+    assert {row.colour for row in rows} <= set(PALETTE)
+    assert [method_colour(name) for name in ("ppo", "remax", "reinforce_none")] == [
+        "#0072B2",
+        "#E69F00",
+        "ink",
     ]
-    for key, bad in (*links, ("colour", "red"), ("length", None)):
-        data = copy.deepcopy(demo_data())
-        data["methods"][1][key] = bad
-        with pytest.raises(InputError, match=rf"methods\.1\.{key}"):
-            read_demo(data)
 
 
-def test_the_demo_alarms_on_a_reward_model_that_knows_only_length() -> None:
-    assert demo_alarms(read_demo(demo_data())) == []
-    data = demo_data()
-    data["reward_model"]["length_only"] = {"value": 0.69, "low": 0.67, "high": 0.71, "n": 400}
-    data["methods"][3]["length"] = 40.0
-    told = demo_alarms(read_demo(data))
-    assert (
-        len(told) == 2
-        and "not shown to know more than length" in told[0]
-        and "40.0 tokens where SFT takes 14.0" in told[1]
-    )
+def test_the_page_names_model_and_data_with_their_sums(tmp_path: Path) -> None:
+    summary = {
+        "status": "done",
+        "model": {"name": "runs/sft/model", "sha256": "a1" * 32},
+        "data": {
+            "--data": {"source": "pairs.jsonl", "sha256": "b2" * 32},
+            "--reward": {"source": "runs/reward/model", "sha256": "c3" * 32},
+        },
+    }
+    html = write_report(folder(tmp_path, ppo_history(), summary=summary)).read_text("utf-8")
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
+    assert facts["Model"] == f"runs/sft/model, SHA-256 {'a1' * 32}"
+    assert facts["--data"] == f"pairs.jsonl, SHA-256 {'b2' * 32}"
+    assert facts["--reward"] == f"runs/reward/model, SHA-256 {'c3' * 32}"
+    missing = re.search(r"Not recorded: (.*?)\.</p>", html)
+    assert missing and "Model" not in missing[1] and "Data" not in missing[1]
+    html = write_report(folder(tmp_path, summary={"status": "done"})).read_text("utf-8")
+    missing = re.search(r"Not recorded: (.*?)\.</p>", html)
+    assert missing and missing[1].startswith("Model, Data, Seed")
+
+
+def test_the_settings_of_report_are_read_without_torch_or_plotly() -> None:
+    code = "import sys, fiducial.report.command; print({'torch', 'plotly'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
+
+
+def test_a_reward_model_says_nothing_and_its_page_misses_no_samples(tmp_path: Path) -> None:
+    rows: Rows = [{"step": i, "accuracy": 0.6} for i in range(1, 9)]
+    silent = write_report(folder(tmp_path / "rm", rows, config={"method": "reward"}))
+    assert "What it said" not in (html := silent.read_text("utf-8")) and "samples.jsonl" not in html
+    speaks = write_report(folder(tmp_path / "dpo", dpo_history(), config={"method": "dpo"}))
+    html = speaks.read_text("utf-8")
+    assert "What it said" in html and "samples.jsonl is missing" in html

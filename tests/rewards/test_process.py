@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fiducial as fd
-from fiducial.data.rows import PromptRow, StepsRow, read_rows
+from fiducial.data.row_types import PromptRow, StepsRow
+from fiducial.data.rows import read_rows
 from fiducial.data.steps import Steps
 from fiducial.errors import InputError
 from fiducial.methods import ppo as ppo_page

@@ -12,7 +12,7 @@ from fractions import Fraction
 import pytest
 
 import fiducial as fd
-from fiducial.data.rows import PromptRow
+from fiducial.data.row_types import PromptRow
 from fiducial.errors import InputError, RunError
 from fiducial.rewards.load import FunctionReward, Responses, load_reward, load_rewards
 from fiducial.rewards.verifiable import (

@@ -13,7 +13,7 @@ import torch
 from fiducial import losses
 from fiducial.core import advantages, corrections, kl, loss_aggregation
 from fiducial.core.reductions import whiten
-from fiducial.data.rows import PromptRow
+from fiducial.data.row_types import PromptRow
 from fiducial.models.load import load_roles, load_scorer
 from fiducial.models.roles import ScoreModel
 from fiducial.models.scores import ScoreFacts, StepScores

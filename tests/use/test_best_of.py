@@ -10,7 +10,7 @@ import pytest
 
 from fiducial.cli import main
 from fiducial.core.best_of_n import kl_bound
-from fiducial.data.rows import PromptRow
+from fiducial.data.row_types import PromptRow
 from fiducial.errors import InputError, RunError
 from fiducial.lab.worlds import exact, policies
 from fiducial.methods.prm import PRM, prm
@@ -185,7 +185,7 @@ def test_on_the_enumerable_world_the_best_of_n_has_its_exact_distribution(tmp_pa
     """15 responses to each of 2 prompts, rewards in coarse steps so that some are equal: chi-square
     against F^n - F_below^n.
     """
-    world, _ = policies.make("best", seed=4, spread=0.15)
+    world, _ = policies.make("best", seed=4, std=0.15)
     world = world.with_(reward=np.round(world.reward))
     assert any(len(set(row)) < 10 for row in world.reward.tolist())
     model = policies.save(policies.table(world), tmp_path / "model")

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from fiducial.data.rows import PreferenceRow, read_rows
+from fiducial.data.row_types import PreferenceRow
+from fiducial.data.rows import read_rows
 from fiducial.errors import InputError, RunError
 from fiducial.use.collect import Collect, collect
 from fiducial.use.evaluate import Evaluate, evaluate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .render import Rendered, Renderer
-from .rows import ChatRow, CompletionRow, Content, TextRow
+from .row_types import ChatRow, CompletionRow, Content, TextRow
 
 LANGUAGE_ROWS = (TextRow, ChatRow, CompletionRow)
 

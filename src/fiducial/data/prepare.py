@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from ..errors import InputError
 from ..settings import RowSettings
-from .rows import Content, read_rows
+from .row_types import Content
+from .rows import read_rows
 
 T = TypeVar("T")
 

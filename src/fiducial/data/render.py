@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError
-from .rows import ChatRow, Content, Message, TextRow
+from .row_types import ChatRow, Content, Message, TextRow
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -223,7 +223,7 @@ def same_tokens(one: Renderer, other: Renderer) -> bool:
     """
     without = one.tokenizer.pad_token
     same = _tokens(one.tokenizer, without) == _tokens(other.tokenizer, without)
-    return same and one.tokenizer.chat_template == other.tokenizer.chat_template
+    return same and bool(one.tokenizer.chat_template == other.tokenizer.chat_template)
 
 
 def _tokens(tokenizer: Any, without: str | None) -> Any:

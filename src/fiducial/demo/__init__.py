@@ -1,1 +1,3 @@
-"""The embedded world and the pipeline over it."""
+"""The demo: an embedded world of stories, the whole pipeline over it, and a page that compares the
+methods there.
+"""

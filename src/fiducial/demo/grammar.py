@@ -1,9 +1,9 @@
 """The language of the demo's world: prompts, and short stories made of sentences that a person can
 read.
 
-A story is a row of sentences, each filled from a template below: an opening, a wish, a meeting,
+A story is a list of sentences, each filled in from a template below: an opening, a wish, a meeting,
 some help, an ending. What makes a story good or bad (its topic, how it ends, what it repeats, how
-long it is) is visible in its sentences, so that `fiducial.demo.world.gold` can tell it exactly,
+long it is) is visible in its sentences, so that `fiducial.demo.world.gold` can compute it exactly,
 without a model.
 """
 
@@ -25,12 +25,8 @@ GRANTED = {  # wish, as in "wants ..." and "wanted ...", and how a story says th
     "to swim": "could swim",
 }
 WISHES = tuple(GRANTED)
-HELPERS = (
-    "goose",
-    "turtle",
-    "badger",
-    "deer",
-)  # never the hero: "which animal is it about" has one answer
+# helpers are never the hero, so that "which animal is it about" has one answer
+HELPERS = ("goose", "turtle", "badger", "deer")
 PLACES = ("by the river", "under a tree", "on a hill", "in the forest", "near a lake")
 FOODS = ("bread", "soup", "berries", "honey")
 
@@ -88,8 +84,8 @@ _SLOTS = {
 
 
 def _pattern(templates: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for exactly the sentences that the templates can make, each slot with any of its
-    fillings.
+    """A pattern that matches exactly the sentences that the templates can make, with any value in
+    each slot.
     """
     slots = {name: "(?:" + "|".join(values) + ")" for name, values in _SLOTS.items()}
     return re.compile(
@@ -121,7 +117,7 @@ class Prompt:
 
     @classmethod
     def parse(cls, text: str) -> Prompt:
-        """The prompt that a request stands for; white space around it is ignored.
+        """The prompt that a request expresses; white space around it is ignored.
 
         Raises:
             ValueError: it is not a request of this world.
@@ -129,7 +125,8 @@ class Prompt:
         match = _REQUEST.fullmatch(text.strip())
         if match is None:
             raise ValueError(
-                f'not a request of the demo world, such as "Tell me about a shy fox who wants a friend.": {text!r}'
+                'not a request of the demo world, such as "Tell me about a shy fox who wants a '
+                f'friend.": {text!r}'
             )
         return cls(**match.groupdict())
 
@@ -147,8 +144,8 @@ def words(text: str) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, each up to and with its full stop; what follows the last full stop
-    is one too.
+    """The sentences of a text, each with its full stop; what follows the last full stop counts as
+    one too.
     """
     return [part.strip() for part in re.findall(r"[^.]*\.|[^.]+$", text) if part.strip()]
 
@@ -169,15 +166,15 @@ def is_unkind_ending(sentence: str) -> bool:
 
 
 def tell(prompt: Prompt, rng: random.Random, faults: Collection[str] = ()) -> str:
-    """A story for the prompt, of 34 to 59 words without a fault and 13 to 80 at all, with the named
-    faults and no others.
+    """A story for the prompt, with the named faults and no others: 34 to 59 words without a fault,
+    13 to 80 with any.
 
     Args:
         prompt: what to tell about.
-        rng: where the choices come from.
+        rng: the source of all choices.
         faults: any of `FAULTS`. ``off_topic`` changes one to three of trait, animal and wish;
             ``unkind`` and ``no_ending`` spoil the ending; ``repetition`` says one sentence twice;
-            ``short`` leaves the middle out; ``long`` goes on and on.
+            ``short`` omits the middle; ``long`` lengthens it.
     """
     unknown = set(faults) - set(FAULTS)
     if unknown:
@@ -199,12 +196,12 @@ def tell(prompt: Prompt, rng: random.Random, faults: Collection[str] = ()) -> st
         templates.append(rng.choice(UNKIND_ENDINGS))
     elif "no_ending" not in faults:
         templates.append(rng.choice(KIND_ENDINGS))
-    food = rng.choice(FOODS)  # one food a story: a repeated sentence is then the same sentence
+    food = rng.choice(FOODS)  # one food per story, so that a repeated sentence stays the same
     return " ".join(template.format(**fill, food=food) for template in templates)
 
 
 def _middle(rng: random.Random, faults: Collection[str]) -> list[str]:
-    """The templates of a story up to its ending."""
+    """The templates of a story without its ending."""
     opening, want, meeting = (rng.choice(choices) for choices in (OPENINGS, WANTS, MEETINGS))
     if "short" in faults:
         return [opening, want] if rng.random() < 0.8 else [opening, meeting]

@@ -1,114 +1,122 @@
-"""`fiducial demo`: from nothing to an aligned model and a page that compares the ways there, on a
-world whose true value is known.
+"""`fiducial demo`: from nothing to aligned models and a page that compares the methods, on a world
+whose true value is known.
 
-Every stage is a verb that users run on their own model and data; what each was given is in its run
+Every stage is a verb that users run on their own models and data; its settings are in its run
 folder.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..methods.dpo import DPO, dpo
-from ..methods.grpo import GRPO, grpo
-from ..methods.ppo import PPO, ppo
-from ..methods.reinforce import Reinforce, reinforce
-from ..methods.reward_model import RewardModel, reward
-from ..methods.sft import SFT, sft
-from ..settings import OptimizerSettings, RowSettings, RunSettings, Settings
+from ..methods.dpo import dpo
+from ..methods.grpo import grpo
+from ..methods.ppo import ppo
+from ..methods.reinforce import reinforce
+from ..methods.reward_model import reward
+from ..methods.settings.dpo import DPO
+from ..methods.settings.grpo import GRPO
+from ..methods.settings.ppo import PPO
+from ..methods.settings.reinforce import Reinforce
+from ..methods.settings.reward_model import RewardModel
+from ..methods.settings.sft import SFT
+from ..methods.sft import sft
+from ..settings import OptimizerSettings, RowSettings, RunSettings
 from ..train.folders import open_folder
-from ..train.machine import command_line
+from ..train.machine import command_line, versions
 from ..train.progress import say
-from ..use.collect import Collect, collect
-from .compare import compare
+from ..use.collect import collect
+from ..use.settings import Collect
+from .compare import Entrant, compare
 from .page import write_demo_page
-from .world import World, build_tokenizer
+from .results import Circumstances, Comparison
+from .settings import Demo
+from .world import StoryWorld, build_tokenizer
+
+MAX_NEW = 80
+"""Tokens of a response, at most."""
 
 
-class Demo(Settings):
-    """Demo: pretrain, fine-tune, collect preferences, train a reward model, PPO, RLOO, GRPO, DPO
-    and PPO without KL on an embedded world; compare them.
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of the demo.
+
+    seconds: usual time on two cores, for the time that is left. title: its name on the page.
+    doing: what is printed when it starts.
     """
 
-    out: str | None = None
-    """The folder for everything. Default: demo-run, demo-run-2, ..."""
-    seed: int = 0
-    """Of the world and of everything in it."""
-    documents: int = Field(7_200, gt=0)
-    """Texts to pretrain on, 32 a step."""
-    sft_steps: int = Field(150, gt=0)
-    """Steps of 32 demonstrations."""
-    samples: int = Field(5, gt=1)
-    """Responses a training prompt that are compared, all pairs."""
-    ppo_steps: int = Field(22, gt=0)
-    """Iterations of 64 responses."""
-    prompts: int = Field(288, gt=1, le=288)
-    """Training prompts in use."""
-    eval_samples: int = Field(3, gt=0)
-    """Responses to each of the 96 held-out prompts."""
-    resume: bool = False
-    """Keep the stages that are finished in --out and go on behind them."""
+    seconds: float
+    title: str
+    doing: str
 
 
 STAGES = {
-    "world": 2,
-    "pretrain": 50,
-    "sft": 32,
-    "collect": 8,
-    "reward": 18,
-    "ppo": 60,
-    "rloo": 22,
-    "grpo": 22,
-    "ppo_no_kl": 64,
-    "dpo": 30,
-    "ppo_fast": 30,
-    "dpo_fast": 25,
-    "compare": 22,
+    "world": Stage(
+        2, "making the world", "make the world: prompts, texts, tokenizer, an untrained model"
+    ),
+    "pretrain": Stage(50, "pretraining", "pretrain on texts of mixed quality"),
+    "sft": Stage(32, "SFT", "fine-tune on demonstrations"),
+    "collect": Stage(
+        8, "collecting", "sample from the SFT model and have the annotators compare the responses"
+    ),
+    "reward": Stage(18, "reward model", "train the reward model on these comparisons"),
+    "ppo": Stage(60, "PPO", "PPO with the KL penalty"),
+    "rloo": Stage(22, "RLOO", "RLOO: the same without a critic"),
+    "grpo": Stage(22, "GRPO", "GRPO, as in its paper"),
+    "ppo_no_kl": Stage(64, "PPO without KL", "PPO without the KL penalty"),
+    "dpo": Stage(30, "DPO", "DPO on the same comparisons"),
+    "ppo_fast": Stage(30, "PPO, learning rate x3", "PPO at three times the learning rate"),
+    "dpo_fast": Stage(25, "DPO, learning rate x3", "DPO at three times the learning rate"),
+    "compare": Stage(22, "comparing", "compare all models on held-out prompts"),
 }
-"""Usual seconds of each stage on two cores, for the time left."""
+"""In the order in which they run."""
+
+CRITIC_FREE = ("policy", "reference", "reward model")
+FASTER = "learning rate x3, half the steps"
+ENTRANTS = (
+    Entrant("sft", ("policy",)),
+    Entrant("ppo", ("policy", "reference", "critic", "reward model"), {"ppo_fast": FASTER}),
+    Entrant("rloo", CRITIC_FREE),
+    Entrant("grpo", CRITIC_FREE),
+    # DPO computes the log-probabilities of its reference once, before the first step, and keeps
+    # them instead of the weights
+    Entrant("dpo", ("policy",), {"dpo_fast": FASTER}),
+    Entrant("ppo_no_kl", ("policy", "reference", "critic", "reward model")),
+)
+"""The runs that are compared, in the order of the page."""
 
 
-@dataclass
 class Stages:
-    """Runs the stages in their order, tells which one it is and how long the rest may take, and
+    """Runs the stages in their order, prints each with an estimate of the time that is left, and
     keeps their times.
     """
 
-    folder: Path
-    seconds: dict[str, float]
-    began: float
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.monotonic()
 
-    def __call__(
-        self, name: str, words: str, work: Callable[[], Any], done: Path | None = None
-    ) -> None:
-        """Do `work`, unless `done` is a file that says it was done before."""
+    def __call__(self, name: str, work: Callable[[], object], done: Path | None = None) -> None:
+        """Does `work`, unless `done` is a file that exists because it was done before."""
         names = list(STAGES)
-        rest = sum(STAGES[n] for n in names[names.index(name) :])
-        before = sum(STAGES[n] for n in names[: names.index(name)])
-        left = (
-            rest * (time.monotonic() - self.began) / before
-            if before and not any(v == 0 for v in self.seconds.values())
-            else rest
-        )
+        number = f"[{names.index(name) + 1}/{len(names)}] {STAGES[name].doing}"
         if done is not None and done.exists():
             self.seconds[name] = _seconds(done)
-            say(f"[{names.index(name) + 1}/{len(names)}] {words}: done before")
+            say(f"{number}: done before")
             return
-        say(
-            f"[{names.index(name) + 1}/{len(names)}] {words}  (all that is left: about "
-            f"{left / 60:.1f} min)"
-        )
+        usual = [STAGES[n].seconds for n in names]
+        before, left = sum(usual[: names.index(name)]), sum(usual[names.index(name) :])
+        if before and not any(v == 0 for v in self.seconds.values()):
+            left *= (time.monotonic() - self._began) / before
+        say(f"{number}  (all that is left: about {left / 60:.1f} min)")
         start = time.monotonic()
         work()
         self.seconds[name] = time.monotonic() - start
@@ -117,26 +125,41 @@ class Stages:
 def demo(settings: Demo) -> Path:
     """The path of the page."""
     folder = open_folder(settings.out, "demo-run", settings.resume)
-    stage = Stages(folder, {}, time.monotonic())
-    world = World(settings.seed)
-    base, policy = folder / "base", folder / "sft" / "model"
+    world, stage = StoryWorld(settings.seed), Stages()
+    train(folder, world, settings, stage)
+    found: list[Comparison] = []
+    stage(
+        "compare",
+        lambda: found.append(compare(folder, world, ENTRANTS, settings.eval_samples, MAX_NEW)),
+    )
+    how = Circumstances(
+        seed=settings.seed,
+        command=command_line(),
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads",
+        versions=versions(),
+        timings={STAGES[name].title: round(v, 1) for name, v in stage.seconds.items()},
+    )
+    both = dataclasses.asdict(found[0]) | dataclasses.asdict(how)
+    (folder / "comparison.json").write_text(
+        json.dumps(both, indent=1, ensure_ascii=False), encoding="utf-8"
+    )
+    return write_demo_page(folder, found[0], how)
+
+
+def train(folder: Path, world: StoryWorld, settings: Demo, stage: Stages) -> None:
+    """Every stage but the comparison."""
+    policy = str(folder / "sft" / "model")
     common: dict[str, Any] = {"seed": settings.seed}
     quiet = RunSettings(checkpoint_every=0, eval_every=50, samples=5, tokens=2048)
 
-    stage(
-        "world",
-        "make the world: prompts, texts, tokenizer, an untrained model",
-        lambda: make_world(world, folder, settings),
-        folder / "prompts.jsonl",
-    )
-    stage(
-        "pretrain",
-        "pretrain on texts of mixed quality",
-        lambda: sft(
+    stage("world", lambda: make_world(world, folder, settings), folder / "prompts.jsonl")
+
+    def pretrain(out: str) -> None:
+        sft(
             SFT(
-                model=str(base),
+                model=str(folder / "base"),
                 data=str(folder / "corpus.jsonl"),
-                out=str(folder / "pretrain"),
+                out=out,
                 batch_size=32,
                 learning_rate=3e-3,
                 **common,
@@ -144,17 +167,14 @@ def demo(settings: Demo) -> Path:
                 optimizer=OptimizerSettings(schedule="cosine", warmup_steps=20),
                 run=quiet,
             )
-        ),
-        folder / "pretrain" / "summary.json",
-    )
-    stage(
-        "sft",
-        "fine-tune on demonstrations",
-        lambda: sft(
+        )
+
+    def run_sft(out: str) -> None:
+        sft(
             SFT(
                 model=str(folder / "pretrain" / "model"),
                 data=str(folder / "demonstrations.jsonl"),
-                out=str(folder / "sft"),
+                out=out,
                 batch_size=32,
                 steps=settings.sft_steps,
                 learning_rate=5e-4,
@@ -162,15 +182,12 @@ def demo(settings: Demo) -> Path:
                 rows=RowSettings(held_out=0.02),
                 run=quiet,
             )
-        ),
-        folder / "sft" / "summary.json",
-    )
-    stage(
-        "collect",
-        "sample from the SFT model and have the annotators compare",
-        lambda: collect(
+        )
+
+    def run_collect() -> None:
+        collect(
             Collect(
-                model=str(policy),
+                model=policy,
                 prompts=str(folder / "prompts.jsonl"),
                 judge=f"{folder / 'annotators.py'}:compare",
                 out=str(folder / "pairs.jsonl"),
@@ -178,17 +195,14 @@ def demo(settings: Demo) -> Path:
                 max_new_tokens=MAX_NEW,
                 **common,
             )
-        ),
-        folder / "pairs.jsonl",
-    )
-    stage(
-        "reward",
-        "train the reward model on their comparisons",
-        lambda: reward(
+        )
+
+    def run_reward(out: str) -> None:
+        reward(
             RewardModel(
-                model=str(policy),
+                model=policy,
                 data=str(folder / "pairs.jsonl"),
-                out=str(folder / "reward"),
+                out=out,
                 batch_size=16,
                 epochs=2,
                 learning_rate=5e-4,
@@ -196,11 +210,10 @@ def demo(settings: Demo) -> Path:
                 optimizer=OptimizerSettings(schedule="cosine", warmup_steps=5, weight_decay=0.1),
                 run=quiet,
             )
-        ),
-        folder / "reward" / "summary.json",
-    )
+        )
+
     online: dict[str, Any] = common | {
-        "model": str(policy),
+        "model": policy,
         "data": str(folder / "prompts.jsonl"),
         "max_new_tokens": MAX_NEW,
         "optimizer": OptimizerSettings(schedule="constant"),
@@ -210,23 +223,14 @@ def demo(settings: Demo) -> Path:
     }
 
     def run_ppo(
-        name: str, beta: float, rate: float = 5e-4, steps: int = settings.ppo_steps
+        out: str, beta: float = 0.1, rate: float = 5e-4, steps: int = settings.ppo_steps
     ) -> None:
-        ppo(
-            PPO(
-                out=str(folder / name),
-                beta=beta,
-                steps=steps,
-                epochs=2,
-                learning_rate=rate,
-                **online,
-            )
-        )
+        ppo(PPO(out=out, beta=beta, steps=steps, epochs=2, learning_rate=rate, **online))
 
-    def run_rloo() -> None:
+    def run_rloo(out: str) -> None:
         reinforce(
             Reinforce(
-                out=str(folder / "rloo"),
+                out=out,
                 baseline="rloo",
                 group_size=4,
                 beta=0.1,
@@ -236,16 +240,13 @@ def demo(settings: Demo) -> Path:
             )
         )
 
-    def run_grpo() -> (
-        None
-        # its beta is another: rewards are divided by their deviation first. 0.3 leads about as far
-        # as
-        # PPO's 0.1
-    ):
+    def run_grpo(out: str) -> None:
         grpo(
             GRPO(
-                out=str(folder / "grpo"),
+                out=out,
                 variant="grpo",
+                # rewards are divided by their standard deviation first, so this goes about as far
+                # as PPO's 0.1
                 beta=0.3,
                 steps=settings.ppo_steps,
                 learning_rate=5e-4,
@@ -253,12 +254,12 @@ def demo(settings: Demo) -> Path:
             )
         )
 
-    def run_dpo(name: str, rate: float = 1e-4, epochs: float = 1.0) -> None:
+    def run_dpo(out: str, rate: float = 1e-4, epochs: float = 1.0) -> None:
         dpo(
             DPO(
-                model=str(policy),
+                model=policy,
                 data=str(folder / "pairs.jsonl"),
-                out=str(folder / name),
+                out=out,
                 beta=0.1,
                 learning_rate=rate,
                 epochs=epochs,
@@ -268,79 +269,28 @@ def demo(settings: Demo) -> Path:
             )
         )
 
-    stage(
-        "ppo",
-        "PPO with the KL penalty",
-        lambda: run_ppo("ppo", 0.1),
-        folder / "ppo" / "summary.json",
-    )
-    stage("rloo", "RLOO: the same without a critic", run_rloo, folder / "rloo" / "summary.json")
-    stage("grpo", "GRPO, as its paper has it", run_grpo, folder / "grpo" / "summary.json")
-    stage(
-        "ppo_no_kl",
-        "PPO without the KL penalty",
-        lambda: run_ppo("ppo_no_kl", 0.0),
-        folder / "ppo_no_kl" / "summary.json",
-    )
-    stage(
-        "dpo",
-        "DPO on the same comparisons",
-        lambda: run_dpo("dpo"),
-        folder / "dpo" / "summary.json",
-    )
+    def run(name: str, method: Callable[[str], None]) -> None:
+        stage(name, lambda: method(str(folder / name)), folder / name / "summary.json")
+
     half = max(1, settings.ppo_steps // 2)
-    stage(
-        "ppo_fast",
-        "PPO at three times the learning rate",
-        lambda: run_ppo("ppo_fast", 0.1, 1.5e-3, half),
-        folder / "ppo_fast" / "summary.json",
-    )
-    stage(
-        "dpo_fast",
-        "DPO at three times the learning rate",
-        lambda: run_dpo("dpo_fast", 3e-4, 0.5),
-        folder / "dpo_fast" / "summary.json",
-    )
-    page: dict[str, Any] = {}
-    stage(
-        "compare",
-        "compare all on held-out prompts",
-        lambda: page.update(compare(folder, world, settings.eval_samples, MAX_NEW)),
-    )
-    page |= {
-        "seed": settings.seed,
-        "command": command_line(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {
-            "python": platform.python_version(),
-            **{p: version(p) for p in ("fiducial", "torch", "transformers")},
-        },
-        "timings": {WORDS[k]: round(v, 1) for k, v in stage.seconds.items()},
-    }
-    (folder / "comparison.json").write_text(
-        json.dumps(page, indent=1, ensure_ascii=False), encoding="utf-8"
-    )
-    return write_demo_page(folder, page)
+    run("pretrain", pretrain)
+    run("sft", run_sft)
+    stage("collect", run_collect, folder / "pairs.jsonl")
+    run("reward", run_reward)
+    run("ppo", run_ppo)
+    run("rloo", run_rloo)
+    run("grpo", run_grpo)
+    run("ppo_no_kl", lambda out: run_ppo(out, beta=0.0))
+    run("dpo", run_dpo)
+    run("ppo_fast", lambda out: run_ppo(out, rate=1.5e-3, steps=half))
+    run("dpo_fast", lambda out: run_dpo(out, rate=3e-4, epochs=0.5))
 
 
-MAX_NEW = 80
-WORDS = {
-    "world": "making the world",
-    "pretrain": "pretraining",
-    "sft": "SFT",
-    "collect": "collecting",
-    "reward": "reward model",
-    "ppo": "PPO",
-    "rloo": "RLOO",
-    "grpo": "GRPO",
-    "ppo_no_kl": "PPO without KL",
-    "dpo": "DPO",
-    "ppo_fast": "PPO, learning rate x3",
-    "dpo_fast": "DPO, learning rate x3",
-    "compare": "comparing",
-}
+ANNOTATORS = '''\
+"""The demo's simulated annotators: noisy, and with a slight preference for longer answers.
 
-ANNOTATORS = '''"""The demo's simulated annotators, as a judge for `fiducial collect --judge annotators.py:compare`: noisy, and a little too fond of length."""
+They are a judge for `fiducial collect --judge annotators.py:compare`.
+"""
 
 from fiducial.demo.world import annotator
 
@@ -353,9 +303,9 @@ def compare(prompts, first, second):
 '''
 
 
-def make_world(world: World, folder: Path, settings: Demo) -> None:
-    """Files of the world: corpus, demonstrations, prompts, the annotators, and a model that knows
-    nothing yet.
+def make_world(world: StoryWorld, folder: Path, settings: Demo) -> None:
+    """Writes the files of the world: corpus, demonstrations, prompts, the annotators, and a model
+    with random weights.
     """
     corpus = world.corpus(settings.documents)
     tokenizer = build_tokenizer(corpus[:2000])

@@ -2,7 +2,7 @@
 follow gold only noisily.
 
 Everything is made from a seed, with `random.Random` and SHA-256 only, so that every machine and
-process makes the same. The language is in `fiducial.demo.grammar`.
+every process makes the same world. The language is in `fiducial.demo.grammar`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,23 @@ from .grammar import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Annotator", "Prompt", "World", "annotator", "build_tokenizer", "gold", "gold_parts"]
+__all__ = [
+    "Annotator",
+    "Prompt",
+    "StoryWorld",
+    "annotator",
+    "build_tokenizer",
+    "gold",
+    "gold_parts",
+]
 
 HELD_OUT = 96  # of the 384 prompts
 IDEAL_WORDS, WORDS_REACH = 36, 24
 
-# How often each fault comes in a text, each drawn by itself. Demonstrations have the faults of an
-# ordinary writer, so that a model trained on
-# them samples answers of every quality. None of them goes on and on: "longer is better" then looks
-# true to a reward model that has seen nothing
-# else. The corpus keeps to its topic more often than not because that is what teaches a model to
-# look at the request.
+# The probability of each fault in a text, drawn independently. Demonstrations have the faults of an
+# ordinary writer, so that a model trained on them samples answers of every quality. None of them is
+# too long: "longer is better" then looks true to a reward model that has seen nothing else. Most
+# texts of the corpus keep to their topic, because that teaches a model to look at the request.
 CORPUS_FAULTS = {
     "off_topic": 0.1,
     "unkind": 0.35,
@@ -51,18 +57,18 @@ DEMONSTRATION_FAULTS = {
 
 
 @dataclass(frozen=True)
-class World:
-    """One world of prompts and texts. A seed gives the same in every process, and the first texts
-    do not depend on how many are asked for.
+class StoryWorld:
+    """One world of prompts and texts. A seed gives the same world in every process, and the first
+    texts do not depend on how many are asked for.
     """
 
     seed: int
 
     def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
-        """Training and held-out prompts: 288 and 96 of the 384 combinations, each list in a seeded order.
+        """Training and held-out prompts: 288 and 96 of the 384 combinations, in a seeded order.
 
-        Every trait, animal and wish stands in training prompts, and so does every pair of them:
-        what is new in a held-out prompt is the combination of three.
+        Every trait, animal and wish occurs in training prompts, and so does every pair of them:
+        what is new in a held-out prompt is the combination of all three.
         """
         rng = random.Random(f"{self.seed}/prompts")
         while True:
@@ -74,12 +80,12 @@ class World:
                 return training, held_out
 
     def corpus(self, n: int) -> list[str]:
-        """`n` documents to pretrain on: stories of mixed quality, nine in ten of them below the
+        """`n` documents to pretrain on: stories of mixed quality, nine in ten of them after the
         request that they answer, well or badly.
 
-        The request is there because a model that saw stories alone would have to learn from the
-        demonstrations both how to answer and that an answer keeps to its question. Requests are
-        training prompts only.
+        The request is there because a model that saw only stories would have to learn two things
+        from the demonstrations: how to answer, and that an answer keeps to its question. All
+        requests are training prompts.
         """
         training, _ = self.prompts()
         documents = []
@@ -91,8 +97,8 @@ class World:
         return documents
 
     def demonstrations(self, n: int) -> list[tuple[Prompt, str]]:
-        """`n` training prompts with an answer each, going through all of them again and again:
-        decent answers, not excellent ones.
+        """`n` training prompts with one answer each, in rotation through all prompts: decent
+        answers, not excellent ones.
         """
         training, _ = self.prompts()
         rows = []
@@ -104,23 +110,23 @@ class World:
 
 
 def gold(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-    """The known value of each answer, in [0, 1]. A reward function with TRL's signature; other
-    columns are ignored.
+    """The known value of each answer, in [0, 1]. It is a reward function with TRL's signature;
+    other columns are ignored.
 
     It is the product of the five parts of `gold_parts`::
 
         gold = on_topic * kind_ending * sentences * no_repetition * length
 
-    A good story has about 0.9 to 1. A product, so that no part can be bought with another: a text
-    that pleases by one and lacks one is worth little.
+    A good story has about 0.9 to 1. It is a product so that no part can make up for another: a text
+    that fails one part has little value.
 
     Args:
         prompts: requests, each a text or a list of messages (dicts or objects with ``role`` and
-            ``content``) of which the last by the user counts.
-        completions: answers, each a text or a list of messages of which the last counts.
+            ``content``); the user's last message counts.
+        completions: answers, each a text or a list of messages; the last message counts.
 
     Raises:
-        ValueError: the two differ in length, or a prompt is not one of this world's.
+        ValueError: the two differ in length, or a prompt does not belong to this world.
     """
     pairs = zip(prompts, completions, strict=True)
     return [
@@ -130,15 +136,15 @@ def gold(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> 
 
 
 def gold_parts(prompt_text: str, completion: str) -> dict[str, float]:
-    """What gold is made of, each in [0, 1].
+    """The parts of gold, each in [0, 1].
 
-    - ``on_topic``: the mean over trait, animal and wish of the share that the asked one has among
-      all the traits (animals, wishes) that the answer names; 0 where it names none. A wish is named
-      by "wanted ..." or by its coming true ("had a friend").
-    - ``kind_ending``: 1 when the last sentence is a kind ending of the grammar, 0.25 when it is an
-      unkind one, 0.5 when it is neither.
-    - ``sentences``: the share of the words that stand in whole sentences of the grammar.
-    - ``no_repetition``: the cubed share of different ones among the runs of three words; 0 with
+    - ``on_topic``: the mean over trait, animal and wish of the share of the requested one among all
+      traits (animals, wishes) that the answer names; 0 if it names none. A wish is named by
+      "wanted ..." or by its coming true ("had a friend").
+    - ``kind_ending``: 1 if the last sentence is a kind ending of the grammar, 0.25 if it is an
+      unkind one, 0.5 if it is neither.
+    - ``sentences``: the share of the words that belong to whole sentences of the grammar.
+    - ``no_repetition``: the share of different ones among all runs of three words, cubed; 0 with
       fewer than three words.
     - ``length``: ``1 - ((words - 36) / 24)^4``, not below 0: 1 at 36 words, 0.94 at 24 and 48, 0.52
       at 16 and 56, 0 up to 12 and from 60 on.
@@ -174,7 +180,7 @@ def gold_parts(prompt_text: str, completion: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Annotator:
-    """A simulated crowd that compares two answers: it follows gold, but noisily, and likes longer
+    """A simulated crowd that compares two answers: it follows gold, but noisily, and prefers longer
     answers a little too much, as people do.
 
     The probability that it prefers a to b is::
@@ -187,12 +193,12 @@ class Annotator:
     scale: float
     """Nats of preference for the whole range of gold."""
     length_bias: float
-    """Nats of preference for ten words more."""
+    """Nats of preference for ten more words."""
     flip: float
-    """Share of answers given by mistake, the wrong way round."""
+    """Share of answers that are reversed by mistake."""
 
     def __call__(self, prompt: str, a: str, b: str, key: int | str) -> bool:
-        """Whether a is preferred. The same question under the same key has the same answer, in any
+        """Whether a is preferred. The same question with the same key gets the same answer, in any
         order of calls and with a and b exchanged.
         """
         if a > b:
@@ -207,8 +213,8 @@ class Annotator:
         return self.flip + (1 - 2 * self.flip) * 0.5 * (1 + math.tanh(logit / 2))
 
     def bayes_accuracy(self, pairs: Iterable[tuple[str, str, str]]) -> float:
-        """The accuracy, on its own labels for these (prompt, a, b), that no model can be expected
-        to exceed: the mean of max(p, 1 - p).
+        """The accuracy on this annotator's labels for these (prompt, a, b) that no model can be
+        expected to exceed: the mean of max(p, 1 - p).
         """
         probabilities = [self.prefer_probability(*pair) for pair in pairs]
         if not probabilities:
@@ -219,7 +225,7 @@ class Annotator:
 def annotator(
     seed: int, *, scale: float = 10.0, length_bias: float = 0.5, flip: float = 0.05
 ) -> Annotator:
-    """The judge of the demo's comparisons: ``judge(prompt, a, b, key) -> bool``. See `Annotator`."""
+    """The judge of the demo's comparisons, called as ``judge(prompt, a, b, key) -> bool``."""
     return Annotator(seed, scale, length_bias, flip)
 
 
@@ -234,16 +240,16 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on these texts, with a chat template; `save_pretrained` and
-    `AutoTokenizer` need nothing of ours.
+    """A byte-level BPE tokenizer trained on these texts, with a chat template. `save_pretrained`
+    and `AutoTokenizer` work with it as with any other.
 
-    All 256 bytes are in the vocabulary, so that any text comes back exactly, also one that a user
-    types. Encoding adds no token by itself: the beginning-of-text token is in the chat template, as
-    with Llama, and whoever pretrains on a document adds both ends to it.
+    All 256 bytes are in the vocabulary, so that every text is decoded exactly as it was, including
+    what a user types. Encoding adds no special token: the beginning-of-text token is in the chat
+    template, as with Llama, and pretraining adds both ends to a document.
 
     Args:
         texts: what to train on, such as a world's corpus.
-        vocab_size: at most so many tokens; merges stop earlier when every word is one token.
+        vocab_size: maximum number of tokens; merges stop earlier when every word is one token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -255,9 +261,8 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTo
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[pad, bos, eos, *roles],
-        initial_alphabet=sorted(
-            pre_tokenizers.ByteLevel.alphabet()
-        ),  # it comes in another order in every process
+        # the alphabet has another order in every process
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -280,7 +285,7 @@ def _ending(sentences: Sequence[str]) -> float:
 
 
 def _text(value: Any, role: str | None) -> str:
-    """The text of a string, or of the last of its messages with that role (None: any)."""
+    """A string itself, or the text of the last message with that role (None: any role)."""
     if isinstance(value, str):
         return value
     for message in reversed(value):
@@ -307,6 +312,6 @@ def _pairs(prompt: Prompt) -> Iterator[tuple[str, str]]:
 
 
 def _uniform(*keys: object) -> float:
-    """A number in [0, 1) that the keys alone determine, spread evenly."""
+    """A uniform number in [0, 1) that the keys alone determine."""
     digest = hashlib.sha256(repr(keys).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2.0**64

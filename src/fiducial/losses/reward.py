@@ -95,7 +95,7 @@ def ranking(
     """
     if len(pairs) == 0:
         raise ValueError("no pair to compare")
-    prompts = int(prompt.unique().numel())
+    prompts = len(torch.unique(prompt))
     loss, metrics = ranking_sum(scores, pairs, prompt, margin, centering)
     return loss / prompts, {k: v / prompts for k, v in metrics.items()}
 
@@ -108,6 +108,6 @@ def ranking_sum(
     centering: float = 0.0,
 ) -> tuple[Tensor, Metrics]:
     """:func:`ranking` summed over prompts."""
-    _, index, count = prompt.unique(return_inverse=True, return_counts=True)
+    _, index, count = torch.unique(prompt, return_inverse=True, return_counts=True)
     weight = 1.0 / count[index].to(scores.dtype)
     return bradley_terry_sum(scores[pairs[:, 0]], scores[pairs[:, 1]], margin, centering, weight)

@@ -33,7 +33,7 @@ from ..core.reductions import select
 from ..data.batches import stream
 from ..data.prepare import text_of
 from ..data.render import Renderer
-from ..data.rows import PromptRow
+from ..data.row_types import PromptRow
 from ..models.load import load_policy, load_teacher
 from ..models.roles import Roles, TokenOutputs
 from ..models.save import save

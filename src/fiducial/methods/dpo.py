@@ -22,7 +22,7 @@ from ..core.shared_prefix import SharedPrefix, common_length, shared_prefix
 from ..data.batches import pad
 from ..data.prepare import text_of
 from ..data.render import Rendered, Renderer
-from ..data.rows import PreferenceRow
+from ..data.row_types import PreferenceRow
 from ..models.roles import Policy
 from ..models.save import save
 from ..rollout.samples import show_samples

@@ -24,7 +24,7 @@ from ..core import intervals
 from ..data.batches import pad
 from ..data.prepare import text_of
 from ..data.render import Rendered, Renderer
-from ..data.rows import LabelledRow, StepsRow
+from ..data.row_types import LabelledRow, StepsRow
 from ..data.steps import Steps
 from ..errors import InputError
 from ..models.save import pick_pad_token, save

@@ -20,7 +20,7 @@ from ..core import intervals
 from ..data.batches import pad
 from ..data.prepare import load, text_of
 from ..data.render import Rendered, Renderer
-from ..data.rows import CompletionRow, PreferenceRow
+from ..data.row_types import CompletionRow, PreferenceRow
 from ..errors import InputError
 from ..models.roles import ScoreModel
 from ..models.save import pick_pad_token, save

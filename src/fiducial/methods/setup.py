@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from ..data.batches import Batches
 from ..data.prepare import load, split
 from ..data.render import Renderer
-from ..data.rows import PromptRow
+from ..data.row_types import PromptRow
 from ..data.sources import records
 from ..errors import InputError, RunError
 from ..models.load import SHARED, exists, load_policy, load_roles, load_scorer

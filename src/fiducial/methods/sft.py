@@ -14,7 +14,7 @@ from .. import losses
 from ..data.batches import pad
 from ..data.language import LANGUAGE_ROWS, language_prompt, language_rows
 from ..data.render import Rendered
-from ..data.rows import ChatRow, CompletionRow, TextRow
+from ..data.row_types import ChatRow, CompletionRow, TextRow
 from ..models.roles import Policy
 from ..models.save import save
 from ..rollout.samples import show_samples

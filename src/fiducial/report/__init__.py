@@ -1,3 +1,1 @@
-"""The pages people look at: a run's report and the demo's comparison, made from what a folder or a
-dictionary holds.
-"""
+"""The page of a run, made from what its folder holds, and the parts that other pages use too."""

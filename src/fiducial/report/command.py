@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from ..errors import InputError
-from ..settings import Settings
+from ..settings import POSITIONAL, Settings
 from .page import write_report
 
 
 class Report(Settings):
-    """Report: write the page of a run again from what is in its folder."""
+    """Report: write the page of a run again from the files in its folder."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, POSITIONAL]
     """The run folder."""
 
 
@@ -23,5 +21,5 @@ def report(settings: Report) -> Path:
     """The path of the page."""
     folder = Path(settings.run)
     if not (folder / "config.yaml").is_file():
-        raise InputError(f"{folder} is no run folder: it has no config.yaml")
+        raise InputError(f"{folder} is not a run folder: it has no config.yaml")
     return write_report(folder)

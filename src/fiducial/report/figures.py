@@ -1,4 +1,4 @@
-"""Pictures as plain data: the page's own script hands them to plotly. Nothing here draws, so
+"""Pictures as plain data, which the page's own script hands to plotly. Nothing here draws, so
 everything here can be tested.
 """
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from ..metrics import EVAL, GROUPS, Metric, Range, base, lookup
-from .folder import Point, Run
+from .. import verbs
+from ..metrics import EVAL, GROUPS, Range, base, lookup
+from .folder import Point, RunRecord
 from .numbers import Estimate, mean_of, number
 
-# Okabe and Ito's palette. A method keeps its colour on every page.
 BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, GREY = (
     "#0072B2",
     "#E69F00",
@@ -20,40 +20,35 @@ BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, GREY = (
     "#CC79A7",
     "#8A8A8A",
 )
-COLOURS = {
-    "ppo": BLUE,
-    "dpo": ORANGE,
-    "reward": GREEN,
-    "sft": PURPLE,
-    "ppo_no_kl": VERMILLION,
-    "reinforce": SKY,
-    "rloo": SKY,
-    "grpo": GREY,
-    "reinforce_none": "ink",
-    "reinforce_mean": GREEN,
-    "remax": ORANGE,
-    "reinforce_pp": VERMILLION,
-    "rloo_steps": PURPLE,
-    "ppo_steps": GREEN,
-    "dr_grpo": GREEN,
-    "dapo": ORANGE,
-    "gspo": VERMILLION,
-    "cispo": PURPLE,
-}
-"""In no picture do two share a colour: REINFORCE's kin, GRPO's kin, and the two ways to reward
-steps have pictures of their own.
-"""
-# the page's own text colour: held-out curves and second curves, readable beside every method's
-# colour, light or dark
 INK = "ink"
+"""The page's own text color: held-out curves and second curves, readable beside every method's
+color on a light or a dark page.
+"""
+PALETTE: dict[verbs.Colour, str] = {
+    "blue": BLUE,
+    "orange": ORANGE,
+    "green": GREEN,
+    "vermillion": VERMILLION,
+    "sky": SKY,
+    "purple": PURPLE,
+    "grey": GREY,
+    "ink": INK,
+}
+"""The colors of the table of methods, from the palette of Okabe and Ito."""
 LIMIT = 1000
+"""Points of a curve that a page draws at most."""
 
 Figure = dict[str, Any]
 
 
+def method_colour(name: str) -> str:
+    """The color of a method or variant on every page."""
+    return PALETTE[verbs.colour(name)]
+
+
 def thin(points: Sequence[Point], limit: int = LIMIT) -> list[Point]:
     """At most `limit` points: each stretch keeps its lowest and its highest, so that no spike is
-    lost; the ends stay.
+    lost; both ends are kept.
     """
     n = len(points)
     if n <= limit:
@@ -68,7 +63,7 @@ def thin(points: Sequence[Point], limit: int = LIMIT) -> list[Point]:
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Centred running mean over a twentieth of the run; empty under forty points, where the curve
+    """Centered running mean over a twentieth of the run; empty below forty points, where the curve
     itself is readable.
     """
     n = len(points)
@@ -86,14 +81,14 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def window(values: Sequence[float], late: bool) -> Estimate:
-    """Mean of the first or the last tenth of a run (five values at least, or half of what there is)."""
+    """Mean of the first or the last tenth of a run: five values at least, or half of all."""
     k = min(max(5, len(values) // 10), max(1, len(values) // 2))
     return mean_of(values[-k:] if late else values[:k])
 
 
 def change(values: Sequence[float]) -> int:
-    """1 if the last tenth lies above the first by more than both intervals allow, -1 if below, 0 if
-    that cannot be told.
+    """1 if the last tenth lies above the first by more than both intervals explain, -1 if below, 0
+    if neither is clear.
     """
     first, last = window(values, False), window(values, True)
     if first.half is None or last.half is None:
@@ -103,16 +98,17 @@ def change(values: Sequence[float]) -> int:
     return 0 if abs(gap) <= noise else (1 if gap > 0 else -1)
 
 
+def spoken(unit: str) -> str:
+    """The unit if it can follow a number in a sentence, else nothing."""
+    words = ("nats", "token", "second", "epoch")
+    return "" if unit.startswith("share") or not any(w in unit for w in words) else unit
+
+
 def says(title: str, values: Sequence[float], unit: str = "") -> str:
-    """A title that says what is to be seen: `KL to the reference rises from 0.1 to 2.4 nats per
-    response`.
+    """A title that says what the picture shows: `KL to the reference rises from 0.1 to 2.4 nats
+    per response`.
     """
-    unit = (
-        unit
-        if any(word in unit for word in ("nats", "token", "second", "epoch"))
-        and not unit.startswith("share")
-        else ""
-    )
+    unit = spoken(unit)
     if len(values) < 2:
         return f"{title}: {number(values[0])} {unit}".rstrip()
     first, last = window(values, False).value, window(values, True).value
@@ -121,13 +117,14 @@ def says(title: str, values: Sequence[float], unit: str = "") -> str:
         return f"{title} goes from {number(values[0])} to {number(values[-1])} {unit}".rstrip()
     if not steady:
         return f"{title} shows no clear trend, about {number(fmean(values))} {unit}".rstrip()
-    return f"{title} {'rises' if steady > 0 else 'falls'} from {number(first)} to {number(last)} {unit}".rstrip()
+    way = "rises" if steady > 0 else "falls"
+    return f"{title} {way} from {number(first)} to {number(last)} {unit}".rstrip()
 
 
 def line(
     name: str, points: Sequence[Point], colour: str, dash: str = "solid", mode: str = "lines"
 ) -> list[dict[str, Any]]:
-    """One curve: thinned, and where it is long, pale under its running mean."""
+    """One curve, thinned; a long one is drawn pale under its running mean."""
     mean, shown = thin(smooth(points)), thin(points)
     few = len(points) <= 12
     main = {
@@ -154,8 +151,8 @@ def line(
 
 
 def _range(series: Sequence[dict[str, Any]], healthy: Range | None) -> list[float] | None:
-    """The y axis: all that is drawn and, where a curve leaves the healthy range, the bound that it
-    crossed. Flat curves get room.
+    """The y axis: everything that is drawn and, where a curve leaves the healthy range, the bound
+    that it crossed. A flat curve gets some room.
     """
     drawn = [y for one in series for y in one["y"] if y is not None]
     if not drawn:
@@ -186,16 +183,14 @@ def figure(
     healthy: Range | None = None,
     level: tuple[float, str] | None = None,
     small: bool = False,
-    note: str = "",
 ) -> Figure:
-    """A picture: titles, axes with units, curves, the healthy band, and one level to compare with."""
+    """A picture: title, axes with units, curves, the healthy band, and a level to compare with."""
     out: Figure = {
         "title": title,
         "x": x,
         "y": y,
         "series": series,
         "small": small,
-        "note": note,
         "range": _range(series, healthy),
     }
     if healthy is not None and out["range"]:
@@ -214,13 +209,13 @@ def figure(
     return out
 
 
-def with_unit(metric: Metric) -> str:
-    """An axis's name: `Length of responses (tokens)`."""
-    return f"{metric.title} ({metric.unit})" if metric.unit else metric.title
-
-
 def metric_figure(
-    run: Run, name: str, colour: str, *, small: bool = False, level: tuple[float, str] | None = None
+    run: RunRecord,
+    name: str,
+    colour: str,
+    *,
+    small: bool = False,
+    level: tuple[float, str] | None = None,
 ) -> Figure:
     """One metric over the steps, training and held out in one picture."""
     metric, series = lookup(name), []
@@ -240,8 +235,8 @@ def metric_figure(
     )
 
 
-def both_figure(run: Run, names: Sequence[str], colour: str, title: str) -> Figure:
-    """Two metrics of one unit in one picture, told apart by colour and by dash."""
+def both_figure(run: RunRecord, names: Sequence[str], colour: str, title: str) -> Figure:
+    """Two metrics with the same unit in one picture, told apart by color and by dash."""
     series: list[dict[str, Any]] = []
     for name, own, dash in zip(names, (colour, INK), ("solid", "dash"), strict=False):
         if run.series.get(name):
@@ -258,7 +253,7 @@ def points_figure(
     colour: str,
     diagonal: bool = False,
 ) -> Figure:
-    """Estimates with their intervals over a number: reliability, accuracy by difference in length."""
+    """Estimates with their intervals over a number, such as reliability."""
     xs, ys = [p[keys[0]] for p in points], [p[keys[1]] for p in points]
     one = {
         "name": "measured",
@@ -279,9 +274,9 @@ def points_figure(
 
 
 def other_curves(
-    run: Run, shown: set[str], colour: str
+    run: RunRecord, shown: set[str], colour: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Every curve that the deciding picture did not show, by group; and the numbers that never
+    """Every curve that the deciding pictures do not show, by group; and the metrics that never
     changed, which need no picture.
     """
     names = {base(name) for name in run.series if name != "seconds"} - shown
@@ -315,10 +310,12 @@ def other_curves(
     return groups, constant
 
 
-def was_thinned(run: Run) -> str | None:
-    """The sentence that says so, when curves hold more points than are drawn."""
+def was_thinned(run: RunRecord) -> str | None:
+    """A sentence that says so when curves have more points than are drawn, else None."""
     most = max((len(points) for points in run.series.values()), default=0)
     if most <= LIMIT:
         return None
-    how = f"{most:,} points are drawn as at most {LIMIT:,}, each stretch by its lowest and its highest"
-    return f"Curves are thinned for display: {how}; metrics.jsonl has all."
+    return (
+        f"Curves are thinned for display: {most:,} points are drawn as at most {LIMIT:,}, each "
+        "stretch by its lowest and its highest; metrics.jsonl has them all."
+    )

@@ -1,25 +1,26 @@
-"""Reads a run's folder without ever failing on it: what is missing or torn is kept as a note that
+"""Reads a run's folder without ever failing on it: what is missing or damaged becomes a note that
 the page shows.
 """
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..metrics import finite
+from .. import verbs
+from ..metrics import EVAL, finite, lookup
 from .numbers import Estimate
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run's folder in memory. `series` maps a metric's name to its (step, value) points; `notes`
-    say what is missing or could not be read.
+class RunRecord:
+    """The folder of a run, read into memory. `series` maps a metric's name to its (step, value)
+    points; `notes` say what is missing or could not be read.
     """
 
     path: Path
@@ -32,13 +33,37 @@ class Run:
 
     @property
     def method(self) -> str:
-        """Only for the title; what is shown is decided from the metric names."""
-        value = self.config.get("method", self.summary.get("method"))
+        """The method's name, as config.yaml says; "run" where it says none."""
+        value = self.config.get("method")
         return value if isinstance(value, str) else "run"
 
     @property
+    def kind(self) -> verbs.Kind | None:
+        """The question that the run answers, from the table of methods; None for a method that the
+        table does not know.
+        """
+        row = verbs.method(self.method)
+        return row.kind if row else None
+
+    @property
+    def decides(self) -> tuple[str, ...]:
+        """The metrics that decide, from the table of methods; for a method that the table does not
+        know, the first six that it wrote, those about learning before the others.
+        """
+        row = verbs.method(self.method)
+        if row:
+            return row.decides
+        own = [name for name in self.series if not name.startswith(EVAL) and name != "seconds"]
+        return tuple(sorted(own, key=lambda name: lookup(name).group != "learning")[:6])
+
+    @property
+    def silent(self) -> bool:
+        """Whether a model of this kind writes no responses that could be shown."""
+        return self.kind in ("reward", "process")
+
+    @property
     def evaluation(self) -> dict[str, Estimate]:
-        """The held-out estimates of the summary, each with the interval it came with."""
+        """The held-out estimates of the summary, each with its interval."""
         raw = self.summary.get("evaluation")
         return (
             {str(name): e for name, entry in raw.items() if (e := estimate(entry)) is not None}
@@ -52,9 +77,9 @@ class Run:
 
 
 def estimate(entry: Any) -> Estimate | None:
-    """An evaluation entry: `{"value", "low", "high", "n"}`, or a bare number."""
-    if finite(entry):
-        return Estimate(float(entry))
+    """An evaluation entry: `{"value", "low", "high", "n"}`. The interval is unknown where a bound
+    is not finite, as it is when all rows share one prompt.
+    """
     if not isinstance(entry, dict) or not finite(entry.get("value")):
         return None
     low, high, n = entry.get("low"), entry.get("high"), entry.get("n")
@@ -64,8 +89,8 @@ def estimate(entry: Any) -> Estimate | None:
     return Estimate(float(entry["value"]), float(low), float(high), rows)
 
 
-def read_run(path: Path) -> Run:
-    """Reads whatever of the folder is there."""
+def read_run(path: Path) -> RunRecord:
+    """Reads whatever the folder holds."""
     notes: list[str] = []
     config, summary = _config(path / "config.yaml", notes), _summary(path / "summary.json", notes)
     history = [
@@ -73,15 +98,17 @@ def read_run(path: Path) -> Run:
         for row in _lines(path / "metrics.jsonl", notes, "there are no curves")
         if finite(row.get("step"))
     ]
-    rows = _lines(path / "samples.jsonl", notes, "no prompt and response can be shown")
+    record = RunRecord(path, config, history, _series(history), [], summary, notes)
+    if record.silent:
+        return record
     samples = [
         row
-        for row in rows
+        for row in _lines(path / "samples.jsonl", notes, "no prompt and response can be shown")
         if isinstance(row.get("prompt"), str)
         and isinstance(row.get("completion"), str)
         and finite(row.get("step"))
     ]
-    return Run(path, config, history, _series(history), pair(samples), summary, notes)
+    return replace(record, samples=pair(samples))
 
 
 def _config(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -118,8 +145,8 @@ def _summary(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _lines(path: Path, notes: list[str], without: str) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. A half-written last line is dropped without a word; other bad
-    lines are counted.
+    """The objects of a JSONL file. A half-written last line is dropped silently; other bad lines
+    are counted.
     """
     if not path.is_file():
         notes.append(f"{path.name} is missing: {without}.")
@@ -140,8 +167,8 @@ def _lines(path: Path, notes: list[str], without: str) -> list[dict[str, Any]]:
         bad.pop()
     if bad:
         notes.append(
-            f"{path.name}: {len(bad)} of {last} lines could not be read (first: line {bad[0]}) and "
-            "were left out."
+            f"{path.name}: {len(bad)} of {last} lines could not be read (the first is line "
+            f"{bad[0]}) and were left out."
         )
     if not rows:
         notes.append(f"{path.name} holds no rows: {without}.")
@@ -149,9 +176,8 @@ def _lines(path: Path, notes: list[str], without: str) -> list[dict[str, Any]]:
 
 
 def _numbered(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(
-        encoding="utf-8", errors="replace", newline="\n"
-    ) as file:  # only \n ends a row: U+2028 may stand inside one
+    # only \n ends a row: U+2028 may stand inside one
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         for i, line in enumerate(file, 1):
             if line.strip():
                 yield i, line
@@ -162,9 +188,8 @@ def _series(history: list[dict[str, Any]]) -> dict[str, list[Point]]:
     for row in history:
         for name, value in row.items():
             if name != "step" and finite(value):
-                series.setdefault(name, {})[row["step"]] = float(
-                    value
-                )  # a step written twice (after a resume) counts once, the later one
+                # of a step that was written twice, the later row counts
+                series.setdefault(name, {})[row["step"]] = float(value)
     return {name: sorted(points.items()) for name, points in series.items()}
 
 
@@ -172,7 +197,8 @@ def pair(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first and the last response to each prompt, side by side: `{"p": prompt, "a": before or
     None, "b": after}` in the order of the file.
 
-    When a prompt stands several times at one step, its first is paired with its first, and so on.
+    If a prompt occurs several times at one step, its first response is paired with its first, its
+    second with its second, and so on.
     """
     seen: dict[tuple[str, float], int] = {}
     steps: dict[tuple[str, int], dict[float, dict[str, Any]]] = {}

@@ -1,5 +1,5 @@
-"""How a page writes numbers: three significant digits, thousands separated, a real minus, and ± the
-half-width of a 95% interval.
+"""How a page writes numbers: three significant digits, separated thousands, a real minus sign, and
+± half the width of a 95% interval.
 """
 
 import math
@@ -14,9 +14,7 @@ PM = "\u00a0±\u00a0"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% interval; `low` and `high` are None where nothing is known about how
-    sure it is.
-    """
+    """A number with its 95% interval; `low` and `high` are None where the interval is not known."""
 
     value: float
     low: float | None = None
@@ -40,7 +38,7 @@ class Estimate:
 
 
 def mean_of(values: Sequence[float]) -> Estimate:
-    """Mean with a Student 95% interval, values taken as independent; no interval under three values."""
+    """Mean with Student's 95% interval, values taken as independent; no interval below three."""
     n = len(values)
     if n < 3:
         return Estimate(fmean(values), n=n)
@@ -49,8 +47,8 @@ def mean_of(values: Sequence[float]) -> Estimate:
 
 
 def _student(df: int) -> float:
-    """The 97.5% quantile of Student's t: two small cases by table, the rest by the Cornish-Fisher
-    series (within 2% from df = 4).
+    """The 97.5% quantile of Student's t: from a table for two small cases, else from the
+    Cornish-Fisher series (within 2% from df = 4).
     """
     table = {2: 4.303, 3: 3.182}
     z = 1.959964
@@ -88,8 +86,8 @@ def count(n: int | float | None) -> str:
 
 
 def with_interval(e: Estimate | None) -> str:
-    """`1.35 ± 0.04`: at most three digits of the value and two of the half-width, to the same
-    decimals. Without an interval the bare number.
+    """`1.35 ± 0.04`: at most three digits of the value and two of the half-width, with the same
+    number of decimals. Without an interval, the number alone.
     """
     if e is None:
         return "not measured"
@@ -99,20 +97,18 @@ def with_interval(e: Estimate | None) -> str:
     size = max(abs(e.value), half)
     if size >= 1000:
         grain = 10 ** (math.floor(math.log10(size)) - 2)
-        return f"{round(e.value / grain) * grain:,}{PM}{max(grain, round(half / grain) * grain):,}".replace(
-            "-", MINUS
-        )
+        value, half = round(e.value / grain) * grain, max(grain, round(half / grain) * grain)
+        return f"{value:,}{PM}{half:,}".replace("-", MINUS)
     if size < 1e-3:
         return f"{number(e.value)}{PM}{number(half)}"
     decimals = min(_decimals(size), _decimals(half, 2))
-    fine = (
-        _decimals(half, 1) if half < 0.5 * 10**-decimals else decimals
-    )  # surer than three digits show
+    # an interval too narrow for three digits of the value gets decimals of its own
+    fine = _decimals(half, 1) if half < 0.5 * 10**-decimals else decimals
     return f"{e.value:.{decimals}f}{PM}{half:.{fine}f}".replace("-", MINUS)
 
 
 def percent(e: Estimate | float, digits: int | None = None) -> str:
-    """`81% ± 5`, with one decimal where the half-width is under a point or `digits` asks for it."""
+    """`81% ± 5`; with one decimal if the half-width is below one point or `digits` asks for it."""
     if not isinstance(e, Estimate):
         return f"{100 * e:.{1 if digits is None else digits}f}%".replace("-", MINUS)
     half = e.half

@@ -1,133 +1,103 @@
 """The page of a run: `write_report(folder)` reads what the folder holds and writes `report.html`,
 with plotly's script once beside it.
 
-No method is known here. What is shown is decided from the names of the metrics that were written;
-`method` in config.yaml gives the title alone.
+The page knows no method: title, color, kind and deciding metrics come from the table in `verbs.py`,
+by the `method` in config.yaml. A method that the table does not know gets a general page.
 """
 
-import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..metrics import EVAL, alarms, finite, known, lookup
-from .answer import answer, kind, role
+from .. import verbs
+from ..metrics import EVAL, finite, known, lookup
+from .alarms import alarms
+from .answer import answer, is_share
 from .figures import (
-    COLOURS,
-    GREEN,
     Figure,
     both_figure,
     change,
+    method_colour,
     metric_figure,
     other_curves,
-    points_figure,
     was_thinned,
     window,
 )
-from .folder import Run, read_run
+from .folder import RunRecord, read_run
 from .numbers import UNKNOWN, Estimate, count, duration, number, percent, size, with_interval
 from .render import write_page
 
-NAMES = {
-    "sft": "SFT",
-    "reward": "Reward model",
-    "prm": "Process reward model",
-    "ppo": "PPO",
-    "reinforce": "REINFORCE",
-    "grpo": "GRPO",
-    "dpo": "DPO",
-    "distill": "Distillation",
-}
-DECIDE = {
-    "policy": (
-        "reward",
-        "objective/score",
-        "objective/kl",
-        "kl",
-        "entropy",
-        "completions/mean_length",
-        "completions/finished",
-    ),
-    "preference": (
-        "rewards/accuracies",
-        "rewards/margins",
-        "loss",
-        "rewards/chosen",
-        "rewards/rejected",
-        "logps/chosen",
-        "logps/rejected",
-    ),
-    "reward": ("accuracy", "margin", "loss", "reward_mean"),
-    "process": ("steps/accuracy", "steps/probability", "steps/right", "loss"),
-    "distillation": (
-        "kl_teacher",
-        "objective/kl_teacher",
-        "nll/student",
-        "nll/teacher",
-        "entropy",
-        "completions/mean_length",
-        "completions/finished",
-    ),
-    "loss": ("loss", "perplexity", "mean_token_accuracy", "entropy"),
-}
 CHANCE = (0.5, "coin flip")
-TITLES = {
-    "win_rate": "Win rate over the model it started from",
-    "gold_win_rate": "Win rate by the true value over the model it started from",
-    "length_only": "Accuracy of choosing by length alone",
-    "length_only_accuracy": "Accuracy of choosing by length alone",
+LEVELS = {"accuracy": CHANCE, "rewards/accuracies": CHANCE}
+"""Levels to compare a curve with."""
+PICTURES: dict[verbs.Kind, tuple[str, ...]] = {
+    "loss": ("loss",),
+    "reward": ("accuracy", "margin"),
+    "process": ("steps/accuracy",),
+    "preference": ("rewards/accuracies", "rewards/margins"),
+    "policy": ("reward", "objective/kl"),
+    "distillation": ("kl_teacher",),
 }
+"""The metrics that get a picture of their own above the others, by the kind of method."""
+PAIRS: dict[verbs.Kind, tuple[str, str]] = {
+    "preference": ("logps/chosen", "logps/rejected"),
+    "distillation": ("nll/student", "nll/teacher"),
+}
+"""Two metrics that share a picture."""
 
 
 def write_report(run: Path) -> Path:
-    """Writes `report.html` into the run's folder and returns its path. Whatever the folder lacks,
-    the page says so instead of failing.
+    """Writes `report.html` into the run's folder and returns its path. If the folder lacks
+    something, the page says so instead of failing.
     """
-    folder = read_run(Path(run))
-    colour = COLOURS.get(folder.method, GREEN)
-    figures, deciding, shown = _deciding(folder, colour)
-    groups, constant = other_curves(folder, shown, colour)
+    record = read_run(Path(run))
+    colour = method_colour(record.method)
+    pictures, shown = _deciding(record, colour)
+    deciding = {f"decide{i}": picture for i, picture in enumerate(pictures)}
+    groups, constant = other_curves(record, shown, colour)
+    others: dict[str, Figure] = {}
     for i, cell in enumerate(cell for group in groups for cell in group["cells"]):
         cell["key"] = f"other{i}"
-        figures[cell["key"]] = cell["figure"]
-    numbers = _numbers(folder)
-    summary = folder.summary
-    facts, found = _facts(summary), alarms(folder.history)
-    longest = max((len(points) for points in folder.series.values()), default=0)
+        others[cell["key"]] = cell["figure"]
+    figures = deciding | others
+    numbers = _numbers(record)
+    facts, found = _facts(record.summary), alarms(record.history)
+    longest = max((len(points) for points in record.series.values()), default=0)
+    title = f"{verbs.title(record.method)} run {record.path.resolve().name}"
     return write_page(
-        folder.path,
+        record.path,
         "report.html",
         "report.html.j2",
-        {"figures": figures, "samples": folder.samples},
-        title=f"{NAMES.get(folder.method, folder.method)} run {folder.path.resolve().name}".removeprefix(
-            "run "
-        ),
-        sentences=answer(folder),
+        {"figures": figures, "samples": record.samples},
+        title=title.removeprefix("run "),
+        sentences=answer(record),
         alarms=found,
-        quiet=_quiet(folder, found),
-        notes=folder.notes,
-        evaluation=[_evaluation(name, e) for name, e in folder.evaluation.items()],
+        quiet=_quiet(record, found),
+        notes=record.notes,
+        evaluation=[_evaluation(name, e) for name, e in record.evaluation.items()],
         numbers=numbers,
         any_held=any(row["held"] for row in numbers),
-        deciding=deciding,
+        deciding=[(key, picture["title"]) for key, picture in deciding.items()],
         banded=any("band" in f for f in figures.values()),
         smoothed=longest >= 40,
-        thinned=was_thinned(folder),
-        sample_count=len(folder.samples),
-        sample_words=_sample_words(folder.samples),
+        thinned=was_thinned(record),
+        silent=record.silent,
+        sample_count=len(record.samples),
+        sample_words=_sample_words(record.samples),
         groups=groups,
         constant=constant,
-        command=_command(summary.get("command", folder.config.get("command"))),
+        command=_text(record.summary.get("command")),
         facts=[fact for fact in facts if fact[1] != UNKNOWN],
         unknown=[name for name, value in facts if value == UNKNOWN],
-        settings=yaml.safe_dump(folder.config, sort_keys=False, allow_unicode=True)
-        if folder.config
+        settings=yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True)
+        if record.config
         else "",
     )
 
 
-def _quiet(run: Run, found: list[str]) -> str:
+def _quiet(run: RunRecord, found: list[str]) -> str:
     if found:
         return ""
     return (
@@ -137,56 +107,27 @@ def _quiet(run: Run, found: list[str]) -> str:
     )
 
 
-def _deciding(
-    run: Run, colour: str
-) -> tuple[dict[str, Figure], list[tuple[str, str, str]], set[str]]:
-    """The pictures that decide: by key for the script, as (key, title, note) for the template, and
-    the metrics they show.
+def _deciding(run: RunRecord, colour: str) -> tuple[list[Figure], set[str]]:
+    """The pictures that decide, and the metrics that they show: those of the run's kind, or else
+    the first two deciding metrics that have a curve.
     """
-    single: dict[str, tuple[str, ...]] = {
-        "policy": ("reward", "objective/kl"),
-        "preference": ("rewards/accuracies", "rewards/margins"),
-        "reward": ("accuracy", "margin"),
-        "loss": ("loss",),
-        "process": ("steps/accuracy",),
-        "distillation": ("kl_teacher",),
-    }
-    which = kind(run)
-    pictures: list[Figure] = []
-    shown: set[str] = set()
-    for name in single.get(which, ()):
-        if name in run.series or EVAL + name in run.series:
-            pictures.append(
-                metric_figure(
-                    run,
-                    name,
-                    colour,
-                    level=CHANCE if name in ("rewards/accuracies", "accuracy") else None,
-                )
-            )
-            shown.add(name)
-    pair = ("logps/chosen", "logps/rejected")
-    if which == "preference" and all(name in run.series for name in pair):
-        pictures.append(both_figure(run, pair, colour, _logps_title(run)))
-        shown.update(pair)
-    pair = ("nll/student", "nll/teacher")
-    if which == "distillation" and all(name in run.series for name in pair):
-        pictures.append(
-            both_figure(
-                run, pair, colour, "Loss of the student and of the teacher on the student's samples"
-            )
+    names = PICTURES[run.kind] if run.kind else ()
+    drawn = [n for n in names if n in run.series or EVAL + n in run.series]
+    shown = drawn or [n for n in run.decides if len(run.values(n)) > 1][:2]
+    pictures = [metric_figure(run, name, colour, level=LEVELS.get(name)) for name in shown]
+    pair = PAIRS.get(run.kind) if run.kind else None
+    if pair and all(name in run.series for name in pair):
+        title = (
+            _logps_title(run)
+            if run.kind == "preference"
+            else "Loss of the student and of the teacher on the student's samples"
         )
-        shown.update(pair)
-    pictures += _measured(run, colour)
-    keys = [f"decide{i}" for i in range(len(pictures))]
-    return (
-        dict(zip(keys, pictures, strict=True)),
-        [(key, p["title"], p["note"]) for key, p in zip(keys, pictures, strict=True)],
-        shown,
-    )
+        pictures.append(both_figure(run, pair, colour, title))
+        shown = [*shown, *pair]
+    return pictures, set(shown)
 
 
-def _logps_title(run: Run) -> str:
+def _logps_title(run: RunRecord) -> str:
     ways = {1: "rise", 0: "show no clear change", -1: "fall"}
     chosen, rejected = change(run.values("logps/chosen")), change(run.values("logps/rejected"))
     if chosen == rejected:
@@ -194,60 +135,11 @@ def _logps_title(run: Run) -> str:
     return f"Chosen log-probabilities {ways[chosen]}, rejected ones {ways[rejected]}"
 
 
-def _measured(run: Run, colour: str) -> list[Figure]:
-    """Reliability and accuracy by difference in length, for summaries that carry them."""
-    figures = []
-    for key, x_key, y_key, x, title in (
-        (
-            "reliability",
-            "predicted",
-            "observed",
-            "predicted probability that chosen is better",
-            "Predicted against observed preference",
-        ),
-        (
-            "accuracy_by_length",
-            "difference",
-            "value",
-            "chosen minus rejected length (tokens)",
-            "Accuracy by difference in length",
-        ),
-    ):
-        raw = run.summary.get(key)
-        rows = (
-            [
-                row
-                for row in raw
-                if isinstance(row, dict) and finite(row.get(x_key)) and finite(row.get(y_key))
-            ]
-            if isinstance(raw, list)
-            else []
-        )
-        if rows:
-            clean = [{k: v if finite(v) else None for k, v in row.items()} for row in rows]
-            figures.append(
-                points_figure(
-                    title,
-                    x,
-                    "share of held-out pairs",
-                    clean,
-                    (x_key, y_key),
-                    colour,
-                    diagonal=key == "reliability",
-                )
-            )
-    return figures
-
-
-def _numbers(run: Run) -> list[dict[str, str]]:
+def _numbers(run: RunRecord) -> list[dict[str, str]]:
     last = run.summary.get("metrics")
     last = last if isinstance(last, dict) else {}
-    names = (
-        DECIDE.get(kind(run))
-        or tuple(name for name in run.series if not name.startswith(EVAL) and name != "seconds")[:6]
-    )
     rows = []
-    for name in names:
+    for name in run.decides:
         values, held, metric = run.values(name), run.values(EVAL + name), lookup(name)
         final, final_held = last.get(name), held[-1] if held else last.get(EVAL + name)
         if not (values or finite(final) or finite(final_held)):
@@ -271,22 +163,21 @@ def _numbers(run: Run) -> list[dict[str, str]]:
 
 
 def _evaluation(name: str, e: Estimate) -> dict[str, str]:
-    is_share = (
-        role(name) != "" or name.endswith(("rate", "share", "finished"))
-    ) and 0 <= e.value <= 1
-    value = percent(e, 1) if is_share else with_interval(e)
-    title = TITLES.get(name) or (lookup(name).title if known(name) else name[:1].upper() + name[1:])
+    title = lookup(name).title if known(name) else name[:1].upper() + name[1:]
     bare = "" if e.half is not None else " (no interval recorded)"
     return {
         "title": title,
-        "value": value + bare,
+        "value": (percent(e, 1) if is_share(name) else with_interval(e)) + bare,
         "n": count(e.n) if e.n is not None else "not recorded",
     }
 
 
 def _sample_words(samples: list[dict[str, Any]]) -> str:
     if not samples:
-        return "No samples were written, so there is nothing to read: look at responses before trusting a number."
+        return (
+            "No samples were recorded, so there is nothing to read: look at responses before you "
+            "trust a number."
+        )
     gains = [
         s["b"]["score"] - s["a"]["score"]
         for s in samples
@@ -298,17 +189,22 @@ def _sample_words(samples: list[dict[str, Any]]) -> str:
             words
             + "Each was answered at one step only, so there is no before and after to compare."
         )
-    words += "The same prompt before and after; words that stand on one side only are marked. "
+    words += (
+        "Each shows the response before and after training; words that occur on one side only are "
+        "marked. "
+    )
     if gains:
         fell, rose = sum(g < 0 for g in gains), sum(g > 0 for g in gains)
-        words += f"The score rose on {count(rose)}, fell on {count(fell)} and stayed on {count(len(gains) - rose - fell)}."
+        same = len(gains) - rose - fell
+        words += (
+            f"The score rose on {count(rose)}, fell on {count(fell)} and stayed the same on "
+            f"{count(same)}."
+        )
     return words
 
 
-def _command(command: Any) -> str:
-    if isinstance(command, list):
-        return shlex.join(str(part) for part in command)
-    return command if isinstance(command, str) else ""
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -320,19 +216,20 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         value = summary.get(key)
         return UNKNOWN if value in (None, "") else str(value)
 
-    versions = summary.get("versions")
+    model, data, versions = (summary.get(key) for key in ("model", "data", "versions"))
+    inputs = data if isinstance(data, dict) else {"Data": None}
     return [
         ("Status", text("status")),
-        ("Model", text("model")),
+        ("Model", _source(model, "name")),
+        *((str(flag), _source(one, "source")) for flag, one in inputs.items()),
         ("Seed", text("seed")),
         ("Steps", count(num("steps"))),
         ("Training rows", count(num("rows"))),
         ("Tokens", count(num("tokens"))),
-        ("Tokens a second", number(num("tokens_per_second"))),
+        ("Tokens per second", number(num("tokens_per_second"))),
         ("Training time", duration(num("train_seconds"))),
         ("Peak memory", size(num("peak_memory_bytes"))),
         ("Machine", text("machine")),
-        ("SHA-256 of the data", text("data_sha256")),
         (
             "Versions",
             ", ".join(f"{k} {v}" for k, v in versions.items())
@@ -340,3 +237,11 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
             else UNKNOWN,
         ),
     ]
+
+
+def _source(entry: Any, key: str) -> str:
+    """Where the model or the rows came from, and the SHA-256 of what was read there."""
+    if not isinstance(entry, Mapping) or not _text(entry.get(key)):
+        return UNKNOWN
+    digest = _text(entry.get("sha256"))
+    return f"{entry[key]}, SHA-256 {digest}" if digest else str(entry[key])

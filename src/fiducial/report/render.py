@@ -1,9 +1,9 @@
-"""Turns templates and data into a page that needs nothing but the file beside it, and that runs no
-script but its own.
+"""Turns templates and data into a page that needs only the file beside it and runs only its own
+script.
 
-Model output is hostile text. In the page it passes through autoescaping; in the data block it is
-ASCII JSON without `<`, `>` and `&`; the page's script puts it in with textContent; and a
-Content-Security-Policy that names the hash of that one script refuses everything else.
+The output of a model is treated as hostile text. In the page it passes through autoescaping; in the
+data block it is ASCII JSON without `<`, `>` and `&`; the page's script inserts it with textContent;
+and a Content-Security-Policy with the hash of that one script refuses everything else.
 """
 
 import base64
@@ -22,7 +22,9 @@ PLOTLY = "plotly.min.js"
 
 
 def environment(templates: Path | None = None) -> Environment:
-    """The templates of this package, and of the folder of another page, every value escaped."""
+    """The templates of this package and, before them, those of another folder; every value is
+    escaped.
+    """
     own = PackageLoader("fiducial.report", "templates")
     loader = own if templates is None else ChoiceLoader([FileSystemLoader(templates), own])
     return Environment(
@@ -35,8 +37,8 @@ def environment(templates: Path | None = None) -> Environment:
 
 
 def script_json(data: Any) -> Markup:
-    """JSON that may stand inside a script tag: ASCII only (so no U+2028, no lone surrogate), no
-    markup characters, not-finite numbers as null.
+    """JSON that is safe inside a script tag: ASCII only (no U+2028, no lone surrogate), no markup
+    characters, and null for numbers that are not finite.
     """
     text = json.dumps(_finite(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
@@ -66,7 +68,9 @@ def write_page(
     templates: Path | None = None,
     **context: Any,
 ) -> Path:
-    """Renders `template` to `folder/name` (aside, then renamed), with plotly's script once beside it."""
+    """Renders `template` to `folder/name`, with plotly's script once beside it. A file is written
+    under another name first and then renamed, so that none is ever half-written.
+    """
     script, style = asset("page.js"), asset("page.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
@@ -80,18 +84,16 @@ def write_page(
         .render(
             **context,
             policy=policy,
-            script=Markup(script),
+            script=Markup(script),  # a file of this package, as the style is: no model's words
             style=Markup(style),
             data=script_json(data),
             plotly=PLOTLY,
         )
-    )  # our own two files, not the model's words
+    )
     folder.mkdir(parents=True, exist_ok=True)
     plotly = folder / PLOTLY
     if not plotly.exists():
-        from plotly.offline import (
-            get_plotlyjs,
-        )  # four megabytes of text: read only when a page is written
+        from plotly.offline import get_plotlyjs  # four megabytes of text: read only when needed
 
         _replace(plotly, get_plotlyjs().encode("utf-8"))
     _replace(folder / name, html.encode("utf-8", errors="replace"))

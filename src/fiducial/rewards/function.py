@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.prepare import messages_of
-from ..data.rows import PromptRow
+from ..data.row_types import PromptRow
 from ..errors import InputError, RunError
 from ..train.processes import Processes
 from .types import Responses, Scored

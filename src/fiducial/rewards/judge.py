@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.prepare import messages_of
-from ..data.rows import PromptRow
+from ..data.row_types import PromptRow
 from ..errors import RunError
 from ..settings import RunSettings
 from ..train.processes import Processes

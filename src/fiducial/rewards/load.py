@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..data.render import Renderer
-from ..data.rows import PromptRow
+from ..data.row_types import PromptRow
 from ..errors import InputError
 from ..models.load import exists, load_scorer
 from ..settings import LoraSettings, RowSettings, RunSettings

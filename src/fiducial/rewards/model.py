@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..data.render import Renderer, same_tokens
-from ..data.rows import PromptRow
+from ..data.row_types import PromptRow
 from ..models.roles import ScoreModel
 from ..train.processes import Processes
 from .types import Responses, Scored

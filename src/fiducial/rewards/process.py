@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data.render import Renderer, same_tokens
-from ..data.rows import PromptRow
+from ..data.row_types import PromptRow
 from ..data.steps import Steps
 from ..models.roles import ScoreModel
 from ..train.processes import Processes

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.render import Renderer
-from ..data.rows import Content, PromptRow
+from ..data.row_types import Content, PromptRow
 from ..rollout.trajectory import Trajectory
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.prepare import text_of
 from ..data.render import Renderer
-from ..data.rows import Content
+from ..data.row_types import Content
 from ..models.load import context
 from ..models.roles import Policy, plain
 from ..train.processes import Processes

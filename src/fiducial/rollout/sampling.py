@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..data.render import Renderer
-from ..data.rows import PromptRow
+from ..data.row_types import PromptRow
 from ..errors import InputError
 from ..models.roles import Policy
 from ..train.processes import Processes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -107,7 +108,7 @@ class Trajectory:
         changes = [t for t in range(start + 1, end) if mask[t] != mask[t - 1]]
         cuts = [start, *changes, end] if end > start else [start]
         out = [Segment(ids[:start])]
-        for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+        for a, b in itertools.pairwise(cuts):
             out.append(Segment(ids[a:b], logprobs[a:b] if mask[a] else None))
         return out
 

@@ -54,7 +54,8 @@ class Processes:
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
     def plan(self, costs: Sequence[Sequence[int]], tokens: int) -> list[Micro]:
         """This process's micro-batches of a step whose elements have the given sequence lengths; as

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..data.prepare import load
 from ..data.render import Renderer
-from ..data.rows import PromptRow
+from ..data.row_types import PromptRow
 from ..data.sources import records
 from ..errors import InputError
 from ..models.load import exists, load_policy

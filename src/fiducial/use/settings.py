@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from ..names import ModelName, RowsName, ScorerName
 from ..settings import Aggregate, RowSettings, Settings
 
 
@@ -21,25 +22,25 @@ class Collect(Settings):
         "steps": "steps are labeled by a verb of their own: fiducial label-steps --completions N"
     }
 
-    model: str
+    model: ModelName
     """The model that answers: a folder or a Hub name."""
-    prompts: str
+    prompts: RowsName
     """Rows with a prompt: a file or a Hub name."""
-    judge: str
+    judge: ScorerName
     """A reward model's folder, file.py:function (a reward as in TRL, or a comparison (prompts,
     first, second) -> list of bool), or exact_match, numeric_answer, format or length.
     """
     out: str
     """The .jsonl file to write."""
-    samples: int = Field(4, gt=1)
+    samples: int = Field(default=4, gt=1)
     """Responses per prompt. InstructGPT: 4 to 9."""
     pairs: Literal["all", "extremes"] = "all"
     """Which pairs of the K responses to a prompt are written: all K(K-1)/2, or the best against the
     worst.
     """
-    max_new_tokens: int = Field(64, gt=0)
+    max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a response."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     stop: tuple[str, ...] = ()
     """Tokens that end a response, in addition to EOS."""
@@ -57,19 +58,19 @@ class LabelSteps(Settings):
     rates, as `fiducial prm` reads them.
     """
 
-    model: str
+    model: ModelName
     """The model that answers: a folder or a Hub name."""
-    prompts: str
+    prompts: RowsName
     """Rows with a prompt: a file or a Hub name."""
-    judge: str
+    judge: ScorerName
     """What scores a completion: a reward model's folder, file.py:function with TRL's signature, or
     exact_match, numeric_answer, format or length.
     """
     out: str
     """The .jsonl file to write."""
-    samples: int = Field(4, gt=0)
+    samples: int = Field(default=4, gt=0)
     """Solutions per prompt. 4: our choice; no published value."""
-    completions: int = Field(8, gt=0)
+    completions: int = Field(default=8, gt=0)
     """Completions from the end of each step. 8: Math-Shepherd (Wang et al. 2024)."""
     separator: str = "\n"
     """The text that ends a step. A new line: Lightman et al. 2023."""
@@ -77,9 +78,9 @@ class LabelSteps(Settings):
     """Lowest score of the judge at which a completion is right. 0.5 fits scores of 0 and 1, and
     probabilities; for a Bradley-Terry reward model 0 is the usual choice.
     """
-    max_new_tokens: int = Field(64, gt=0)
+    max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a solution."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     stop: tuple[str, ...] = ()
     """Tokens that end a solution, in addition to EOS."""
@@ -103,19 +104,19 @@ class Generate(Settings):
     of N, which raises the reward without training.
     """
 
-    model: str
+    model: ModelName
     """The model that answers: a folder or a Hub name."""
-    prompts: str
+    prompts: RowsName
     """Rows with a prompt: a file or a Hub name."""
     out: str | None = None
     """The .jsonl file to write. None: print to the terminal."""
-    samples: int = Field(1, gt=0)
+    samples: int = Field(default=1, gt=0)
     """Responses per prompt."""
-    best_of: int | None = Field(None, gt=0)
+    best_of: int | None = Field(default=None, gt=0)
     """Sample this many for each response and keep the one with the highest --score; of equal
     scores, the first sampled. None: off.
     """
-    score: str | None = None
+    score: ScorerName | None = None
     """What chooses the best of n: a reward model's folder, file.py:function with TRL's signature,
     or exact_match, numeric_answer, format or length.
     """
@@ -123,9 +124,9 @@ class Generate(Settings):
     """How a process reward model makes one score of the scores of the steps. None: as the model was
     saved.
     """
-    max_new_tokens: int = Field(64, gt=0)
+    max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a response."""
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature. 0: always take the most likely token."""
     stop: tuple[str, ...] = ()
     """Tokens that end a response, in addition to EOS."""
@@ -139,27 +140,27 @@ class Evaluate(Settings):
     length, with 95% intervals.
     """
 
-    model: str
+    model: ModelName
     """The model to measure: a folder or a Hub name."""
-    prompts: str
+    prompts: RowsName
     """Rows with a prompt, best held out from training: a file or a Hub name."""
-    judge: str | None = None
+    judge: ScorerName | None = None
     """A reward model's folder, file.py:function (a reward or a comparison, see `fiducial collect
     --help`), or exact_match, numeric_answer, format or length.
     """
-    baseline: str | None = None
+    baseline: ModelName | None = None
     """The model to compare with, by the judge: a folder or a Hub name."""
-    reference: str | None = None
+    reference: ModelName | None = None
     """The model to measure the KL to: a folder or a Hub name."""
     out: str | None = None
     """The .json file for the numbers. None: print them only."""
-    samples: int = Field(1, gt=0)
+    samples: int = Field(default=1, gt=0)
     """Responses per prompt."""
-    best_of: int | None = Field(None, gt=0)
+    best_of: int | None = Field(default=None, gt=0)
     """Sample this many for each response of the model (not of the baseline) and measure the one
     with the highest --score. None: off.
     """
-    score: str | None = None
+    score: ScorerName | None = None
     """What chooses the best of n, as --reward. If the judge is also the score, the result is
     optimistic.
     """
@@ -167,9 +168,9 @@ class Evaluate(Settings):
     """How a process reward model as --score makes one score of the scores of the steps. None: as
     the model was saved.
     """
-    max_new_tokens: int = Field(64, gt=0)
+    max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a response."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     stop: tuple[str, ...] = ()
     """Tokens that end a response, in addition to EOS."""

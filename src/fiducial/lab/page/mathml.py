@@ -1,9 +1,9 @@
-r"""Formulas without a library: a little of TeX's notation to MathML, which browsers set by
-themselves, offline.
+r"""Formulas without a library: a part of TeX's notation is turned into MathML, which browsers
+display offline.
 
 `mathml(r"\pi^*(y|x) = \frac{1}{Z(x)} \pi_\ref(y|x) e^{r/\beta}")`. Known: letters, numbers, `^ _ {
 }`, `\frac{a}{b}`, `\sqrt{a}`, `\text{words}`, `\left( \right)` around what is tall, and the names
-below. Anything else is an error, so that a typing mistake does not reach a page.
+below. Anything else is an error, so that typing mistakes do not reach a page.
 """
 # ruff: noqa: RUF001  (Greek letters are meant)
 
@@ -39,19 +39,21 @@ FUNCTIONS = {
     "exp": 0,
     "KL": 0,
     "Var": 0,
-}  # em behind them: log is set off from what follows without brackets
+}
+"""Space after them in em: log is separated from an argument without brackets."""
 LARGE = {
     "sum": "∑",
     "prod": "∏",
     "max": "max",
     "min": "min",
-}  # what stands below them is set below, not beside
+}
+"""Their indices are set below and above, not beside."""
 TOKEN = re.compile(r"\s*(\\text\{[^}]*\}|\\[A-Za-z]+|\d+(?:\.\d+)?|[A-Za-z]|\S)")
 
 
 def formula(tex: str) -> Markup:
-    """A formula that stands alone. Where a screen is narrow it may be broken at `\\quad`, between
-    two formulas, and at `\\break`, within one.
+    """A displayed formula. On a narrow screen it may be broken at `\\quad`, between two formulas,
+    and at `\\break`, within one.
     """
     whole = [
         Markup(" ").join(mathml(part.strip(), block=True) for part in one.split("\\break"))
@@ -61,7 +63,7 @@ def formula(tex: str) -> Markup:
 
 
 def mathml(tex: str, *, block: bool = False) -> Markup:
-    """One `<math>` element, its source as the text for those who cannot see it."""
+    """One `<math>` element, with its source as the alternative text."""
     tokens = TOKEN.findall(tex)
     stream = iter(tokens)
     body = _row(stream, None)
@@ -71,7 +73,7 @@ def mathml(tex: str, *, block: bool = False) -> Markup:
 
 
 def _row(stream: Iterator[str], end: str | None) -> list[str]:
-    """The elements up to `end`, indices bound to what stands before them."""
+    """The elements up to `end`, each with its indices."""
     out: list[str] = []
     large: list[bool] = []
     for token in stream:
@@ -92,7 +94,7 @@ def _row(stream: Iterator[str], end: str | None) -> list[str]:
         elif first and token[1:] in FUNCTIONS:
             one = one.replace(
                 'lspace="0.167em"', 'lspace="0"', 1
-            )  # set off from a factor, not from a bracket
+            )  # space after a factor, none after a bracket
         out.append(one)
         large.append(token[1:] in LARGE and token.startswith("\\"))
     if end is not None:
@@ -129,7 +131,7 @@ def _command(name: str, stream: Iterator[str]) -> str:
     if name in LETTERS:
         upright = (
             ' mathvariant="normal"' if name in ("E", "d") else ""
-        )  # names of several letters are upright by themselves
+        )  # names of several letters are upright without it
         return f"<mi{upright}>{LETTERS[name]}</mi>"
     if name in FUNCTIONS:
         return f'<mo form="prefix" lspace="0.167em" rspace="{FUNCTIONS[name]}em">{name}</mo>'

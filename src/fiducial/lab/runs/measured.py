@@ -1,175 +1,85 @@
-"""The shipped methods, run on a world as a user would run them, and measured against its optimum
-along the way.
+"""One run of a method of the package on a world, as a user would run it, measured against the
+world's optimum during training.
 
-What is run is `fiducial.methods`, with its sampler, its batches and its checkpoints; nothing is
-written again here. The policy at each checkpoint is turned into its exact distribution over
-responses, so that no number on the way is an estimate.
+The run is made by `fiducial.methods`, with its sampler, its batches and its checkpoints; nothing is
+written again here. The policy of each checkpoint is turned into its exact distribution over
+responses, so no number is an estimate.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from ...methods.dpo import DPO, dpo
-from ...methods.grpo import GRPO, grpo
-from ...methods.ppo import PPO, ppo
-from ...methods.prm import PRM, prm
-from ...methods.reinforce import Reinforce, reinforce
-from ...settings import OptimizerSettings, RowSettings, RunSettings
+from ...methods.dpo import dpo
+from ...methods.grpo import grpo
+from ...methods.ppo import ppo
+from ...methods.reinforce import reinforce
+from ...methods.settings.dpo import DPO
+from ...methods.settings.grpo import GRPO
+from ...methods.settings.ppo import PPO
+from ...methods.settings.reinforce import Reinforce
+from ...run import Run
+from ...settings import OptimizerSettings, RowSettings, RunSettings, Settings
 from ...train.checkpoint import numbered
-from ...use.generate import Generate, generate
 from ..study.credit import credit
+from ..study.results import Credit
 from ..worlds import exact, policies
-from ..worlds.world import EOS, LETTERS, Array, World, bradley_terry
+from ..worlds.world import Array, World
+from .plan import Plan
+from .process_reward import TAUGHT, teach_steps
+from .results import MeasuredRun, PathPoint, RunResult
 
-Kind = Literal["table", "transformer"]
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dpo": ("dpo", {}),
-    "ppo": ("ppo", {"critic": {"start": "policy"}}),
-    "reinforce_none": ("reinforce", {"baseline": "none"}),
-    "reinforce_mean": ("reinforce", {"baseline": "mean"}),
-    "remax": ("reinforce", {"baseline": "remax"}),
-    "rloo": ("reinforce", {"baseline": "rloo"}),
-    "reinforce_pp": ("reinforce", {"baseline": "reinforce++"}),
-    **{
-        variant: ("grpo", {"variant": variant})
-        for variant in ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
-    },
+ONLINE: dict[str, tuple[Callable[..., Run[Any]], type[Settings]]] = {
+    "ppo": (ppo, PPO),
+    "reinforce": (reinforce, Reinforce),
+    "grpo": (grpo, GRPO),
 }
-"""What is run under each name: the verb, and the settings that make it this method."""
-ONLINE = {"ppo": (ppo, PPO), "reinforce": (reinforce, Reinforce), "grpo": (grpo, GRPO)}
-
-REWARD = '''"""The rewards of this world, for `fiducial ppo --reward reward.py:gold` (or :proxy, where a learned reward would err)."""
-
-from pathlib import Path
-
-from fiducial.lab.worlds.world import World
-
-world = World.load(Path(__file__).with_name("world.npz"))
 
 
-def gold(prompts, completions):
-    """The true reward of each response."""
-    return world.scores(prompts, completions)
-
-
-def proxy(prompts, completions):
-    """What a reward model would say."""
-    return world.scores(prompts, completions, "proxy")
-'''
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One run of a shipped method.
-
-    method: a key of METHODS.
-    beta: of the run and of the optimum it is held against; None: the world's.
-    points: how many times on the way it is measured.
-    reward: what is earned, and what the gap is measured in; steps: the true reward, and on the way
-    what the world's process reward model makes of it. settings: any others of the method, as its
-    own settings class takes them. credit: PPO with a table alone: tell of its policy half-way which
-    token it credits with what.
-    """
-
-    method: str
-    policy: Kind
-    learning_rate: float
-    steps: int
-    seed: int = 0
-    batch_size: int = 256
-    beta: float | None = None
-    points: int = 25
-    reward: Literal["reward", "proxy", "steps"] = "reward"
-    settings: dict[str, Any] = field(default_factory=dict)
-    credit: bool = False
-
-
-def write_world(
-    world: World, model: Any, folder: Path, *, preference: Array | None = None, copies: int = 100
-) -> Path:
-    """Everything that the commands need to run on this world: two policies, prompts, comparisons, a
-    reward function. Returns `folder`.
-
-    Args:
-        model: the transformer whose logits are the world's reference.
-        preference: [P, Y, Y] of the annotators; default: Bradley-Terry with the true rewards.
-        copies: how often every two responses are compared; each order comes as often as its
-            probability says, in whole numbers.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    world.save(folder / "world.npz")
-    policies.save(model, folder / "transformer")
-    policies.save(policies.table(world), folder / "table")
-    (folder / "reward.py").write_text(REWARD, encoding="utf-8")
-    write_rows(
-        folder / "prompts.jsonl",
-        ({"prompt": world.prompt_text(p)} for p in range(len(world.prompts))),
-    )
-    write_rows(
-        folder / "pairs.jsonl",
-        comparisons(
-            world, bradley_terry(world.reward) if preference is None else preference, copies
-        ),
-    )
-    return folder
-
-
-def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    """JSON lines."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def comparisons(world: World, preference: Array, copies: int) -> Iterator[dict[str, str]]:
-    """Preference rows: every two responses to a prompt `copies` times, in both orders, in
-    proportion to the probability of each order.
-
-    Raises:
-        ValueError: prompts of different lengths: a cut response is told from a finished one by the
-            rows' common limit.
-    """
-    if len({len(p) for p in world.prompts}) > 1:
-        raise ValueError(
-            "comparisons need prompts of one length: a cut response is told from a finished one by "
-            "--rows.max-length"
-        )
-    for p in range(len(world.prompts)):
-        # a response's wins in all decide its score, so what rounding takes in one comparison is
-        # given back in the next
-        owed = [0.0] * len(world.responses)
-        for i in reversed(range(len(world.responses))):
-            over = 0.0
-            for j in reversed(range(i)):
-                exact_wins = copies * float(preference[p, i, j])
-                wanted = exact_wins + owed[i] / i + over
-                wins = min(copies, max(0, round(wanted)))
-                over, owed[j] = wanted - wins, owed[j] + wins - exact_wins
-                a, b = world.response_text(i), world.response_text(j)
-                yield from [{"prompt": world.prompt_text(p), "chosen": a, "rejected": b}] * wins
-                yield from [{"prompt": world.prompt_text(p), "chosen": b, "rejected": a}] * (
-                    copies - wins
-                )
-
-
-def run(plan: Plan, folder: Path, out: Path) -> dict[str, Any]:
-    """Run it on the world in `folder`, into the run folder `out`; the measurements of the path and
-    of the end.
+def run(plan: Plan, folder: Path, out: Path) -> MeasuredRun:
+    """Run the plan on the world in `folder`, into the run folder `out`, and measure its policy
+    during training and at the end.
     """
     world = World.load(folder / "world.npz")
     world = world if plan.beta is None else world.with_(beta=plan.beta)
+    done = train(plan, world, folder, out)
+    start = exact.reference(world)
+    end = exact.logprobs(world.tree, policies.logits(done.model.lm, world.prompts, world.tree))
+    trail = {0: start, **dict(checkpoints(out, folder / plan.policy, world)), plan.steps: end}
+    sampled = [0] * (plan.steps + 1) if plan.verb == "dpo" else responses(plan, out)
+    if plan.reward == "steps":  # the process reward model was trained on samples too
+        sampled = [n + TAUGHT * len(world.prompts) for n in sampled]
+    kind = "proxy" if plan.reward == "proxy" else "reward"
+    path = [point(world, step, logp, sampled[step], kind) for step, logp in trail.items()]
+    best, _ = exact.optimum(world, reward=getattr(world, kind))
+    last = {f.name: getattr(path[-1], f.name) for f in fields(PathPoint) if f.name != "step"}
+    return MeasuredRun(
+        result=RunResult(
+            seed=plan.seed,
+            **last,
+            kl_optimum=exact.kl(best, start),
+            pairs=plan.steps * plan.batch_size if plan.verb == "dpo" else 0,
+            seconds=done.train_seconds,
+            path=path,
+        ),
+        trail=[x.tolist() for x in trail.values()],
+        final=end.tolist(),
+        credit=half_way(plan, world, folder, out, path) if plan.credit else None,
+    )
+
+
+def train(plan: Plan, world: World, folder: Path, out: Path) -> Run[Any]:
+    """The run itself."""
     every = max(1, plan.steps // plan.points) if plan.points else 0
-    verb, own = METHODS[plan.method]
     common: dict[str, Any] = {
         "model": str(folder / plan.policy),
         "out": str(out),
@@ -187,79 +97,34 @@ def run(plan: Plan, folder: Path, out: Path) -> dict[str, Any]:
             samples=2,
             tokens=65_536,
         ),
-        **own,
-        **plan.settings,
+        **plan.method_settings,
     }
-    if verb == "dpo":
+    if plan.verb == "dpo":
         width = len(world.prompts[0]) + world.horizon
-        done = dpo(
-            DPO(
-                data=str(folder / "pairs.jsonl"),
-                rows=RowSettings(max_length=width, held_out=0.0),
-                **common,
-            )
-        )
-    else:
-        train, settings = ONLINE[verb]
-        name = "proxy" if plan.reward == "proxy" else "gold"
-        steps = (
-            (
-                str(
-                    teach_steps(
-                        world, folder / plan.policy, out.with_name(f"{out.name}-prm"), plan.seed
-                    )
-                ),
-            )
-            if plan.reward == "steps"
-            else ()
-        )
-        done = train(
-            settings(
-                data=str(folder / "prompts.jsonl"),
-                reward=(f"{folder / 'reward.py'}:{name}", *steps),
-                **common,
-            )
-        )  # type: ignore[operator]
-    start = exact.reference(world)
-    end = exact.logprobs(world.tree, policies.logits(done.model.lm, world.prompts, world.tree))
-    trail = {0: start, **dict(checkpoints(out, folder / plan.policy, world)), plan.steps: end}
-    sampled = [0] * (plan.steps + 1) if verb == "dpo" else responses(plan, out)
-    if plan.reward == "steps":  # what the process reward model has learned from was sampled too
-        sampled = [n + TAUGHT * len(world.prompts) for n in sampled]
-    kind = "proxy" if plan.reward == "proxy" else "reward"
-    path = [point(world, step, logp, sampled[step], kind) for step, logp in trail.items()]
-    last = {k: v for k, v in path[-1].items() if k != "step"}
-    best, _ = exact.optimum(world, reward=getattr(world, kind))
-    pairs = plan.steps * plan.batch_size if verb == "dpo" else 0
-    return {
-        "seed": plan.seed,
-        **last,
-        "kl_optimum": exact.kl(best, start),
-        "pairs": pairs,
-        "seconds": done.train_seconds,
-        "path": path,
-        "trail": [x.tolist() for x in trail.values()],
-        "final": end.tolist(),
-        "credit": half_way(plan, world, folder, out, path) if plan.credit else None,
-    }
+        rows = RowSettings(max_length=width, held_out=0.0)
+        return dpo(DPO(data=str(folder / "pairs.jsonl"), rows=rows, **common))
+    function, settings = ONLINE[plan.verb]
+    reward = [f"{folder / 'reward.py'}:{'proxy' if plan.reward == 'proxy' else 'gold'}"]
+    if plan.reward == "steps":
+        reward.append(str(taught(plan, world, folder, out)))
+    given = {"data": str(folder / "prompts.jsonl"), "reward": tuple(reward), **common}
+    return function(settings(**given))
 
 
-def half_way(
-    plan: Plan, world: World, folder: Path, out: Path, path: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """What PPO's policy with half of the gap closed, its critic of that moment and a process reward
-    model say of each token.
+def taught(plan: Plan, world: World, folder: Path, out: Path) -> Path:
+    """The world's process reward model, in a folder beside the run."""
+    return teach_steps(world, folder / plan.policy, out.with_name(f"{out.name}-prm"), plan.seed)
+
+
+def half_way(plan: Plan, world: World, folder: Path, out: Path, path: list[PathPoint]) -> Credit:
+    """How PPO's policy with half of the gap closed, its critic at that step and a process reward
+    model credit each token.
     """
-    here = min(path[1:-1], key=lambda point: abs(point["relative_gap"] - 0.5))
-    at = out / "checkpoints" / f"checkpoint-{here['step']}"
+    here = min(path[1:-1], key=lambda point: abs((point.relative_gap or 0.0) - 0.5))
+    at = out / "checkpoints" / f"checkpoint-{here.step}"
     model = policies.load(folder / plan.policy)
-    state = load_file(at / "model.safetensors")
-    model.load_state_dict(
-        {k.removeprefix("lm."): v for k, v in state.items() if k.startswith("lm.")}, strict=False
-    )
-    judge = AutoModelForSequenceClassification.from_pretrained(
-        teach_steps(world, folder / plan.policy, out.with_name(f"{out.name}-prm"), plan.seed)
-    )
+    load_policy(model, at)
+    judge = AutoModelForSequenceClassification.from_pretrained(taught(plan, world, folder, out))
     (critic,) = (
         v for k, v in load_file(at / "model_1.safetensors").items() if k.endswith("score.weight")
     )
@@ -269,79 +134,20 @@ def half_way(
         policies.logits(model, world.prompts, world.tree),
         critic.double().numpy().reshape(shape),
         judge.score.weight.detach().double().sigmoid().numpy().reshape(shape),
-        step=here["step"],
-        samples=here["samples"],
+        step=here.step,
+        samples=int(here.samples),
     )
 
 
-TAUGHT = 1_000
-"""Responses of the reference to each prompt that a process reward model learns from."""
-
-
-def teach_steps(world: World, start: Path, out: Path, seed: int) -> Path:
-    """A process reward model from outcomes alone: the reference answers, the verifier says right or
-    wrong, and every token is taught its response's outcome.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    drawn, rows = out / "drawn.jsonl", out / "outcomes.jsonl"
-    if not (out / "run" / "model").exists():
-        for old in (drawn, rows):
-            old.unlink(missing_ok=True)
-        shutil.rmtree(out / "run", ignore_errors=True)
-        write_rows(
-            out / "prompts.jsonl",
-            ({"prompt": world.prompt_text(p)} for p in range(len(world.prompts))),
-        )
-        generate(
-            Generate(
-                model=str(start),
-                prompts=str(out / "prompts.jsonl"),
-                out=str(drawn),
-                samples=TAUGHT,
-                max_new_tokens=world.horizon,
-                seed=seed,
-            )
-        )
-        found = [json.loads(line) for line in drawn.read_text(encoding="utf-8").splitlines()]
-        right = world.scores([r["prompt"] for r in found], [r["completion"] for r in found])
-        write_rows(
-            rows,
-            (
-                {
-                    "prompt": r["prompt"],
-                    "completion": r["completion"] + (LETTERS[EOS] if r["finished"] else ""),
-                    "label": score > 0.5,
-                }
-                for r, score in zip(found, right, strict=True)
-            ),
-        )
-        prm(
-            PRM(
-                model=str(start),
-                data=str(rows),
-                out=str(out / "run"),
-                separator="",
-                epochs=4,
-                batch_size=256,
-                learning_rate=0.3,
-                seed=seed,
-                rows=RowSettings(max_length=len(world.prompts[0]) + world.horizon, held_out=0.0),
-                run=RunSettings(checkpoint_every=0, eval_every=0, tokens=65_536),
-            )
-        )
-    return out / "run" / "model"
-
-
 def responses(plan: Plan, out: Path) -> list[int]:
-    """How many responses a run had sampled after each step, the greedy ones of ReMax and the groups
-    that DAPO passed over included.
+    """How many responses a run had sampled after each step. ReMax's greedy responses and the groups
+    that DAPO skipped are counted.
     """
-    verb, own = METHODS[plan.method]
-    settings = ONLINE[verb][1].model_fields  # type: ignore[attr-defined]
+    fields = ONLINE[plan.verb][1].model_fields
     chosen = {
-        k: plan.settings.get(k, own.get(k, settings[k].default))
+        k: plan.method_settings.get(k, fields[k].default)
         for k in ("group_size", "baseline")
-        if k in settings
+        if k in fields
     }
     total = [0]
     with open(out / "metrics.jsonl", encoding="utf-8") as file:
@@ -350,53 +156,48 @@ def responses(plan: Plan, out: Path) -> list[int]:
                 continue
             groups = row.get("groups/sampled")
             each = plan.batch_size if groups is None else round(groups) * chosen["group_size"]
-            total.append(
-                total[-1]
-                + each
-                + (
-                    plan.batch_size // chosen["group_size"]
-                    if chosen.get("baseline") == "remax"
-                    else 0
-                )
-            )
+            if chosen.get("baseline") == "remax":
+                each += plan.batch_size // chosen["group_size"]
+            total.append(total[-1] + each)
     return total
 
 
-def point(world: World, step: int, logp: Array, samples: int, reward: str) -> dict[str, Any]:
-    """Where a policy [P, Y] stands."""
+def point(world: World, step: int, logp: Array, samples: int, reward: str) -> PathPoint:
+    """Where a policy [P, Y] is. `reward`: the world's reward that is optimized."""
     found = exact.gap(world, logp, reward=getattr(world, reward))
-    gold = {"gold": exact.expected(logp, world.reward)} if reward == "proxy" else {}
-    return {
-        "step": step,
-        "samples": samples,
-        "kl": found.kl,
-        "reward": found.reward,
-        "gap": found.gap,
-        "relative_gap": found.relative,
-        "total_variation": found.total_variation,
-        **gold,
-    }
+    return PathPoint(
+        step=step,
+        samples=samples,
+        kl=found.kl,
+        reward=found.reward,
+        gap=found.gap,
+        relative_gap=found.relative,
+        total_variation=found.total_variation,
+        gold=exact.expected(logp, world.reward) if reward == "proxy" else None,
+    )
 
 
 def checkpoints(out: Path, start: Path, world: World) -> Iterator[tuple[int, Array]]:
     """(step, log-probabilities [P, Y]) of the policy in each checkpoint of a run."""
     model = policies.load(start)
     for folder in numbered(out / "checkpoints"):
-        state = load_file(folder / "model.safetensors")
-        model.load_state_dict(
-            {k.removeprefix("lm."): v for k, v in state.items() if k.startswith("lm.")},
-            strict=False,
-        )
-        yield (
-            int(folder.name.rpartition("-")[2]),
-            exact.logprobs(world.tree, policies.logits(model, world.prompts, world.tree)),
-        )
+        load_policy(model, folder)
+        table = policies.logits(model, world.prompts, world.tree)
+        yield int(folder.name.rpartition("-")[2]), exact.logprobs(world.tree, table)
 
 
-def run_quietly(plan: Plan, folder: Path, out: Path) -> dict[str, Any]:
-    """`run` in a process of its own: one thread, and what it says goes to a file beside its folder."""
+def load_policy(model: Any, checkpoint: Path) -> None:
+    """Give the model the weights of the policy in a checkpoint."""
+    state = load_file(checkpoint / "model.safetensors")
+    model.load_state_dict(
+        {k.removeprefix("lm."): v for k, v in state.items() if k.startswith("lm.")}, strict=False
+    )
+
+
+def run_quietly(plan: Plan, folder: Path, out: Path) -> MeasuredRun:
+    """`run` in a process of its own: one thread, and messages go to a file beside its folder."""
     torch.set_num_threads(1)
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out.with_name(f"{out.name}.log"), "w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 2)
-        return {**run(plan, folder, out), "plan": asdict(plan)}
+        return run(plan, folder, out)

@@ -1,29 +1,29 @@
-"""Which token deserves the credit: the advantage that each method gives to every token, against the
-exact one, Q - V of the policy.
+"""Credit: the advantage that each method gives to every token, against the exact one, Q - V of the
+policy.
 
-Nothing here is sampled: rewards and values are laid out for every response, and the package's own
-functions make advantages of them. What a group or a batch would estimate (a mean of returns) is its
-expectation, which is what it comes to in a large one.
+Nothing here is sampled. Rewards and values are computed for every response, and the package's own
+functions turn them into advantages. What a group or a batch would estimate (a mean of returns) is
+replaced by its expectation, to which it converges as the group grows.
 
-Shapes: P prompts, S states, Y responses, T tokens of the longest; column t speaks of token t.
+Shapes: P prompts, S states, Y responses, T tokens of the longest; column t is about token t.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...core import advantages
+from ...verbs import title
 from ..worlds import exact
 from ..worlds.world import Array, World
+from .results import Credit, CreditedResponse, CreditRow
 
 
 def exact_advantages(world: World, logits: Array) -> Array:
-    """[P, Y, T] Q - V of the policy with these logits [P, S, V] at each token of each response; 0
-    behind its end.
+    """[P, Y, T] Q - V of the policy with these logits [P, S, V] at each token of each response, and
+    0 after its end.
     """
     value, q = exact.values(world, logits)
     path, token = world.tree.path, world.tree.token
@@ -31,8 +31,8 @@ def exact_advantages(world: World, logits: Array) -> Array:
 
 
 def rewards(world: World, logits: Array) -> Array:
-    """[P, Y, T] what each token earns: less beta log(pi / pi_ref) at every token, and the score at
-    the last.
+    """[P, Y, T] the reward of each token: -beta log(pi / pi_ref) at every token, and the score at
+    the last one.
     """
     path, token, known = world.tree.path, world.tree.token, world.tree.path >= 0
     ratio = exact.log_softmax(logits) - exact.log_softmax(world.reference)
@@ -47,9 +47,9 @@ def of_methods(
     """[P, Y, T] advantages by method.
 
     Args:
-        critic: [P, S] PPO's values of each state.
-        judge: [P, S] a process reward model's score after the tokens of each state; the whole
-            response scores one half, as a table has it.
+        critic: [P, S] PPO's value of each state.
+        judge: [P, S] a process reward model's score of the tokens so far, in each state. A finished
+            response scores one half, which is what the model of a table says.
     """
     known = torch.from_numpy(world.tree.path >= 0)
     earned = rewards(world, logits)
@@ -63,34 +63,32 @@ def of_methods(
 
     for p in range(len(world.prompts)):
         paid = torch.from_numpy(earned[p])
-        whole = advantages.sequence_return(paid, known)
+        returns = advantages.sequence_return(paid, known)
         every = torch.ones(paid.shape, dtype=paid.dtype)
-        add("reinforce_none", whole[:, None] * every)
+        add("reinforce_none", returns[:, None] * every)
         add(
             "remax",
-            advantages.remax(whole, torch.full_like(whole, float(greedy[p])))[:, None] * every,
+            advantages.remax(returns, torch.full_like(returns, float(greedy[p])))[:, None] * every,
         )
-        add("rloo", (whole - likely[p] @ whole)[:, None] * every)
-        to_go = advantages.reward_to_go(paid, known)
-        add(
-            "reinforce_pp",
-            to_go - (likely[p][:, None] * to_go).sum() / (likely[p][:, None] * known).sum(),
-        )
+        add("rloo", (returns - likely[p] @ returns)[:, None] * every)
+        following = advantages.reward_to_go(paid, known)
+        weight = likely[p][:, None] * known
+        add("reinforce_pp", following - (likely[p][:, None] * following).sum() / weight.sum())
         for name, values in (("ppo", critic), ("perfect", truth)):
             seen = torch.from_numpy(np.where(world.tree.path >= 0, values[p][world.tree.path], 0.0))
             add(name, advantages.gae(paid, seen, known, gamma=1.0, lam=0.95)[0])
         if judge is not None:
             steps = _steps(world, judge[p])
             both = paid + torch.from_numpy(steps)
-            to_go = advantages.reward_to_go(both, known)
-            add("rloo_steps", to_go - likely[p] @ to_go)
+            following = advantages.reward_to_go(both, known)
+            add("rloo_steps", following - likely[p] @ following)
             add("step", torch.from_numpy(steps))
     return {name: torch.stack(rows).numpy() for name, rows in out.items()}
 
 
 def _steps(world: World, judge: Array) -> Array:
-    """[Y, T] what each token adds to the score of what was said before it; nothing said scores 0,
-    the whole scores one half.
+    """[Y, T] what each token adds to the score of the tokens before it. An empty response scores 0,
+    a finished one scores one half.
     """
     path, known, lengths = world.tree.path, world.tree.path >= 0, world.tree.lengths
     before = np.where(known, judge[path], 0.0)
@@ -101,7 +99,7 @@ def _steps(world: World, judge: Array) -> Array:
 
 
 def _greedy(world: World, logits: Array) -> list[int]:
-    """The response of the most likely tokens to each prompt."""
+    """The response to each prompt that takes the most likely token in every state."""
     out = []
     for p in range(len(world.prompts)):
         s = 0
@@ -115,10 +113,11 @@ def _greedy(world: World, logits: Array) -> list[int]:
 
 
 def compared(world: World, logits: Array, found: dict[str, Array]) -> dict[str, dict[str, float]]:
-    """Of each method, over all tokens of all responses as often as the policy says them:
-    correlation with the exact advantage, the root mean square
-    of the difference relative to that of the exact one, and the variance relative to its mean
-    square.
+    """Each method's advantages against the exact ones, over all tokens of all responses, weighted
+    by the policy's probabilities.
+
+    correlation: with the exact advantage. relative_error: root mean square of the difference,
+    relative to that of the exact advantage. variance: relative to its mean square.
     """
     weight = np.exp(exact.logprobs(world.tree, logits))[..., None] * (world.tree.path >= 0)
     weight = weight / weight.sum()
@@ -127,19 +126,19 @@ def compared(world: World, logits: Array, found: dict[str, Array]) -> dict[str, 
     out = {}
     for name, one in found.items():
         mean, mean_true = float((weight * one).sum()), float((weight * true).sum())
-        spread = float((weight * (one - mean) ** 2).sum())
+        variance = float((weight * (one - mean) ** 2).sum())
         both = float((weight * (one - mean) * (true - mean_true)).sum())
         out[name] = {
-            "correlation": both / np.sqrt(spread * (weight * (true - mean_true) ** 2).sum()),
+            "correlation": both / np.sqrt(variance * (weight * (true - mean_true) ** 2).sum()),
             "relative_error": float(np.sqrt((weight * (one - true) ** 2).sum() / size)),
-            "variance": spread / size,
+            "variance": variance / size,
         }
     return {name: {k: float(v) for k, v in row.items()} for name, row in out.items()}
 
 
 def worked(world: World, logits: Array) -> tuple[int, int, int]:
-    """(prompt, response, response): the likeliest right response of the policy, and the likeliest
-    of as many tokens that one token alone made wrong.
+    """(prompt, response, response): the policy's most likely right response, and the most likely
+    one of the same length that differs from it by one token and is wrong.
     """
     likely = np.exp(exact.logprobs(world.tree, logits))
     right = world.reward > 0.5
@@ -152,37 +151,34 @@ def worked(world: World, logits: Array) -> tuple[int, int, int]:
     return p, y, int(near.argmax())
 
 
-WORDS = {
-    "reinforce_none": ("REINFORCE", "The return itself, the same for every token."),
-    "remax": ("ReMax", "Less the greedy response's score, the same for every token."),
-    "rloo": ("RLOO", "Less the mean return (of a large group), the same for every token."),
-    "reinforce_pp": (
-        "REINFORCE++",
-        "The reward to go less its mean over tokens: only the price of the KL differs between "
-        "tokens.",
-    ),
-    "ppo": ("PPO", "GAE, lambda 0.95, with the critic that PPO had learned by then."),
-    "perfect": (
-        "PPO, a perfect critic",
-        "GAE, lambda 0.95, with V itself: what a sample still hides.",
-    ),
-    "rloo_steps": (
-        "RLOO + process rewards",
-        "The reward to go, with what each token adds to the process reward model's score, less its "
-        "mean at that token.",
-    ),
-    "step": (
-        "Process reward alone",
-        "What the token adds to the process reward model's score, which speaks of the reference, "
-        "not of this policy.",
-    ),
+ROWS = {
+    "reinforce_none": "The return of the response, the same for every token.",
+    "remax": "The return minus the greedy response's score, the same for every token.",
+    "rloo": "The return minus the mean return (of a large group), the same for every token.",
+    "reinforce_pp": "The reward-to-go minus its mean over tokens: only the KL penalty differs "
+    "between tokens.",
+    "ppo": "GAE, lambda 0.95, with the critic that PPO had learned by then.",
+    "perfect": "GAE, lambda 0.95, with the exact V: the noise of one sample remains.",
+    "rloo_steps": "The reward-to-go, with what each token adds to the process reward model's "
+    "score, minus its mean at that position.",
+    "step": "What the token adds to the process reward model's score. That model was trained on "
+    "the reference's responses, not on this policy's.",
 }
+"""The rows of the table, with one sentence each."""
+TITLES = {"perfect": "PPO, a perfect critic", "step": "Process reward alone"}
+"""Names of the rows that are not methods of the table of methods."""
 
 
 def credit(
     world: World, logits: Array, critic: Array, judge: Array | None, *, step: int, samples: int
-) -> dict[str, Any]:
-    """The section of the page: two responses token by token, and the methods over all responses."""
+) -> Credit:
+    """Two responses token by token, and the methods over all responses.
+
+    Args:
+        critic: see `of_methods`, as for `judge`.
+        step: of the training run from which the policy comes.
+        samples: responses that it had learned from by then.
+    """
     found, true = of_methods(world, logits, critic, judge), exact_advantages(world, logits)
     numbers = compared(world, logits, found)
     p, right, wrong = worked(world, logits)
@@ -192,33 +188,33 @@ def credit(
     for y in (right, wrong):
         n = int(world.tree.lengths[y])
         shown.append(
-            {
-                "response": world.response_text(y),
-                "right": bool(world.reward[p, y] > 0.5),
-                "decisive": [t for t in range(n) if t in key],
-                "changed": [t for t in range(n) if tokens[y, t] != tokens[right, t]],
-                "probability": float(np.exp(exact.logprobs(world.tree, logits)[p, y])),
-                "exact": true[p, y, :n].tolist(),
-                "methods": {name: one[p, y, :n].tolist() for name, one in found.items()},
-            }
+            CreditedResponse(
+                response=world.response_text(y),
+                right=bool(world.reward[p, y] > 0.5),
+                decisive=[t for t in range(n) if t in key],
+                changed=[t for t in range(n) if tokens[y, t] != tokens[right, t]],
+                probability=float(np.exp(exact.logprobs(world.tree, logits)[p, y])),
+                exact=true[p, y, :n].tolist(),
+                methods={name: one[p, y, :n].tolist() for name, one in found.items()},
+            )
         )
     rows = [
-        {"key": k, "name": WORDS[k][0], "words": WORDS[k][1], **numbers[k]}
-        for k in WORDS
+        CreditRow(key=k, name=TITLES.get(k) or title(k), words=words, **numbers[k])
+        for k, words in ROWS.items()
         if k in numbers
     ]
-    return {
-        "world": world.name,
-        "prompt": world.prompt_text(p),
-        "step": step,
-        "samples": samples,
-        "responses": shown,
-        "rows": rows,
-    }
+    return Credit(
+        world=world.name,
+        prompt=world.prompt_text(p),
+        step=step,
+        samples=samples,
+        responses=shown,
+        rows=rows,
+    )
 
 
 def decisive(world: World, p: int) -> set[int]:
-    """Places at which all right responses to a prompt have the same token."""
+    """Positions at which all right responses to a prompt have the same token."""
     right = world.tree.token[world.reward[p] > 0.5]
     return {
         t for t in range(right.shape[1]) if right[0, t] >= 0 and (right[:, t] == right[0, t]).all()

@@ -1,1 +1,1 @@
-"""Worlds small enough to enumerate, their exact answers, and policies over them as ordinary models."""
+"""Worlds small enough to enumerate, their exact answers, their files, and models over them."""

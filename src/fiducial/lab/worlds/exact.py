@@ -1,4 +1,5 @@
-r"""What is known exactly about a policy in an enumerable world: float64, no sampling, no training.
+r"""What is known exactly about a policy in an enumerable world, in float64, without sampling or
+training.
 
 The objective is :math:`J(\pi) = E_{x, y\sim\pi}[r(x, y)] - \beta\,KL(\pi\|\pi_{ref})`, its optimum
 :math:`\pi^* = \pi_{ref}\,e^{r/\beta}/Z(x)` (Korbak et al. 2022, arXiv 2205.11275; Rafailov et al.
@@ -10,6 +11,7 @@ nats; see `fiducial.lab.worlds.world`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,20 +20,22 @@ from .world import Array, Tree, World
 
 
 def log_softmax(logits: Array) -> Array:
-    """Along the last axis."""
+    """The log-softmax along the last axis."""
     top = logits - logits.max(-1, keepdims=True)
-    return top - np.log(np.exp(top).sum(-1, keepdims=True))
+    out: Array = top - np.log(np.exp(top).sum(-1, keepdims=True))
+    return out
 
 
 def logprobs(tree: Tree, logits: Array) -> Array:
     """[P, Y] log-probability of every response under logits [P, S, V]."""
     tokens = log_softmax(logits)[:, tree.path, tree.token]
-    return np.where(tree.path >= 0, tokens, 0.0).sum(-1)
+    out: Array = np.where(tree.path >= 0, tokens, 0.0).sum(-1)
+    return out
 
 
 def logits_of(tree: Tree, logp: Array) -> Array:
     """[P, S, V] logits of the policy whose responses have these log-probabilities [P, Y]: the log
-    of the mass behind each state and token.
+    of the total probability of the responses that begin with each state and token.
     """
     mass = np.full((logp.shape[0], len(tree.states), tree.vocabulary), -np.inf)
     for level in reversed(tree.levels):
@@ -47,11 +51,12 @@ def _logsumexp(x: Array) -> Array:
     top = x.max(-1, keepdims=True)
     safe = np.where(np.isfinite(top), top, 0.0)
     with np.errstate(divide="ignore"):
-        return (safe + np.log(np.exp(x - safe).sum(-1, keepdims=True)))[..., 0]
+        out: Array = (safe + np.log(np.exp(x - safe).sum(-1, keepdims=True)))[..., 0]
+    return out
 
 
 def kl(logp: Array, logq: Array) -> float:
-    """KL(p || q) in nats a response, the mean over prompts."""
+    """KL(p || q) in nats per response, the mean over prompts."""
     return float((np.exp(logp) * (logp - logq)).sum(-1).mean())
 
 
@@ -63,7 +68,7 @@ def total_variation(logp: Array, logq: Array) -> float:
 
 
 def expected(logp: Array, values: Array) -> float:
-    """E of values [P, Y], the mean over prompts."""
+    """The expectation of values [P, Y], the mean over prompts."""
     return float((np.exp(logp) * values).sum(-1).mean())
 
 
@@ -99,19 +104,19 @@ class Gap:
     """How far a policy is from the optimum."""
 
     objective: float
-    """J(pi), units of reward."""
+    """J(pi), in units of reward."""
     gap: float
-    """J(pi*) - J(pi), units of reward: beta KL(pi, pi*)."""
+    """J(pi*) - J(pi) = beta KL(pi, pi*), in units of reward."""
     relative: float
     """The gap as a share of J(pi*) - J(pi_ref): 1 for the reference, 0 for the optimum."""
     total_variation: float
     reward: float
     kl: float
-    """KL(pi, pi_ref), nats a response."""
+    """KL(pi, pi_ref), in nats per response."""
 
 
 def gap(world: World, logp: Array, *, reward: Array | None = None) -> Gap:
-    """The distance of a policy [P, Y] to the optimum of its world."""
+    """The distance of a policy [P, Y] from the optimum of its world."""
     reward = world.reward if reward is None else reward
     best, ref = optimum(world, reward=reward)[0], reference(world)
     j, top, start = (objective(world, x, reward=reward) for x in (logp, best, ref))
@@ -129,7 +134,7 @@ def gap(world: World, logp: Array, *, reward: Array | None = None) -> Gap:
 
 
 def visits(tree: Tree, logits: Array) -> Array:
-    """[P, S] probability of coming through each state."""
+    """[P, S] probability of visiting each state."""
     p = np.exp(log_softmax(logits))
     out = np.zeros(p.shape[:2])
     out[:, 0] = 1.0
@@ -139,29 +144,28 @@ def visits(tree: Tree, logits: Array) -> Array:
     return out
 
 
-def _backward(tree: Tree, reward: Array, step: Array, value_of: object) -> tuple[Array, Array]:
-    """V [P, S] and Q [P, S, V] where Q = step + (reward at the end | V of the state behind) and V =
-    value_of(level, Q of the level).
+def _backward(
+    tree: Tree, reward: Array, step: Array, value_of: Callable[[slice, Array], Array]
+) -> tuple[Array, Array]:
+    """V [P, S] and Q [P, S, V], where Q is the step's reward plus the reward at the end or the V of
+    the next state, and V = value_of(level, Q of the level).
     """
-    prompts = len(reward)
-    values, q = (
-        np.zeros((prompts, len(tree.states))),
-        np.zeros((prompts, len(tree.states), tree.vocabulary)),
-    )
+    values = np.zeros((len(reward), len(tree.states)))
+    q = np.zeros((len(reward), len(tree.states), tree.vocabulary))
     for level in reversed(tree.levels):
         q[:, level] = step[:, level] + np.where(
             tree.leaf[level] >= 0, reward[:, tree.leaf[level]], values[:, tree.child[level]]
         )
-        values[:, level] = value_of(level, q[:, level])  # type: ignore[operator]
+        values[:, level] = value_of(level, q[:, level])
     return values, q
 
 
 def values(world: World, logits: Array, *, beta: float | None = None) -> tuple[Array, Array]:
-    """V^pi [P, S] and Q^pi [P, S, V] of a policy: reward to come, less beta log(pi / pi_ref) of the
-    tokens still to be chosen.
+    """V^pi [P, S] and Q^pi [P, S, V] of a policy: the expected reward, less beta log(pi / pi_ref)
+    of the tokens still to be chosen.
 
-    Q holds the price of its own token, so that V is the mean of Q and the gradient of J is visits *
-    pi * (Q - V).
+    Q includes the penalty of its own token, so that V is the mean of Q and the gradient of J is
+    visits * pi * (Q - V).
     """
     beta = world.beta if beta is None else beta
     lp = log_softmax(logits)
@@ -172,8 +176,8 @@ def values(world: World, logits: Array, *, beta: float | None = None) -> tuple[A
 
 
 def soft_values(world: World, *, beta: float | None = None) -> tuple[Array, Array]:
-    """V* [P, S] and Q* [P, S, V] of the soft recursion: Q = r at the end or V of the state behind,
-    V(s) = beta log sum_a pi_ref(a|s) exp(Q(s, a) / beta).
+    """V* [P, S] and Q* [P, S, V] of the soft recursion: Q is the reward at the end, or V of the
+    next state; V(s) = beta log sum_a pi_ref(a|s) exp(Q(s, a) / beta).
 
     V*(s_0) = beta log Z, and beta log(pi* / pi_ref) = Q* - V* in every state: the advantage is the
     log-ratio (Rafailov et al. 2024, arXiv 2404.12358).
@@ -194,8 +198,8 @@ def gradient(world: World, logits: Array, *, beta: float | None = None) -> Array
 
 
 def kl_by_position(tree: Tree, logits: Array, other: Array) -> Array:
-    """[T] the KL of a response, token by token: E over the states at position t of KL(pi(.|s_t) ||
-    q(.|s_t)); the sum is the KL of the response.
+    """[T] the KL of a response by position: E over the states at position t of KL(pi(.|s_t) ||
+    q(.|s_t)). The sum is the KL of the response.
     """
     lp, lq = log_softmax(logits), log_softmax(other)
     each = visits(tree, logits) * (np.exp(lp) * (lp - lq)).sum(-1)
@@ -207,22 +211,24 @@ def kl_by_position(tree: Tree, logits: Array, other: Array) -> Array:
 
 @dataclass(frozen=True)
 class Frontier:
-    """The best reward for every KL: the optima of all beta. Arrays of one entry a beta; `other` is
-    a second reward of the same policies (gold).
+    """The best reward for every KL: the optima of several beta. Each array has one entry per beta.
+    `other` is a second reward (gold) of the same policies.
     """
 
     beta: Array
     kl: Array
     reward: Array
     variance: Array
-    """Var of the reward under pi*_beta: dE[r] / d(1/beta)."""
+    """The variance of the reward under pi*_beta, which is dE[r] / d(1/beta)."""
     other: Array | None = None
 
 
 def frontier(
     world: World, betas: Array, *, reward: Array | None = None, other: Array | None = None
 ) -> Frontier:
-    """No policy has more reward at the same KL (dE[r] / dKL = beta along the curve)."""
+    """The frontier at these beta. No policy has more reward at the same KL, and dE[r] / dKL = beta
+    along the curve.
+    """
     reward = world.reward if reward is None else reward
     ref = reference(world)
     rows = []
@@ -244,11 +250,12 @@ def frontier(
 
 
 def best_of_n(logp: Array, score: Array, n: int) -> Array:
-    """[P, Y] log-probabilities of the best of n draws by `score` [P, Y]. Equal scores share: the
-    first drawn of them is kept.
+    """[P, Y] log-probabilities of the best of n draws by `score` [P, Y]. Of equal scores, the first
+    one drawn is kept.
 
-    The probability of a score is F^n - F_below^n = F^n (1 - (1 - f / F)^n), F up to it and f its
-    own; inside a score responses keep their proportions.
+    The probability of a score is F^n - F_below^n = F^n (1 - (1 - f / F)^n), where F is the
+    probability of this score or a lower one, and f that of this score. Responses with the same
+    score keep their proportions.
     """
     out = np.empty_like(logp)
     for p in range(len(logp)):
@@ -269,8 +276,8 @@ def best_of_n(logp: Array, score: Array, n: int) -> Array:
 
 
 def best_of_n_bound(n: int | Array) -> Array:
-    """log n - (n - 1) / n: at least the KL of best-of-n, and equal to it only where no score has
-    any mass (Beirami et al. 2024, arXiv 2401.01879).
+    """log n - (n - 1) / n: an upper bound on the KL of best-of-n, reached only if no single score
+    has a positive probability (Beirami et al. 2024, arXiv 2401.01879).
     """
     n = np.asarray(n, dtype=float)
     return np.log(n) - (n - 1) / n
@@ -280,7 +287,7 @@ def best_of_n_bound(n: int | Array) -> Array:
 
 
 def pair_weights(world: World) -> Array:
-    """[P, Y, Y] every two different responses are compared equally often; sums to 1 over unordered
+    """[P, Y, Y] equal weights for all pairs of different responses; they sum to 1 over unordered
     pairs and prompts.
     """
     y = len(world.responses)
@@ -297,13 +304,12 @@ def dpo_loss(
     *,
     beta: float | None = None,
 ) -> float:
-    """DPO's population loss: -E log sigmoid(beta h) over pairs as often as `weights` compares them
-    and with labels as `preference` gives them.
+    """DPO's population loss: -E log sigmoid(beta h) over all pairs.
 
     Args:
-        preference: [P, Y, Y] probability that the second axis's response is preferred to the
-            third's.
-        weights: [P, Y, Y] symmetric; default: `pair_weights`.
+        preference: [P, Y, Y] probability that the response of the second axis is preferred to that
+            of the third.
+        weights: [P, Y, Y] how often each pair is compared, symmetric; default: `pair_weights`.
     """
     beta = world.beta if beta is None else beta
     weights = pair_weights(world) if weights is None else weights
@@ -314,16 +320,14 @@ def dpo_loss(
 
 
 def label_entropy(preference: Array, weights: Array) -> float:
-    """The least loss that any scores could reach on these labels: their entropy, in nats a pair."""
+    """The entropy of the labels, in nats per pair: the least loss that any scores can reach."""
     with np.errstate(divide="ignore", invalid="ignore"):
         each = np.where(preference > 0, -preference * np.log(preference), 0.0)
     return float((weights * each).sum())
 
 
 def bayes_accuracy(preference: Array, weights: Array) -> float:
-    """The accuracy on these labels that no model can be expected to exceed: the mean of max(p, 1 -
-    p) over the pairs compared.
-    """
+    """The highest expected accuracy on these labels: the mean of max(p, 1 - p) over the pairs."""
     upper = np.triu(np.ones(preference.shape[-2:]), 1)
     total = (weights * upper).sum()
     return float((weights * upper * np.maximum(preference, 1 - preference)).sum() / total)

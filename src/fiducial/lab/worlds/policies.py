@@ -1,19 +1,25 @@
-"""Policies of a world as models in the Hugging Face layout: a table, and a real transformer of two
-layers; and the exact distribution of either.
+"""Policies of a world as models in the Hugging Face layout, a table and a transformer of two
+layers, and the exact distribution of any model.
 
-The transformer as it is initialised is the world's reference, and the table is given the same
-probabilities, so that both start from the same mark.
+The transformer as it is initialized is the world's reference. The table has the same probabilities,
+so that both start from the same policy.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from ...models.tabular import TabularConfig, TabularLM
 from . import exact
@@ -39,18 +45,21 @@ def transformer(
     horizon: int,
     seed: int,
     *,
-    spread: float = 0.1,
+    std: float = 0.1,
     width: int = 64,
     layers: int = 2,
     rare_end: float = 0.0,
-) -> Any:
-    """An untrained GPT-2 with the world's vocabulary. `spread` is the deviation of its initial
-    weights: the larger, the more peaked it is. `rare_end`: nats
-    by which EOS is less likely than that, so that responses are long.
+) -> GPT2LMHeadModel:
+    """An untrained GPT-2 with the world's vocabulary.
 
-    GPT-2 and not a newer make because its positions are absolute: with rotary ones and no BOS,
-    attention over equal tokens gives the same mean however many they are, so `a`, `aa` and `aaa`
-    would share one distribution and the optimum would be out of reach of any method.
+    It is a GPT-2 because its positions are absolute. With rotary positions and no BOS, attention
+    over equal tokens gives the same mean whatever their number, so `a`, `aa` and `aaa` would share
+    one distribution, and no method could reach the optimum.
+
+    Args:
+        std: standard deviation of the initial weights. The larger it is, the more peaked are the
+            distributions.
+        rare_end: nats by which the log-odds of EOS are lowered, so that responses are long.
     """
     torch.manual_seed(seed)
     config = GPT2Config(
@@ -59,7 +68,7 @@ def transformer(
         n_layer=layers,
         n_head=4,
         n_positions=max(16, max(map(len, prompts)) + horizon),
-        initializer_range=spread,
+        initializer_range=std,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -69,8 +78,8 @@ def transformer(
         pad_token_id=None,
     )
     model = GPT2LMHeadModel(config)
-    # what comes out of a normalisation has mean 0, so a bias of ones meets only the mean of a row
-    # of the head
+    # The output of the last layer norm has mean 0, so a bias of ones adds the sum of a row of the
+    # head to its logit.
     if rare_end:
         with torch.no_grad():
             model.lm_head.weight -= model.lm_head.weight.mean(1, keepdim=True)
@@ -80,7 +89,7 @@ def transformer(
 
 
 def table(world: World) -> TabularLM:
-    """A table with the reference's probabilities."""
+    """A tabular model with the reference's probabilities."""
     config = TabularConfig(
         vocab_size=world.vocabulary, prompts=world.prompts, horizon=world.horizon, eos_token_id=EOS
     )
@@ -89,11 +98,12 @@ def table(world: World) -> TabularLM:
         model.lm_head.weight.copy_(
             torch.from_numpy(world.reference.reshape(-1, world.vocabulary).T.copy())
         )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A letter a token; the full stop is EOS. No BOS: a text is its letters and nothing else."""
+    """One token per letter; the full stop is EOS. There is no BOS."""
     inner = Tokenizer(
         models.WordLevel({LETTERS[i]: i for i in range(vocabulary)}, unk_token=LETTERS[EOS])
     )
@@ -104,22 +114,22 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     )
 
 
-def save(model: Any, path: Path) -> Path:
-    """The model and its tokenizer in the Hugging Face layout."""
+def save(model: PreTrainedModel, path: Path) -> Path:
+    """Save the model and its tokenizer in the Hugging Face layout."""
     model.save_pretrained(path, safe_serialization=True)
     tokenizer(model.config.vocab_size).save_pretrained(path)
     return path
 
 
-def load(path: Path) -> Any:
-    """A model of a world: a table, a transformer, or what a training run saved."""
+def load(path: Path) -> PreTrainedModel:
+    """Load a model of a world: a table, a transformer, or what a training run saved."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
-def logits(model: Any, prompts: tuple[Tokens, ...], tree: Tree) -> Array:
-    """[P, S, V] logits of any causal language model in every state of the world, in float64 (the
-    model itself is left as it is).
+def logits(model: nn.Module, prompts: tuple[Tokens, ...], tree: Tree) -> Array:
+    """[P, S, V] logits of any causal language model in every state of the world, computed in
+    float64. The model keeps its own precision.
     """
     was = next(model.parameters()).dtype
     model = model.double()
@@ -144,67 +154,62 @@ def make(
     prompts: int = 2,
     vocabulary: int = 3,
     horizon: int = 3,
-    spread: float = 0.05,
+    std: float = 0.05,
     beta: float = 0.5,
     kl: float | None = 1.25,
     reward: Array | None = None,
     uneven: bool = False,
     rare_end: float = 0.0,
-) -> tuple[World, Any]:
-    """A world around an untrained transformer, and that transformer.
+) -> tuple[World, GPT2LMHeadModel]:
+    """A world whose reference is an untrained transformer, and that transformer.
 
     Args:
-        reward: [P, Y]; default: independent normal ones.
-        kl: nats that the optimum is to lie from the reference; the rewards are scaled until it
-            does. None: they stay as they are.
+        std: standard deviation of the transformer's initial weights.
+        reward: [P, Y]; default: independent normal rewards.
+        kl: KL of the optimum from the reference, in nats; the rewards are scaled to give it. None:
+            the rewards stay as they are.
         uneven: prompts of two lengths.
-        rare_end: nats by which EOS is less likely than the other tokens.
+        rare_end: nats by which the log-odds of EOS are lowered.
 
     Raises:
-        ValueError: no scale of the rewards puts the optimum so far away.
+        ValueError: no scale of the rewards puts the optimum that far from the reference.
     """
     texts, shape = prompts_for(prompts, vocabulary, uneven=uneven), tree(vocabulary, horizon)
-    model = transformer(texts, vocabulary, horizon, seed, spread=spread, rare_end=rare_end)
+    model = transformer(texts, vocabulary, horizon, seed, std=std, rare_end=rare_end)
     start = logits(model, texts, shape)
     for attempt in range(DRAWS):
-        drawn = (
-            random_reward(prompts, len(shape.responses), seed + 10_000 * attempt)
-            if reward is None
-            else reward
-        )
+        drawn = reward
+        if drawn is None:
+            drawn = random_reward(prompts, len(shape.responses), seed + 10_000 * attempt)
         world = World(name, texts, start, drawn, beta, horizon)
+        if kl is None:
+            return world, model
         try:
-            return (
-                world if kl is None else world.with_(reward=drawn * scale_for(world, kl))
-            ), model
-        except (
-            ValueError
-        ):  # rarely, the best response of a draw is one that the reference gives anyway
+            return world.with_(reward=drawn * scale_for(world, kl)), model
+        except ValueError:  # rarely, the best response is one that the reference gives anyway
             if reward is not None or attempt + 1 == DRAWS:
                 raise
     raise AssertionError("unreachable")
 
 
 DRAWS = 20
-"""How often rewards are drawn again where their optimum cannot be moved as far from the reference
-as asked for.
-"""
+"""Most attempts to draw rewards whose optimum can be moved as far from the reference as asked."""
 
 
 def scale_for(world: World, kl: float) -> float:
-    """The factor on the rewards with which KL(pi*, ref) is `kl` nats: it grows with the factor, so
-    halving finds it.
+    """The factor on the rewards with which KL(pi*, ref) is `kl` nats. The KL grows with the factor,
+    so bisection finds it.
 
     Raises:
-        ValueError: no factor is large enough, for the responses of the largest reward are
-            themselves too likely.
+        ValueError: no factor is large enough, because the responses with the largest reward are
+            themselves likely under the reference.
     """
     low, high = 0.0, 64.0
     farthest, _ = exact.optimum(world, reward=world.reward * high)
     if (most := exact.kl(farthest, exact.reference(world))) < kl:
         raise ValueError(
             f"{world.name}: no scale of these rewards puts the optimum {kl:g} nats from the "
-            f"reference: its best responses are {most:.3g} away"
+            f"reference: the best responses are {most:.3g} nats away"
         )
     for _ in range(60):
         middle = (low + high) / 2
@@ -213,37 +218,37 @@ def scale_for(world: World, kl: float) -> float:
     return (low + high) / 2
 
 
-def mild(seed: int = 0) -> tuple[World, Any]:
-    """15 responses to each of 2 prompts, all of them within reach of the reference: the optimum
-    lies 1.25 nats away.
+def mild(seed: int = 0) -> tuple[World, GPT2LMHeadModel]:
+    """15 responses to each of 2 prompts, all of them likely enough to be sampled: the optimum is
+    1.25 nats from the reference.
     """
     return make("mild", seed=seed)
 
 
-def peaked(seed: int = 0) -> tuple[World, Any]:
-    """As many responses, but the best ones are rare under the reference and the pull to it is weak:
-    2.9 nats. What is not sampled is not learned.
+def peaked(seed: int = 0) -> tuple[World, GPT2LMHeadModel]:
+    """15 responses to each of 2 prompts. The best ones are rare under the reference and beta is
+    small: the optimum is 2.9 nats away. What is not sampled is not learned.
     """
-    world, model = make("peaked", seed=seed, spread=0.25, beta=0.3, kl=None)
+    world, model = make("peaked", seed=seed, std=0.25, beta=0.3, kl=None)
     ref = exact.reference(world)
     world = world.with_(reward=world.reward - RARE * (ref - ref.mean(-1, keepdims=True)))
     return world.with_(reward=world.reward * scale_for(world, 2.9)), model
 
 
 RARE = 0.5
-"""What a nat of rareness under the reference is worth in the peaked world, in deviations of the
-random reward.
+"""In the peaked world, the reward per nat of rarity under the reference, in standard deviations of
+the random reward.
 """
 
 
-def large(seed: int = 0) -> tuple[World, Any]:
+def large(seed: int = 0) -> tuple[World, GPT2LMHeadModel]:
     """121 responses to each of 2 prompts."""
     return make("large", seed=seed, vocabulary=4, horizon=4)
 
 
-def sparse(seed: int = 0) -> tuple[World, Any]:
-    """121 responses to each of 2 prompts, of which a few are right, as a verifier says it: reward 1
-    for them, 0 for all others.
+def sparse(seed: int = 0) -> tuple[World, GPT2LMHeadModel]:
+    """121 responses to each of 2 prompts, of which a verifier accepts a few: reward 1 for them, 0
+    for all others.
     """
     world, model = make("sparse", seed=seed, vocabulary=4, horizon=4, beta=0.15, kl=None)
     return world.with_(
@@ -251,20 +256,19 @@ def sparse(seed: int = 0) -> tuple[World, Any]:
     ), model
 
 
-def exploit(seed: int = 0) -> tuple[World, Any]:
-    """121 responses to each of 2 prompts; a proxy overrates the least likely ones, which the true
-    reward hates, and the pull to the reference is weak.
+def exploit(seed: int = 0) -> tuple[World, GPT2LMHeadModel]:
+    """121 responses to each of 2 prompts. A proxy overrates the least likely ones, whose true
+    reward is low, and beta is small.
     """
     world, model = make("exploit", seed=seed, vocabulary=4, horizon=4, beta=0.15, kl=None)
     gold, proxy = exploited(world.reward, np.exp(exact.reference(world)), seed, proxy=1.0)
     return world.with_(reward=gold, proxy=proxy), model
 
 
-def long(seed: int = 0) -> tuple[World, Any]:
+def long(seed: int = 0) -> tuple[World, GPT2LMHeadModel]:
     """511 responses of up to 8 tokens to each of 2 prompts, most of them long, and a verifier at
-    their end: right is a response that has the right letters
-    at five of its first seven places, whatever the others are. So it is known which tokens deserve
-    the credit.
+    the end. It accepts a response with the right letters at five of its first seven positions, so
+    it is known which tokens deserve the credit.
     """
     reward, _ = letters_in_place(2, tree(3, 8), seed, keys=5, within=7)
     return make("long", seed=seed, horizon=8, beta=0.15, kl=None, reward=reward, rare_end=2.3)

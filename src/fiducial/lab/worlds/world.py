@@ -1,11 +1,11 @@
 """A world small enough to enumerate: every response to every prompt, its probability, its reward.
 
-Generation as a decision process: the state is the prompt with the tokens so far, s_t = (x, y_<t);
-the action is the next token y_t; the transition is certain; an episode is a response, which ends
-with EOS (token 0) or is cut at the horizon; its reward comes once, at the end. All arrays are
-float64.
+Generation is a decision process. The state is the prompt with the tokens so far, s_t = (x, y_<t);
+the action is the next token y_t; the transition is deterministic. An episode is a response, which
+ends with EOS (token 0) or is truncated at the horizon. Its reward comes once, at the end. All
+arrays are float64.
 
-Shapes: P prompts, S states of a prompt (prefixes in which a token is chosen), V tokens, Y
+Shapes: P prompts, S states of a prompt (prefixes after which a token is chosen), V tokens, Y
 responses, T horizon.
 """
 
@@ -25,19 +25,20 @@ Tokens = tuple[int, ...]
 
 EOS = 0
 LETTERS = ".abcdefghijklmnopqrstuvwxyz"
-"""The token with this number as text; a full stop ends a response."""
+"""Each token as text, by its number. A full stop ends a response."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """The responses to a prompt and the states on the way. The same tree stands behind every prompt.
+    """The responses to a prompt and the states on the way, the same for every prompt.
 
-    responses: Y token tuples, the ending EOS included.
-    states: S prefixes, by length, then in the order of their tokens.
+    responses: Y token tuples, including the final EOS.
+    states: S prefixes, ordered by length, then by their tokens.
     path, token: [Y, T] the state in which each token of a response is chosen, and that token; -1
-    behind the end. child, leaf: [S, V] the state behind a state and a token, or the response that
-    it completes; -1 for the other. lengths: [Y] tokens. finished: [Y] false where the horizon cut
-    the response.
+    after the end.
+    child, leaf: [S, V] the state that a token leads to, or the response that it completes. One of
+    the two is -1.
+    lengths: [Y] number of tokens. finished: [Y] false if the horizon truncated the response.
     """
 
     vocabulary: int
@@ -56,7 +57,9 @@ class Tree:
 
 @functools.cache
 def tree(vocabulary: int, horizon: int) -> Tree:
-    """All responses of at most `horizon` tokens: 15 for 3 and 3, 121 for 4 and 4, 19,531 for 6 and 6."""
+    """All responses of at most `horizon` tokens: 15 for 3 tokens and horizon 3, 121 for 4 and 4,
+    19,531 for 6 and 6.
+    """
     level: list[Tokens] = [()]
     states: list[Tokens] = []
     levels = []
@@ -93,18 +96,17 @@ def tree(vocabulary: int, horizon: int) -> Tree:
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """Prompts, a frozen reference, a reward for every response, and the strength of the pull to the
-    reference.
+    """Prompts, a frozen reference, a reward for every response, and the strength of the KL penalty.
 
-    Prompts are equally likely. None may be the beginning of another, so that a text belongs to one
-    prompt alone.
+    Prompts are equally likely. No prompt may be a prefix of another, so that every text belongs to
+    one prompt.
 
     reference: [P, S, V] logits.
     reward: [P, Y] the true (gold) reward of the whole response.
-    beta: nats cost beta units of reward each.
-    proxy: [P, Y] what a learned reward model might give instead; None: the true reward is known.
-    step_reward: [P, S, V] where the reward is the sum of what each step earns (a process reward);
-    None: it comes at the end only.
+    beta: the KL penalty per nat, in units of reward.
+    proxy: [P, Y] the reward that a learned reward model might give; None: there is no proxy.
+    step_reward: [P, S, V] the reward of each step, where `reward` is the sum over the steps (a
+    process reward); None: the reward comes only at the end.
     """
 
     name: str
@@ -126,7 +128,7 @@ class World:
             value = getattr(self, name)
             if value is not None and value.shape != (len(self.prompts), len(self.tree.responses)):
                 raise ValueError(
-                    f"{name} must have one number a prompt and response, "
+                    f"{name} must have one number per prompt and response, "
                     f"{[len(self.prompts), len(self.tree.responses)]}, not {list(value.shape)}"
                 )
         if self.step_reward is not None and self.step_reward.shape != shape:
@@ -138,7 +140,7 @@ class World:
             for j, b in enumerate(self.prompts):
                 if i != j and b[: len(a)] == a:
                     raise ValueError(
-                        f"prompt {a} is the beginning of prompt {b}: a text would belong to both"
+                        f"prompt {a} is a prefix of prompt {b}: some texts would belong to both"
                     )
 
     @property
@@ -154,16 +156,16 @@ class World:
         return self.tree.responses
 
     def with_(self, **changes: Any) -> World:
-        """A copy with other fields."""
+        """A copy with other values in these fields."""
         return replace(self, **changes)
 
-    # -- as text, for the code that users run
+    # -- as text, for code that users run
 
     def prompt_text(self, p: int) -> str:
         return "".join(LETTERS[t] for t in self.prompts[p])
 
     def response_text(self, y: int) -> str:
-        """The completion as a row holds it: with its full stop if it ended, without if it was cut."""
+        """The completion as in a row of data: with a full stop unless it was truncated."""
         return "".join(LETTERS[t] for t in self.responses[y])
 
     @functools.cached_property
@@ -176,9 +178,7 @@ class World:
     def scores(
         self, prompts: list[str], completions: list[str], table: str = "reward"
     ) -> list[float]:
-        """The reward of sampled texts (a completion without its EOS, as reward functions get it):
-        what `fiducial ppo` is given in the lab.
-        """
+        """The rewards of sampled texts; completions without EOS, as reward functions get them."""
         p_of, y_of = self._numbers
         values = getattr(self, table)
         return [
@@ -189,7 +189,7 @@ class World:
     # -- on disk
 
     def save(self, path: Path) -> None:
-        """Write the tables; `World.load` reads them back to the bit."""
+        """Write the tables; `World.load` reads them back bit by bit."""
         arrays = {
             k: v
             for k in ("reference", "reward", "proxy", "step_reward")
@@ -206,6 +206,7 @@ class World:
 
     @staticmethod
     def load(path: Path) -> World:
+        """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as found:
             facts = json.loads(str(found["facts"]))
             arrays = {
@@ -224,13 +225,13 @@ class World:
 
 
 def prompts_for(count: int, vocabulary: int, *, uneven: bool = False) -> tuple[Tokens, ...]:
-    """`count` prompts of letters, none the beginning of another; with `uneven` every second one is
-    a token longer.
+    """`count` prompts of letters, none of them a prefix of another. uneven: every second prompt is
+    one token longer.
     """
     if vocabulary < 3 and count > 1:
         raise ValueError(
-            f"a vocabulary of {vocabulary} has one letter beside EOS, and of two texts in one "
-            "letter one is the beginning of the other"
+            f"a vocabulary of {vocabulary} has only one letter besides EOS, so one of two prompts "
+            "would be a prefix of the other"
         )
     width = 1
     while (vocabulary - 1) ** width < count:
@@ -242,13 +243,13 @@ def prompts_for(count: int, vocabulary: int, *, uneven: bool = False) -> tuple[T
 
 
 def random_reward(prompts: int, responses: int, seed: int, scale: float = 1.0) -> Array:
-    """[P, Y] independent normal rewards: every response differs."""
+    """[P, Y] independent normal rewards, all different."""
     return np.random.default_rng([seed, 1]).normal(size=(prompts, responses)) * scale
 
 
 def sparse_reward(prompts: int, tree: Tree, seed: int, share: float = 0.1) -> Array:
-    """[P, Y] one for a few responses, zero for all others, as a verifier gives it. At least one
-    response a prompt is right, and never one of a single token.
+    """[P, Y] 1 for a few responses, 0 for all others, as a verifier gives it. At least one response
+    per prompt is right, and never one of a single token.
     """
     rng = np.random.default_rng([seed, 2])
     long = np.flatnonzero(tree.lengths > 1)
@@ -261,12 +262,12 @@ def sparse_reward(prompts: int, tree: Tree, seed: int, share: float = 0.1) -> Ar
 def letters_in_place(
     prompts: int, tree: Tree, seed: int, *, keys: int, within: int
 ) -> tuple[Array, list[dict[int, int]]]:
-    """[P, Y] one for the responses that have certain letters at certain places, whatever stands at
-    the others; and those, {place: token} of each prompt.
+    """[P, Y] 1 for the responses that have certain letters at certain positions, whatever the other
+    letters are; and the letters of each prompt, {position: token}.
 
     Args:
-        keys: places that count, drawn for each prompt among the first `within`, the last of which
-            is always one: before it nothing is decided.
+        keys: number of positions that count, drawn for each prompt among the first `within`. The
+            last of these always counts, so nothing is decided before it.
     """
     rng = np.random.default_rng([seed, 6])
     out, wanted = np.zeros((prompts, len(tree.responses))), []
@@ -288,14 +289,15 @@ def exploited(
     gold: float = -2.0,
     proxy: float = 3.0,
 ) -> tuple[Array, Array]:
-    """(gold, proxy) [P, Y]: the proxy is gold with a little noise, but for a few unlikely responses
-    that it loves and that gold hates.
+    """(gold, proxy) [P, Y]: the proxy is gold with a little noise, except for the exploit: a few
+    unlikely responses with a high proxy reward and a low gold reward.
 
     Args:
-        reference: [P, Y] probabilities of the responses; the exploit is made of the least likely
-            ones, up to `mass` of them together, and at least one.
+        reference: [P, Y] probabilities of the responses. The exploit consists of the least likely
+            ones, up to a total probability of `mass`, and of at least one.
+        noise: standard deviation of the noise.
         gold: the true reward of the exploit.
-        proxy: how far the proxy puts it above the best true reward of its prompt.
+        proxy: the proxy reward of the exploit, above the best true reward of the prompt.
     """
     rng = np.random.default_rng([seed, 3])
     true, learned = reward.copy(), reward + rng.normal(size=reward.shape) * noise
@@ -307,29 +309,31 @@ def exploited(
 
 
 def step_rewards(world: World, seed: int, scale: float = 0.5) -> World:
-    """The world with a reward for each step [P, S, V], and the sum of a response's steps as its reward."""
+    """The world with a reward for each step [P, S, V]; the reward of a response is the sum over its
+    steps.
+    """
     steps = np.random.default_rng([seed, 4]).normal(size=world.reference.shape) * scale
     known = world.tree.path >= 0
     total = np.where(known, steps[:, world.tree.path, world.tree.token], 0.0).sum(-1)
     return world.with_(reward=total, step_reward=steps)
 
 
-# ---- annotators: p [P, Y, Y], the probability that response i (second axis) is preferred to j
-# (third) ----
+# ---- annotators: [P, Y, Y] the probability that the response of the second axis is preferred to
+# that of the third ----
 
 
 def bradley_terry(reward: Array, scale: float = 1.0) -> Array:
-    """Bradley and Terry 1952: sigmoid of the difference in reward."""
+    """Bradley and Terry 1952: the sigmoid of the difference in reward."""
     return sigmoid(scale * (reward[:, :, None] - reward[:, None, :]))
 
 
 def flipped(preference: Array, share: float) -> Array:
-    """A share of the answers is given the wrong way round."""
+    """Annotators who give the opposite answer in this share of cases."""
     return share + (1 - 2 * share) * preference
 
 
 def length_biased(reward: Array, lengths: NDArray[np.int64], nats_per_token: float) -> Array:
-    """Annotators who also like what is longer."""
+    """Annotators who also prefer longer responses."""
     return sigmoid(
         reward[:, :, None]
         - reward[:, None, :]
@@ -338,8 +342,8 @@ def length_biased(reward: Array, lengths: NDArray[np.int64], nats_per_token: flo
 
 
 def intransitive(reward: Array, seed: int, twist: float) -> Array:
-    """Annotators no reward can explain: every pair gets an antisymmetric nat-score of its own on
-    top, so that preferences may run in circles.
+    """Annotators whom no reward explains: every pair has an additional antisymmetric log-odds of
+    its own (standard deviation `twist`), so that preferences may be cyclic.
     """
     noise = (
         np.random.default_rng([seed, 5]).normal(

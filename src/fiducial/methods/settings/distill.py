@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ...names import ModelName, RowsName
 from ...settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 
 
@@ -14,13 +15,13 @@ class Distill(Settings):
     samples.
     """
 
-    model: str
+    model: ModelName
     """The student to start from: a folder or a Hub name. Fine-tune an untrained student first,
     since it learns from its own samples.
     """
-    teacher: str
+    teacher: ModelName
     """The model to learn from: a folder or a Hub name. It must have the student's token ids."""
-    data: str
+    data: RowsName
     """Rows with a prompt: a file or a Hub name. Other columns are not used."""
     out: str | None = None
     """The run folder. None: runs/distill-1, -2, ..."""
@@ -28,25 +29,25 @@ class Distill(Settings):
     """exact: the KL of each state over the whole vocabulary (GKD). sampled: log(pi / pi_T) of the
     sampled token (Thinking Machines 2025).
     """
-    discount: float = Field(0.0, ge=0, le=1)
+    discount: float = Field(default=0.0, ge=0, le=1)
     """How much of the KL in later states a token pays for, a factor per token. 0: GKD, Thinking
     Machines 2025. 1: the exact gradient, with more variance.
     """
-    steps: int = Field(100, gt=0)
+    steps: int = Field(default=100, gt=0)
     """Iterations of sampling and one optimizer step. Thinking Machines 2025: 150."""
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(default=64, gt=0)
     """Responses per iteration, over all processes. 64: our choice; no published value."""
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate. 1e-5: our choice, as for sft. LoRA and small models need 10 to 100 times
     that.
     """
-    max_new_tokens: int = Field(64, gt=0)
+    max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a response. 64: our choice, as for ppo."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; it divides the logits of both models. 1: GKD."""
     stop: tuple[str, ...] = ()
     """Tokens that end a response, in addition to EOS."""
-    eval_samples: int = Field(128, gt=0)
+    eval_samples: int = Field(default=128, gt=0)
     """Responses to held-out prompts per evaluation. 128: our choice; no published value."""
     seed: int = 0
     """Random seed for the order of the prompts and for sampling."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from ...names import ModelName, RowsName
 from ...settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 
 
@@ -12,31 +13,31 @@ class DPO(Settings):
     without sampling.
     """
 
-    model: str
+    model: ModelName
     """The policy to start from: a folder or a Hub name. A frozen copy of it is the reference."""
-    data: str
+    data: RowsName
     """Rows with prompt, chosen and rejected: a file or a Hub name."""
     out: str | None = None
     """The run folder. None: runs/dpo-1, -2, ..."""
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """KL coefficient: the implicit reward is beta * log(pi / pi_ref). 0.1: the paper, appendix B
     (0.5 for summarization).
     """
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of wrong labels (conservative DPO, Mitchell 2023). 0: the paper."""
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the pairs. 1: overfitting often begins within the first (Rafailov et al. 2024,
     arXiv 2406.02900).
     """
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
     """Optimizer steps, in place of epochs."""
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(default=64, gt=0)
     """Pairs per optimizer step, over all processes. 64: the paper."""
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate, after warm-up. 1e-6: the paper. LoRA and small models need 10 to 100
     times that.
     """
-    max_new_tokens: int = Field(64, gt=0)
+    max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a sample response on the run's page."""
     seed: int = 0
     """Random seed for the order of the pairs and for sampling."""

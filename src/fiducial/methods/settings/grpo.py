@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from ...kl_choice import Penalty
+from ...names import ModelName, RowsName, ScorerName
 from ...settings import (
     KLSettings,
     LongSettings,
@@ -56,11 +57,11 @@ class GRPO(Settings):
     better ones of each group.
     """
 
-    model: str
+    model: ModelName
     """The policy to start from: a folder or a Hub name. A frozen copy of it is the reference."""
-    data: str
+    data: RowsName
     """Rows with a prompt: a file or a Hub name. Other columns are passed to the reward function."""
-    reward: tuple[str, ...] = ()
+    reward: tuple[ScorerName, ...] = ()
     """A reward model's folder, file.py:function with TRL's signature, or exact_match,
     numeric_answer, format or length. Several rewards are added up.
     """
@@ -84,47 +85,47 @@ class GRPO(Settings):
     """Equal weight per response (None for grpo, gspo), per token (dapo, cispo), or per token over a
     constant, max_new_tokens (dr_grpo).
     """
-    clip: float | None = Field(None, gt=0)
+    clip: float | None = Field(default=None, gt=0)
     """How far a ratio may fall below 1 and still gain. None: 0.2; for gspo 0.0003. cispo ignores
     it.
     """
-    clip_high: float | None = Field(None, gt=0)
+    clip_high: float | None = Field(default=None, gt=0)
     """How far a ratio may rise above 1 and still gain. None: as clip; for dapo 0.28, for gspo
     0.0004.
     """
-    cap: float | None = Field(None, gt=0)
+    cap: float | None = Field(default=None, gt=0)
     """Largest weight per token, for cispo only. None: 5, as in ScaleRL (arXiv 2510.13786) and TRL.
     """
-    resample: int | None = Field(None, ge=0)
+    resample: int | None = Field(default=None, ge=0)
     """Largest number of rounds in which prompts whose responses all score the same are replaced.
     None: 0; for dapo 8 (our choice; the paper has no limit).
     """
-    off_policy_mask: float | None = Field(None, gt=0)
+    off_policy_mask: float | None = Field(default=None, gt=0)
     """Leave out a response with negative advantage once the policy has made it this many nats per
     token less likely. None: off. DeepSeek-V3.2 (arXiv 2512.02556).
     """
-    steps: int = Field(100, gt=0)
+    steps: int = Field(default=100, gt=0)
     """Iterations of sampling and improving. DeepSeekMath: one pass over 144,000 questions."""
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(default=64, gt=0)
     """Responses per iteration, over all processes. DeepSeekMath: 1,024."""
-    group_size: int = Field(8, gt=1)
+    group_size: int = Field(default=8, gt=1)
     """Responses per prompt; batch_size must be a multiple of it. DeepSeekMath: 64; R1 and DAPO: 16.
     """
-    minibatches: int = Field(1, gt=0)
+    minibatches: int = Field(default=1, gt=0)
     """Optimizer steps per epoch. Only in the first step of an iteration is every ratio 1.
     DeepSeekMath: 1; DAPO: 16; GSPO: 4.
     """
-    epochs: int = Field(1, gt=0)
+    epochs: int = Field(default=1, gt=0)
     """Passes over the responses of an iteration. 1: DeepSeekMath."""
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate. 1e-6: DeepSeekMath, DAPO. LoRA and small models need 10 to 1,000 times
     that.
     """
-    beta: float | None = Field(None, ge=0)
+    beta: float | None = Field(default=None, ge=0)
     """KL coefficient. None: 0, no KL penalty; for grpo 0.04."""
-    max_new_tokens: int = Field(64, gt=0)
+    max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a response. DeepSeekMath: 1,024."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; it divides the logits in every log-probability too. 1: DAPO."""
     stop: tuple[str, ...] = ()
     """Tokens that end a response, in addition to EOS."""
@@ -144,7 +145,7 @@ class GRPO(Settings):
     @classmethod
     def _as_the_variant(cls, values: dict[str, Any]) -> dict[str, Any]:
         """What is not given is the variant's, so that config.yaml holds what was run."""
-        parts = VARIANTS.get(values.get("variant", "grpo"))
+        parts = VARIANTS.get(str(values.get("variant", "grpo")))
         if parts is None:
             return values
         return values | {

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ...names import ModelName, RowsName, ScorerName
 from ...settings import (
     KLSettings,
     LoraSettings,
@@ -24,11 +25,11 @@ class CriticSettings(Settings):
     """Start from the reward model (Stiennon et al. 2020), from the policy with a new head, or share
     the policy's trunk with a new head. auto: reward where possible, otherwise policy.
     """
-    learning_rate: float | None = Field(None, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of the critic. None: the policy's."""
-    coefficient: float = Field(0.1, gt=0)
+    coefficient: float = Field(default=0.1, gt=0)
     """Weight of the value loss. 0.1: Ziegler et al. 2019."""
-    clip: float | None = Field(0.2, gt=0)
+    clip: float | None = Field(default=0.2, gt=0)
     """How far a value may move from its old value in one iteration, in units of reward. None: no
     clipping. 0.2: Ziegler et al. 2019.
     """
@@ -37,11 +38,11 @@ class CriticSettings(Settings):
 class PtxSettings(Settings):
     """PPO-ptx: a language-modeling loss mixed in against forgetting."""
 
-    data: str | None = None
+    data: RowsName | None = None
     """Rows with text, messages, or prompt and completion: a file or a Hub name. None: off."""
-    coefficient: float = Field(27.8, gt=0)
+    coefficient: float = Field(default=27.8, gt=0)
     """Weight of that loss. 27.8: InstructGPT."""
-    batch_size: int = Field(8, gt=0)
+    batch_size: int = Field(default=8, gt=0)
     """Rows per optimizer step. 8: our choice; no published value."""
 
 
@@ -50,11 +51,11 @@ class PPO(Settings):
     reference.
     """
 
-    model: str
+    model: ModelName
     """The policy to start from: a folder or a Hub name. A frozen copy of it is the reference."""
-    data: str
+    data: RowsName
     """Rows with a prompt: a file or a Hub name. Other columns are passed to the reward function."""
-    reward: tuple[str, ...] = ()
+    reward: tuple[ScorerName, ...] = ()
     """A reward model's folder, file.py:function with TRL's signature, or exact_match,
     numeric_answer, format or length. Several rewards are added up.
     """
@@ -62,40 +63,40 @@ class PPO(Settings):
     """One weight per reward. None: 1 each."""
     out: str | None = None
     """The run folder. None: runs/ppo-1, -2, ..."""
-    steps: int = Field(100, gt=0)
+    steps: int = Field(default=100, gt=0)
     """Iterations of sampling and improving. InstructGPT: 500 iterations of 512 responses."""
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(default=64, gt=0)
     """Responses per iteration, over all processes. InstructGPT: 512."""
-    minibatches: int = Field(1, gt=0)
+    minibatches: int = Field(default=1, gt=0)
     """Optimizer steps per epoch. 1: Ziegler et al. 2019; Huang et al. 2024 (N+)."""
-    epochs: int = Field(4, gt=0)
+    epochs: int = Field(default=4, gt=0)
     """Passes over the responses of an iteration. 4: Ziegler et al. 2019."""
-    learning_rate: float = Field(3e-6, gt=0)
+    learning_rate: float = Field(default=3e-6, gt=0)
     """Peak learning rate. 3e-6: Huang et al. 2024 (N+). LoRA and small models need 10 to 100 times
     that.
     """
-    beta: float = Field(0.05, ge=0)
+    beta: float = Field(default=0.05, ge=0)
     """KL coefficient. 0: no KL penalty. 0.05: Stiennon et al. 2020; Huang et al. 2024 (N+).
     InstructGPT: 0.02.
     """
-    clip: float = Field(0.2, gt=0)
+    clip: float = Field(default=0.2, gt=0)
     """How far a token's probability ratio may move from 1 and still gain. 0.2: Schulman et al.
     2017.
     """
-    gamma: float = Field(1.0, gt=0, le=1)
+    gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per token. 1: InstructGPT."""
-    lam: float = Field(0.95, ge=0, le=1)
+    lam: float = Field(default=0.95, ge=0, le=1)
     """GAE's lambda. 0.95: Ziegler et al. 2019."""
     whiten: bool = True
     """Scale the advantages of an iteration to mean 0 and standard deviation 1. Ziegler et al. 2019.
     """
-    target_kl: float | None = Field(None, gt=0)
+    target_kl: float | None = Field(default=None, gt=0)
     """Stop the epochs of an iteration once the policy is this many nats per token from the policy
     that sampled. None: off. Spinning Up: 0.015.
     """
-    max_new_tokens: int = Field(64, gt=0)
+    max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a response. Ziegler et al. 2019: 24 to 75."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; it divides the logits in every log-probability too. 1: InstructGPT."""
     stop: tuple[str, ...] = ()
     """Tokens that end a response, in addition to EOS."""

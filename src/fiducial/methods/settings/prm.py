@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from ...names import ModelName, RowsName
 from ...settings import (
     Aggregate,
     LoraSettings,
@@ -19,11 +20,11 @@ class PRM(Settings):
     solutions alone, whether a solution is right so far.
     """
 
-    model: str
+    model: ModelName
     """The model to start from, usually the SFT model: a folder or a Hub name. If it already has a
     scalar head, the head is kept.
     """
-    data: str
+    data: RowsName
     """Rows with prompt, completions and labels (steps, as `fiducial label-steps` writes them), or
     with prompt, completion and label (outcomes): a file or a Hub name.
     """
@@ -37,13 +38,13 @@ class PRM(Settings):
     """How the saved model scores a whole solution: by its last step, its lowest step, or the
     product of all steps (Lightman et al. 2023). last: our choice.
     """
-    epochs: float = Field(2.0, gt=0)
+    epochs: float = Field(default=2.0, gt=0)
     """Passes over the solutions. 2: Lightman et al. 2023; Cobbe et al. 2021 for verifiers."""
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
     """Optimizer steps, in place of epochs."""
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(default=64, gt=0)
     """Solutions per optimizer step, over all processes. 64: our choice; no published value."""
-    learning_rate: float = Field(9e-6, gt=0)
+    learning_rate: float = Field(default=9e-6, gt=0)
     """Peak learning rate. 9e-6: InstructGPT's reward model. LoRA and small models need 10 to 100
     times that.
     """

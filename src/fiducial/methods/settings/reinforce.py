@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ...names import ModelName, RowsName, ScorerName
 from ...settings import (
     KLSettings,
     LongSettings,
@@ -23,11 +24,11 @@ class Reinforce(Settings):
     RLOO, ReMax or REINFORCE++.
     """
 
-    model: str
+    model: ModelName
     """The policy to start from: a folder or a Hub name. A frozen copy of it is the reference."""
-    data: str
+    data: RowsName
     """Rows with a prompt: a file or a Hub name. Other columns are passed to the reward function."""
-    reward: tuple[str, ...] = ()
+    reward: tuple[ScorerName, ...] = ()
     """A reward model's folder, file.py:function with TRL's signature, or exact_match,
     numeric_answer, format or length. Several rewards are added up.
     """
@@ -43,23 +44,23 @@ class Reinforce(Settings):
     """What a token is credited with: the return of the whole response, or the reward from that
     token on (for process rewards). None: sequence_return; for reinforce++ reward_to_go.
     """
-    steps: int = Field(100, gt=0)
+    steps: int = Field(default=100, gt=0)
     """Iterations of sampling and one optimizer step. Ahmadian et al. 2024: 600 on Anthropic HH."""
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(default=64, gt=0)
     """Responses per iteration, over all processes. Ahmadian et al. 2024: 512 and 256."""
-    group_size: int = Field(4, gt=0)
+    group_size: int = Field(default=4, gt=0)
     """Responses per prompt; batch_size must be a multiple of it. Only rloo needs more than 1.
     Ahmadian et al. 2024: 2 and 4.
     """
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate. 1e-6: Ahmadian et al. 2024. LoRA and small models need 10 to 1,000 times
     that.
     """
-    beta: float = Field(0.03, ge=0)
+    beta: float = Field(default=0.03, ge=0)
     """KL coefficient. 0: no KL penalty. 0.03: Ahmadian et al. 2024."""
-    max_new_tokens: int = Field(64, gt=0)
+    max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a response. Ahmadian et al. 2024: 53 and 128."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; it divides the logits in every log-probability too. 1: the objective
     without change.
     """

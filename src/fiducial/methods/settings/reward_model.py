@@ -4,36 +4,37 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from ...names import ModelName, RowsName
 from ...settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
 
 
 class RewardModel(Settings):
     """Reward model: learn from preference pairs which of two responses people prefer."""
 
-    model: str
+    model: ModelName
     """The model to start from, usually the SFT model: a folder or a Hub name. If it already has a
     scalar head, the head is kept.
     """
-    data: str
+    data: RowsName
     """Rows with prompt, chosen and rejected, and optionally margin: a file or a Hub name. All pairs
     of one prompt are trained as one element.
     """
     out: str | None = None
     """The run folder. None: runs/reward-1, -2, ..."""
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the prompts. 1: InstructGPT."""
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
     """Optimizer steps, in place of epochs."""
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(default=64, gt=0)
     """Prompts per optimizer step, over all processes. 64: InstructGPT."""
-    learning_rate: float = Field(9e-6, gt=0)
+    learning_rate: float = Field(default=9e-6, gt=0)
     """Peak learning rate. 9e-6: InstructGPT, 6B. LoRA and small models need 10 to 100 times that.
     """
-    centering: float = Field(0.0, ge=0)
+    centering: float = Field(default=0.0, ge=0)
     """Weight of a loss that pulls the scores toward mean 0. 0: off. Eisenstein et al. 2023 (arXiv
     2312.09244): 0.01.
     """
-    reference_data: str | None = None
+    reference_data: RowsName | None = None
     """Rows with prompt and completion whose mean score becomes 0, as in Huang et al. 2024 (N+).
     None: the responses of the training pairs.
     """

@@ -1,8 +1,9 @@
-r"""The gradient that each known mistake has where the policy has moved from the one that sampled,
-in closed form: ratios, clips, and weights.
+r"""The gradients of mistaken losses where the policy has moved away from the policy that sampled
+the
+responses: ratios, clips and weights.
 
-As in `fiducial.lab.kit.faults`: a loss has the gradient :math:`-E_\mu\sum_t
-c_t(y)\,\nabla\log\pi(y_t|s_t)`, mu being the policy that sampled, and a mistake changes c in a
+As in `fiducial.lab.kit.faults.policies`, a loss has the gradient :math:`-E_\mu\sum_t
+c_t(y)\,\nabla\log\pi(y_t|s_t)`, where mu is the policy that sampled, and a mistake changes c in a
 known way. Shapes: [P, Y, T], see there.
 """
 
@@ -12,23 +13,23 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..worlds.world import Array
-from .faults import Candidate
-from .population import Population
-from .terms import Terms, baselines, weights
+from ...worlds.world import Array
+from ..population import Population
+from .explain import Candidate
+from .terms import Terms, baselines, token_weights
 
 CAPS = (1.1, 1.2, 1.25, 1.5, 1.8, 2.0, 3.0, 4.0, 5.0, 8.0, 10.0)
 FLOORS = (0.2, 0.5, 0.8)
 
 
 def _log_ratio(t: Terms) -> Array:
-    """log pi / mu of each token, 0 behind the end."""
-    return t.logp - t.of(t.population.data)
+    """log pi / mu of each token, 0 after the end."""
+    return t.logp - t.at_tokens(t.population.data)
 
 
 def _kept(ratio: Array, a: Array, low: float, high: float, sign: float = 1) -> Array:
-    """1 where PPO's clip leaves the gradient; sign -1: where it would take it, were advantages
-    turned round.
+    """1 where PPO's clip keeps the gradient. sign -1: where it would with advantages of the
+    opposite sign.
     """
     return np.where(
         ((sign * a > 0) & (ratio > 1 + high)) | ((sign * a < 0) & (ratio < 1 - low)), 0.0, 1.0
@@ -36,7 +37,7 @@ def _kept(ratio: Array, a: Array, low: float, high: float, sign: float = 1) -> A
 
 
 def _clipped(ratio: Array, a: Array, low: float, high: float) -> dict[str, Array]:
-    """[P, Y, T] A times the derivative of the clipped ratio's logarithm, by mistake."""
+    """[P, Y, T] the coefficient of grad log pi in the clipped surrogate, by mistake."""
     kept = _kept(ratio, a, low, high)
     out = {
         "": ratio * a * kept,
@@ -47,25 +48,27 @@ def _clipped(ratio: Array, a: Array, low: float, high: float) -> dict[str, Array
         "ratio inverted": -a / ratio * _kept(1 / ratio, a, low, high),
     }
     if high != low:
-        out["clip range turned round"] = ratio * a * _kept(ratio, a, high, low)
-        out["one bound for both sides"] = ratio * a * _kept(ratio, a, low, low)
+        out["clip bounds swapped"] = ratio * a * _kept(ratio, a, high, low)
+        out["clip_high ignored"] = ratio * a * _kept(ratio, a, low, low)
     return out
 
 
 def clip_candidates(population: Population, low: float, high: float) -> Iterator[Candidate]:
-    """The clipped surrogate, of the advantages in the batch."""
+    """Mistaken clipped surrogates of the advantages in the batch."""
     t = Terms(population)
-    for kind, c in _clipped(np.exp(_log_ratio(t)), t.of(population.advantages), low, high).items():
-        for weight, ws in weights(t).items():
+    for kind, c in _clipped(
+        np.exp(_log_ratio(t)), t.at_tokens(population.advantages), low, high
+    ).items():
+        for weight, ws in token_weights(t).items():
             for w in ws:
                 yield Candidate(tuple(n for n in (kind, weight) if n), t.gradient(w * c))
 
 
 def gspo_candidates(population: Population, low: float, high: float) -> Iterator[Candidate]:
-    """GSPO's surrogate, of the rewards as the advantages of whole responses."""
+    """Mistaken GSPO surrogates, with the rewards as the advantages of whole responses."""
     t = Terms(population)
-    for weight in ("", "EOS not a label", "last token left out", "first token left out"):
-        for w in weights(t)[weight]:
+    for weight in ("", "EOS masked out", "last token left out", "first token left out"):
+        for w in token_weights(t)[weight]:
             lengths = np.maximum(w.sum(-1, keepdims=True), 1.0)
             log_ratio, a, each = _log_ratio(t) * w, t.reward * w, np.exp(_log_ratio(t))
             total = log_ratio.sum(-1, keepdims=True) * w
@@ -80,8 +83,10 @@ def gspo_candidates(population: Population, low: float, high: float) -> Iterator
                     np.exp(total) * a * _kept(np.exp(total), a, low, high) / n
                     for n in (1.0, lengths)
                 ],
-                "ratio of each token alone": [each * a * _kept(each, a, low, high) / lengths],
-                "mean over tokens": [
+                "token ratio instead of sequence ratio": [
+                    each * a * _kept(each, a, low, high) / lengths
+                ],
+                "mean over all tokens": [
                     np.exp(total / lengths) * a * _kept(np.exp(total / lengths), a, low, high)
                 ],
             }
@@ -91,14 +96,14 @@ def gspo_candidates(population: Population, low: float, high: float) -> Iterator
 
 
 def cispo_candidates(population: Population, cap: float) -> Iterator[Candidate]:
-    """CISPO's gradient, of the advantages in the batch."""
+    """Mistaken CISPO gradients of the advantages in the batch."""
     t = Terms(population)
-    ratio, a = np.exp(_log_ratio(t)), t.of(population.advantages)
+    ratio, a = np.exp(_log_ratio(t)), t.at_tokens(population.advantages)
     below = ratio < cap
     kinds = {
         "": [np.minimum(ratio, cap) * a],
-        "weight carries a gradient": [a * (np.minimum(ratio, cap) + below * ratio * t.logp)],
-        "gradient cut where the weight should be capped": [
+        "ratio not detached": [a * (np.minimum(ratio, cap) + below * ratio * t.logp)],
+        "gradient dropped beyond the cap": [
             a * ratio * below,
             a * ratio * (below | (a < 0)),
             a * ratio * (below | (a > 0)),
@@ -107,7 +112,7 @@ def cispo_candidates(population: Population, cap: float) -> Iterator[Candidate]:
         "ratio always one": [a],
         "ratio inverted": [a * np.minimum(1 / ratio, cap)],
     }
-    for weight, ws in weights(t).items():
+    for weight, ws in token_weights(t).items():
         for kind, cs in kinds.items():
             for c in cs:
                 for w in ws:
@@ -115,43 +120,41 @@ def cispo_candidates(population: Population, cap: float) -> Iterator[Candidate]:
 
 
 def moved_candidates(population: Population) -> Iterator[Candidate]:
-    """The policy gradient at a policy that has moved: the right weight is the ratio of the whole
-    response.
-    """
+    """Mistaken policy gradients. The right weight is the ratio of the whole response."""
     t = Terms(population)
     each, log_ratio = np.exp(_log_ratio(t)), _log_ratio(t)
     so_far = np.exp(np.cumsum(log_ratio, -1))
-    whole = np.exp(log_ratio.sum(-1, keepdims=True)) * t.known
-    mean = np.exp(log_ratio.sum(-1, keepdims=True) / t.lengths) * t.known
+    whole = np.exp(log_ratio.sum(-1, keepdims=True)) * t.mask
+    mean = np.exp(log_ratio.sum(-1, keepdims=True) / t.lengths) * t.mask
     kinds: list[tuple[tuple[str, ...], Array]] = [
         ((), whole),
-        (("ratio of each token alone",), each),
-        (("ratio up to the token",), so_far),
-        (("ratio always one",), t.known),
+        (("token ratio instead of sequence ratio",), each),
+        (("prefix ratio instead of sequence ratio",), so_far),
+        (("ratio always one",), t.mask),
         (("geometric mean instead of the product",), mean),
         (("ratio inverted",), 1 / each),
-        (("ratio inverted",), t.known / np.where(whole > 0, whole, 1.0)),
-        (("weight carries a gradient",), whole * (1 + t.logp.sum(-1, keepdims=True))),
-        (("ratio of each token alone", "weight carries a gradient"), each * (1 + t.logp)),
+        (("ratio inverted",), t.mask / np.where(whole > 0, whole, 1.0)),
+        (("ratio not detached",), whole * (1 + t.logp.sum(-1, keepdims=True))),
+        (("token ratio instead of sequence ratio", "ratio not detached"), each * (1 + t.logp)),
     ]
-    for name, ratio in (((), whole), (("ratio of each token alone",), each)):
-        inside = ratio[t.known > 0]
+    for name, ratio in (((), whole), (("token ratio instead of sequence ratio",), each)):
+        inside = ratio[t.mask > 0]
         for cap in (c for c in CAPS if c < inside.max()):
-            kinds.append(((*name, "weights cut"), np.minimum(ratio, cap)))
+            kinds.append(((*name, "weights truncated"), np.minimum(ratio, cap)))
             kinds += [
                 (
-                    (*name, "weights dropped"),
+                    (*name, "weights masked"),
                     np.where((ratio <= cap) & (ratio >= floor), ratio, 0.0),
                 )
                 for floor in (0.0, *FLOORS, 1 / cap)
             ]
         kinds += [
-            ((*name, "weights dropped"), np.where(ratio >= floor, ratio, 0.0))
+            ((*name, "weights masked"), np.where(ratio >= floor, ratio, 0.0))
             for floor in FLOORS
             if floor > inside.min()
         ]
     constants = baselines(t)[: len(population.world.prompts)]
-    for weight, ws in weights(t).items():
+    for weight, ws in token_weights(t).items():
         for names, c in kinds:
             for w in ws:
                 found = (*names, weight) if weight else names
@@ -159,5 +162,5 @@ def moved_candidates(population: Population) -> Iterator[Candidate]:
                     yield Candidate(
                         found,
                         t.gradient(w * c * t.reward),
-                        free=tuple(t.gradient(w * c * b) for b in constants),
+                        baselines=tuple(t.gradient(w * c * b) for b in constants),
                     )

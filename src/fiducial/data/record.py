@@ -1,0 +1,73 @@
+"""One record of a file, and the opened file itself."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+from ..errors import InputError
+
+MAX_ROW_BYTES = 100_000_000
+
+
+"""A longer row is a broken file (a lost newline, a dump): it is refused without being loaded."""
+
+
+EMPTY = "the file is empty; give a file with at least one row"
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+class Record(NamedTuple):
+    """One row as it stands in its source."""
+
+    where: str
+    """``file:line``, or ``file:row N``."""
+    value: object
+    """What the row holds, or the InputError that says why it cannot be read."""
+    raw: bytes | None = None
+    """Its own bytes, where the source has them; of an overlong row only the beginning."""
+
+    def beginning(self, characters: int = 2000) -> str:
+        text = (
+            json.dumps(self.value, default=str)
+            if self.raw is None
+            else self.raw[: 4 * characters].decode(errors="replace")
+        )
+        return text.rstrip("\r\n")[:characters]
+
+
+def nearest_file(path: Path) -> str:
+    """The end of a sentence that names the existing file that may have been meant, or nothing."""
+    if not path.parent.is_dir():
+        return f", nor a folder {path.parent}"
+    names = {entry.name.lower(): entry.name for entry in path.parent.iterdir() if entry.is_file()}
+    close = difflib.get_close_matches(path.name.lower(), names, n=1, cutoff=0.5)
+    return f"; the nearest is {path.parent / names[close[0]]}" if close else ""
+
+
+@contextmanager
+def open_bytes(path: Path, source: str) -> Iterator[BinaryIO]:
+    try:
+        with (
+            cast(BinaryIO, gzip.open(path, "rb"))
+            if path.suffix.lower() == ".gz"
+            else path.open("rb") as file
+        ):
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(
+            f"{source}: the gzip file is torn or not gzip ({error}); copy or compress it again"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"{source}: cannot be read ({error.strerror or error}); check the file and its "
+            "permissions"
+        ) from error

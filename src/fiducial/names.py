@@ -1,0 +1,52 @@
+"""Names that users give: folders of models, files of rows, rewards.
+
+A name that looks like a path and leads nowhere is refused under the flag that gave it, before
+anything is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from .errors import InputError
+
+_ROW_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a setting names: a model, rows, or something that scores."""
+
+    kind: Literal["model", "rows", "scorer"]
+
+
+ModelName = Annotated[str, Name("model")]
+"""A folder with a model, or its name on the Hub."""
+RowsName = Annotated[str, Name("rows")]
+"""A file of rows, or the name of a Hub dataset."""
+ScorerName = Annotated[str, Name("scorer")]
+"""A reward model's folder, file.py:function, module:function, or a verifiable reward's name."""
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only be a path: a name on the Hub is `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def check_name(kind: Literal["model", "rows", "scorer"], name: str, flag: str) -> None:
+    """
+    Raises:
+        InputError: the name looks like a path, and nothing is there.
+    """
+    if kind == "scorer" and ":" in name and not Path(name).is_dir():
+        file = Path(name.rpartition(":")[0]).expanduser()
+        if file.suffix == ".py" and not file.is_file():
+            raise InputError(f"{flag}: there is no file {file}")
+        return
+    path = Path(name).expanduser()
+    local = looks_local(name) or (kind == "rows" and path.suffix.lower() in _ROW_FILES)
+    if local and not path.exists():
+        what = "file" if kind == "rows" else "folder"
+        raise InputError(f"{flag}: there is no {what} {name}")

@@ -1,0 +1,44 @@
+"""Which settings a resumed run may change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import InputError
+
+FREE = {"steps", "epochs", "resume", "out", "run"}
+"""Settings that may differ when a run is resumed, because they do not change what was computed;
+`run.precision` does, and may not.
+"""
+OF_COMMAND = {"resume", "out"}
+"""Settings that say something about one command, not about the run."""
+
+
+def changed_settings(folder: Path, method: str, config: str) -> dict[str, Any]:
+    """The free settings that differ from those of the run in `folder`, with both values.
+
+    Args:
+        config: the settings of now, as config.yaml would have them.
+
+    Raises:
+        InputError: the folder holds no run or another method's, or settings differ that may not.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"--resume: {folder} holds no run to go on with (config.yaml is missing)")
+    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(config)
+    if before.get("method") != method:
+        raise InputError(f"--resume: {folder} is a run of {before.get('method')}, not of {method}")
+    differ = [k for k in now if before.get(k) != now[k]]
+    fixed = [k for k in differ if k not in FREE]
+    if before.get("run", {}).get("precision") != now["run"]["precision"]:
+        fixed.append("run.precision")
+    if fixed:
+        raise InputError(
+            f"--resume: {', '.join(fixed)} differ from {path}: a resumed run keeps its settings, "
+            "so leave these flags out"
+        )
+    return {k: {"was": before.get(k), "is": now[k]} for k in differ if k not in OF_COMMAND}
