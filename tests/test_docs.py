@@ -136,8 +136,23 @@ def test_links_between_pages_lead_somewhere():
             assert place.exists() or below in generated, f"{file.name}: {target}"
 
 
-def test_commands_and_flags_in_the_guide_exist():
+def test_commands_in_the_guide_exist():
     known = set(verbs.verbs())
     for file in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]:
-        for verb in re.findall(r"^fiducial +([a-z-]+)", file.read_text(encoding="utf-8"), re.M):
+        for verb in re.findall(
+            r"^fiducial +([a-z][a-z-]*)", file.read_text(encoding="utf-8"), re.M
+        ):
             assert verb in known, f"{file.name}: fiducial {verb}"
+
+
+def test_flags_in_the_guide_exist():
+    surface = (Path(__file__).parent / "cli_surface.txt").read_text(encoding="utf-8")
+    common = {"--help", "--config", "--debug"}
+    for file in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]:
+        text = re.sub(
+            r"`python benchmarks/[^`]*`|^torchrun .*$", "", file.read_text("utf-8"), flags=re.M
+        )
+        for flag in set(re.findall(r"--[a-z][a-z.-]*[a-z]", text)) - common:
+            assert re.search(rf"(^|\s){re.escape(flag)}(\s|$)", surface, re.M), (
+                f"{file.name}: {flag}"
+            )

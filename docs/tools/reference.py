@@ -226,10 +226,7 @@ def _absolute(where: str) -> str:
 
 def _entry(name: str) -> tuple[Path, str | None]:
     """The file of a name of `fiducial`, and the name there (None: the name is a module)."""
-    where = fiducial._WHERE[name]
-    module, attribute = (
-        where if isinstance(where, tuple) else where.split(":") + [""][where.count(":") :]
-    )
+    module, attribute = fiducial._WHERE[name]
     parts = [part for part in module.split(".") if part]
     try:
         return _file(SOURCE, [*parts, attribute]), None
