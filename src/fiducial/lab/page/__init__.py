@@ -1,1 +1,1 @@
-"""The page of the lab: its content as dataclasses, its figures and its sentences."""
+"""The page of the lab: its sentences, tables and pictures."""

@@ -1,1 +1,1 @@
-"""The shipped methods, run on the worlds as a user would run them, and measured along the way."""
+"""The methods of the package, run on the worlds as a user would run them, and measured."""

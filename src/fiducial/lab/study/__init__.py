@@ -1,1 +1,1 @@
-"""One question per file: the derivation of DPO, labels, estimators, credit, over-optimization."""
+"""What needs no run, one question per file: the derivation of DPO, labels, estimators, credit."""

@@ -190,7 +190,9 @@ def rows(add: Add) -> None:
 
     plain: Callable[[Tensor], Tensor] = functools.partial(constant, length=1)
     by_length = functools.partial(constant, length=two.population.world.horizon)
-    kin: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor], str]] = {
+    variants: dict[
+        str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor], str]
+    ] = {
         "group mean, groups of 2": (
             advantages.group_mean,
             plain,
@@ -223,7 +225,7 @@ def rows(add: Add) -> None:
             "The denominator depends on the responses; in a large step it is nearly constant.",
         ),
     }
-    for name, (advantage, weights, words) in kin.items():
+    for name, (advantage, weights, words) in variants.items():
         add(name, j, two, functools.partial(grouped, advantage=advantage, weights=weights), words)
     add(
         "GRPO, groups of 2, k3 in the loss",
