@@ -113,10 +113,8 @@ def _module_page(name: str) -> Page:
     file = _module_file(name)
     parts = [f"# fiducial.{name}\n", _include(_dotted(file), 2, members=[])]
     parts += [_include(path_of(n), 2) for n in own]
-    return Page(
-        f"reference/{name}.md", f"fiducial.{name}", "Library", (f"fiducial.{name}", *own),
-        "\n".join(parts),
-    )  # fmt: skip
+    title = f"fiducial.{name}"
+    return Page(f"reference/{name}.md", title, "Library", (title, *own), "\n".join(parts))
 
 
 def _name_page(name: str) -> Page:
