@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ for folder in (HERE, HERE.parents[1] / "src"):
 from markup import dollars  # noqa: E402
 from mkdocs.config.defaults import MkDocsConfig  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
+from mkdocs.structure.pages import Page  # noqa: E402
 from reference import pages  # noqa: E402
 
 
@@ -38,3 +40,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Formulas of the guide."""
     return dollars(markdown)
+
+
+def on_page_content(html: str, page: Page, **_: Any) -> str:
+    """A warning, which fails the build, for notation that was not understood."""
+    for left in (":math:", ".. math", ":func:"):
+        if left in html:
+            logging.getLogger("mkdocs.hooks").warning("%s: %s was left over", page.file, left)
+    return html
