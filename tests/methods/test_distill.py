@@ -362,8 +362,8 @@ def test_the_exact_estimator_has_less_variance(two):
 
 
 def test_how_far_off_discount_zero_is_in_the_mild_world_is_as_the_docstring_says():
-    row = next(r for r in lab.kl_table()["estimators"] if r["name"] == "exact KL per token")
-    assert round(row["relative_error_loss"], 2) == 0.19 and round(row["cosine_loss"], 3) == 0.984
+    row = next(r for r in lab.kl_table().estimators if r.name == "exact KL per token")
+    assert round(row.relative_error_loss, 2) == 0.19 and round(row.cosine_loss, 3) == 0.984
     assert "19% off" in losses.distill.__doc__ and "cosine 0.984" in losses.distill.__doc__
 
 

@@ -308,9 +308,9 @@ def test_eval_prints_every_number(files, settings, capsys):
     told = capsys.readouterr()
     assert (
         "score of the best of n, by --score" in told.out
-        and "score of all drawn, by --score" in told.out
+        and "score of all samples, by --score" in told.out
     )
-    assert "eval: the best of 2 is at most 0.193 nats a response from the model" in told.err
+    assert "eval: the best of 2 is at most 0.193 nats per response from the model" in told.err
 
 
 # ---- what is refused ----
@@ -419,6 +419,5 @@ def test_a_users_function_is_not_called_before_there_are_responses():
     def never(prompts, completions):
         raise AssertionError
 
-    BestOf(2, "f.py:never", FunctionReward("f.py:never", never, Processes()), 1.0).check_rows(
-        [PromptRow("a", {}, "f:1")]
-    )
+    best = BestOf(2, "f.py:never", FunctionReward("f.py:never", never, Processes()), 1.0)
+    best.scorer.check_rows([PromptRow("a", {}, "f:1")])
