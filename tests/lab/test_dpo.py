@@ -26,10 +26,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return out
 
 
+@pytest.fixture(scope="module")
+def short_epochs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The same with a quarter of the rows: an epoch is shorter, so the noise of its batches
+    averages out in fewer steps.
+    """
+    out = {}
+    for seed in SEEDS:
+        world, model = policies.mild(seed)
+        out[seed] = write_world(world, model, tmp_path_factory.mktemp(f"few-{seed}"), copies=25)
+    return out
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_table_ends_within_a_hundredth_of_the_optimum(folders, tmp_path, seed):
+def test_a_table_ends_within_a_hundredth_of_the_optimum(short_epochs, tmp_path, seed):
     found = run(
-        Plan("dpo", "table", 0.05, 1600, seed=seed, points=4), folders[seed], tmp_path / "run"
+        Plan("dpo", "table", 0.1, 600, seed=seed, points=4), short_epochs[seed], tmp_path / "run"
     )
     assert found.result.path[0].total_variation > 0.4  # it started far away
     assert found.result.total_variation < 0.01
