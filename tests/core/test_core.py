@@ -286,15 +286,13 @@ def test_estimators_refuse_other_names_and_shapes():
         (-3.0, 1 - 0.2 * 0.0512),
     ],
 )
-def test_the_controller_of_ziegler_moves_beta_in_proportion_and_at_most_by_a_fifth_of_episodes_over_horizon(
-    seen, factor
-):
+def test_zieglers_controller_moves_beta_in_proportion_and_by_at_most_a_fifth(seen, factor):
     assert kl.adapt(0.15, seen, target=6.0, episodes=512, horizon=10_000) == pytest.approx(
         0.15 * factor, rel=1e-12
     )
 
 
-def test_the_controllers_horizon_is_the_papers_unless_told_and_a_whole_one_in_pieces_is_the_documented_factor():
+def test_the_horizon_is_the_papers_and_a_whole_one_in_pieces_is_the_documented_factor():
     assert kl.adapt(1.0, 100.0, target=6.0, episodes=500) == pytest.approx(1.01)
     assert kl.adapt(1.0, 100.0, target=6.0, episodes=500, horizon=1000) == pytest.approx(1.1)
     beta = 1.0
