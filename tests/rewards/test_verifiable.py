@@ -360,7 +360,8 @@ def test_a_name_is_loaded_and_a_near_miss_lists_what_there_is(tmp_path, monkeypa
     for wrong in ("numeric_anwser", "numeric-answer", "Exact_Match", "formats", "lenght"):
         with pytest.raises(
             InputError,
-            match=r"--score: there is no .* did you mean .*exact_match, numeric_answer, format, length.*folder.*file.py:function",
+            match=r"--score: there is no .* did you mean .*exact_match, numeric_answer, format, "
+            r"length.*folder.*file.py:function",
         ):
             load_reward(wrong, RunSettings(), processes, "--score")
     with pytest.raises(InputError, match="numeric_answer"):
