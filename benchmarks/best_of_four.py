@@ -35,9 +35,9 @@ from fiducial.data.prepare import split
 from fiducial.data.row_types import LabeledRow
 from fiducial.methods.prm import PRM, prm, solver, tensors
 from fiducial.methods.sft import SFT, sft
-from fiducial.models.load import load_renderer
 from fiducial.rewards.process import AGGREGATES, aggregate
 from fiducial.settings import OptimizerSettings, RowSettings, RunSettings
+from fiducial.train.renderer import load_renderer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 NEVER = "\x00"

@@ -35,7 +35,6 @@ os.environ["OMP_WAIT_POLICY"] = (
 )
 
 import torch
-from fiducial.rollout.answers import local_sampler
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,8 +45,11 @@ from fiducial.demo.settings import Demo
 from fiducial.demo.world import DEMONSTRATION_FAULTS, StoryWorld
 from fiducial.methods.distill import Distill, distill
 from fiducial.methods.sft import SFT, sft
-from fiducial.models.load import load_policy, load_renderer
+from fiducial.models.load import load_policy
+from fiducial.rollout.local import local_sampler
+from fiducial.rollout.sampling import Keys, sampling_params
 from fiducial.settings import OptimizerSettings, RowSettings, RunSettings
+from fiducial.train.renderer import load_renderer
 
 QUIET = RunSettings(checkpoint_every=0, eval_every=0, samples=5, tokens=2048)
 RESPONSES = 4
@@ -129,13 +131,9 @@ def samples(model: Path, renderer: Any, seed: int) -> list[Row]:
     ]
     policy = load_policy(str(model), Distill.model_fields["lora"].default, QUIET)
     numbers = [i for i in range(len(prompts)) for _ in range(RESPONSES)]
-    t = local_sampler(policy, renderer, max_new_tokens=MAX_NEW)(
-        [prompts[i] for i in numbers],
-        seed=seed + 100,
-        step=0,
-        prompt=numbers,
-        sample=[k % RESPONSES for k in range(len(numbers))],
-    )
+    keys = Keys(seed + 100, 0, numbers, [k % RESPONSES for k in range(len(numbers))])
+    params = sampling_params(renderer, MAX_NEW)
+    t = local_sampler(policy).sample([prompts[i] for i in numbers], params, keys)
     return [
         (ids[:n], p)
         for ids, n, p in zip(

@@ -23,7 +23,8 @@ from pathlib import Path
 OURS = """
 import sys
 from fiducial.settings import OptimizerSettings, RunSettings
-from fiducial.methods.ppo import PPO, CriticSettings, ppo
+from fiducial.methods.ppo import PPO, ppo
+from fiducial.methods.settings.ppo import CriticSettings
 model, prompts, reward, out, steps, critic = sys.argv[1:7]
 run = ppo(PPO(
     model=model, data=prompts, reward=(reward,), out=out, steps=int(steps), learning_rate=3e-4, beta=0.05, stop=("<s>",),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
+
+from fiducial.models.roles import Policy
+from fiducial.rollout.local import LocalSampler
+from fiducial.rollout.sampling import Keys, SamplingParams
+from fiducial.rollout.trajectory import Trajectory
 
 torch.set_num_threads(1)
 
@@ -120,6 +125,28 @@ def make_model(kind: str, folder: Path, **changes: Any) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def sample(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int] | None = None,
+    samples: Sequence[int] | None = None,
+    *,
+    seed: int = 0,
+    step: int = 0,
+    context: int = CONTEXT,
+    tokens: int = 65_536,
+    **params: Any,
+) -> Trajectory:
+    """One response to each prompt; the prompts are numbered in order where no numbers are given."""
+    keys = Keys(
+        seed,
+        step,
+        list(range(len(prompts))) if numbers is None else numbers,
+        [0] * len(prompts) if samples is None else samples,
+    )
+    return LocalSampler(policy, context, tokens).sample(prompts, SamplingParams(**params), keys)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> str:

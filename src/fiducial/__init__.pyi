@@ -25,7 +25,15 @@ from .methods.settings.reward_model import RewardModel as RewardModel
 from .methods.settings.sft import SFT as SFT
 from .methods.sft import sft as sft
 from .models.roles import Policy as Policy
-from .rollout.local import LocalSampler as LocalSampler
+from .models.roles import Roles as Roles
+from .rewards.types import Responses as Responses
+from .rewards.types import Scored as Scored
+from .rewards.types import Scorer as Scorer
+from .rollout.local import local_sampler as local_sampler
+from .rollout.sampling import Keys as Keys
+from .rollout.sampling import Sampler as Sampler
+from .rollout.sampling import SamplingParams as SamplingParams
+from .rollout.trajectory import Segment as Segment
 from .rollout.trajectory import Trajectory as Trajectory
 from .run import Run as Run
 from .use.collect import collect as collect

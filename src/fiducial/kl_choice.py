@@ -8,8 +8,11 @@ from __future__ import annotations
 from typing import Literal
 
 Estimator = Literal["k1", "k2", "k3"]
+"""A value of the KL, estimated from sampled tokens."""
 Placement = Literal["reward", "loss"]
+"""Where the penalty acts: in the reward of each token, or as a term of the loss."""
 Penalty = Literal["k1", "k2", "k3", "k2_tokens", "weighted_k3", "forward_k3"]
+"""An estimator that is asked for as a penalty; some are right in one place only."""
 
 _IS_A_LOSS = "is differentiated, so it belongs in the loss. Use k1 in the reward"
 

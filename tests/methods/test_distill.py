@@ -20,10 +20,12 @@ from fiducial.errors import InputError
 from fiducial.lab.worlds import exact, policies
 from fiducial.lab.worlds.files import write_rows, write_world
 from fiducial.metrics import known
-from fiducial.models.load import load_policy, load_renderer, load_teacher, plain
+from fiducial.models.load import load_policy, load_teacher
+from fiducial.models.roles import plain
 from fiducial.report.answer import answer
 from fiducial.report.folder import read_run
 from fiducial.settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings
+from fiducial.train.renderer import load_renderer
 from support import make_tokenizer
 
 GENTLE = OptimizerSettings(eps=1e-3, schedule="constant", max_grad_norm=1e9)
@@ -40,7 +42,7 @@ def slow_kl(z, q, temperature=1.0):
 
 
 # The KL of two distributions
-# ------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -54,7 +56,7 @@ def test_the_exact_kl_is_the_sum_over_the_vocabulary(temperature):
     )  # 1/2 log(1/2 / 3/4) + 1/2 log(1/2 / 1/4)
 
 
-def test_a_token_that_the_student_cannot_say_costs_nothing_and_one_that_the_teacher_cannot_is_infinite():
+def test_what_the_student_cannot_say_costs_nothing_and_what_the_teacher_cannot_is_infinite():
     z = torch.tensor([0.3, -0.2, -math.inf], requires_grad=True)
     found = kl.exact(z, torch.tensor([0.1, 0.4, 2.0]))
     found.backward()
@@ -211,7 +213,7 @@ def test_later_states_are_paid_for_as_far_as_the_discount_says():
 
 
 # Its gradient, where every response is known
-# --------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -360,13 +362,13 @@ def test_the_exact_estimator_has_less_variance(two):
 
 
 def test_how_far_off_discount_zero_is_in_the_mild_world_is_as_the_docstring_says():
-    row = next(r for r in lab.kl_table()["estimators"] if r["name"] == "exact KL per token")
-    assert round(row["relative_error_loss"], 2) == 0.19 and round(row["cosine_loss"], 3) == 0.984
+    row = next(r for r in lab.kl_table().estimators if r.name == "exact KL per token")
+    assert round(row.relative_error_loss, 2) == 0.19 and round(row.cosine_loss, 3) == 0.984
     assert "19% off" in losses.distill.__doc__ and "cosine 0.984" in losses.distill.__doc__
 
 
 # The page
-# -------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -473,10 +475,10 @@ def test_the_seed_is_the_run_and_prompts_held_out_are_not_trained_on(go, data, m
 
     seen, keys, sample = [], [], page.sample_all
 
-    def watched(sampler, prompts, *rest, **stream):
+    def watched(sampler, prompts, params, streams, processes):
         seen.append(prompts)
-        keys.append((stream["seed"], stream["step"]))
-        return sample(sampler, prompts, *rest, **stream)
+        keys.append((streams.seed, streams.step))
+        return sample(sampler, prompts, params, streams, processes)
 
     monkeypatch.setattr(page, "sample_all", watched)
     one, other, third = go("llama"), go("llama"), go("llama", seed=1)
@@ -533,13 +535,13 @@ def test_on_a_world_of_fifteen_responses_it_reaches_its_teacher(tmp_path, change
 
 
 # The teacher
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def open_teacher(student, teacher, **rows):
     renderer = load_renderer(student, RowSettings(**rows))
     policy = load_policy(student, LoraSettings(), RunSettings(), renderer.tokenizer)
-    return load_teacher(teacher, policy, renderer, RunSettings())
+    return load_teacher(teacher, policy, renderer.tokenizer, renderer.max_length, RunSettings())
 
 
 def test_a_teacher_of_another_vocabulary_is_refused_before_anything_starts(
@@ -548,7 +550,8 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_anything_starts(
     out = tmp_path / "run"
     with pytest.raises(
         InputError,
-        match=r"--teacher: .* has another vocabulary \(.*tokens differ, first '<unk>', id 0, which is not there for the teacher",
+        match=r"--teacher: .* has another vocabulary: .*tokens differ, the first is '<unk>' with "
+        r"id 0 \(teacher: absent\)",
     ):
         go("llama", teacher=models["gpt2"], out=str(out))
     assert not out.exists()
@@ -559,7 +562,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_anything_starts(
     (swapped / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(
         InputError,
-        match=r"2 of the student's \d+ tokens differ, first 'a', id 1, which is 2 for the teacher",
+        match=r"2 of the student's \d+ tokens differ, the first is 'a' with id 1 \(teacher: 2\)",
     ):
         open_teacher(models["gpt2"], str(swapped))
     with pytest.raises(InputError, match="there is no folder"):
@@ -608,14 +611,14 @@ def test_a_teacher_with_too_small_a_context_is_refused(models, make):
     small = make("gpt2", n_positions=64)
     with pytest.raises(
         InputError,
-        match=r"has a context of 64 tokens and the student may fill 128: give --rows.max-length 64",
+        match=r"has a context of 64 tokens and the student may use 128: give --rows.max-length 64",
     ):
         open_teacher(models["gpt2"], small)
     assert open_teacher(models["gpt2"], small, max_length=64)
 
 
 # The numbers and what is said of them
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def test_a_ratio_has_the_interval_of_its_rows():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fiducial.rollout.sampler import LocalSampler
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -17,17 +16,27 @@ from fiducial.core import kl as kl_module
 from fiducial.data.batches import stream
 from fiducial.data.row_types import PromptRow
 from fiducial.errors import InputError, RunError
-from fiducial.methods import ppo as ppo_page
-from fiducial.models.load import load_policy, load_renderer, load_tokenizer
-from fiducial.rewards import Scored, load_rewards
-from fiducial.rewards.load import ModelReward, Responses
-from fiducial.rollout import shaping
+from fiducial.methods.settings.ppo import CriticSettings, PtxSettings
+from fiducial.models.load import SHARED, load_policy, load_roles, load_tokenizer
+from fiducial.rewards.load import load_rewards
+from fiducial.rewards.model import ModelReward
+from fiducial.rewards.shaping import ScoreScale, normalize_scores, shape
+from fiducial.rewards.types import Responses, Scored
+from fiducial.rollout.forward import RolloutLogprobs
 from fiducial.rollout.trajectory import Trajectory
-from fiducial.settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings
+from fiducial.settings import (
+    KLSettings,
+    LoraSettings,
+    OptimizerSettings,
+    RowSettings,
+    RunSettings,
+    ScoreSettings,
+)
 from fiducial.train import reference_cache as cache_module
 from fiducial.train.processes import Processes
+from fiducial.train.renderer import load_renderer
 from fiducial.train.step import Stepper
-from support import ARCHITECTURES, BAD, GOOD, PROMPTS, write_jsonl
+from support import ARCHITECTURES, BAD, GOOD, PROMPTS, sample, write_jsonl
 
 each = pytest.mark.parametrize("kind", ARCHITECTURES)
 METHODS = ("sft", "reward", "dpo", "ppo", "reinforce", "grpo")
@@ -135,7 +144,7 @@ def flat(state):
 
 
 # What is saved
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -205,7 +214,7 @@ def test_the_pipeline_with_adapters_from_sft_to_ppo(go, data):
 
 
 # What must not change the result
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -215,9 +224,7 @@ def test_how_a_batch_is_cut_changes_nothing(go, models, method, kind):
 
     def train(tokens):
         more = (
-            {"critic": ppo_page.CriticSettings(start="shared"), "minibatches": 2}
-            if method == "ppo"
-            else {}
+            {"critic": CriticSettings(start="shared"), "minibatches": 2} if method == "ppo" else {}
         )
         more |= {
             "reinforce": {"baseline": "reinforce++", "batch_size": 6},
@@ -262,7 +269,7 @@ def test_the_same_seed_is_the_same_run(go, method):
 
 
 # That they learn
-# ------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -281,8 +288,8 @@ def test_sft_learns_its_rows_by_heart_and_when_to_stop(go, kind):
     assert lines(run, 0)["loss"] > 2 and lines(run, -1)["loss"] < 0.05
     renderer = load_renderer(str(run.path / "model"), RowSettings())
     prompts = [renderer.prompt(p, "") for p in PROMPTS]
-    said = LocalSampler(run.model.lm, 20, frozenset({renderer.eos}), 128, 0)(
-        prompts, seed=0, step=0, prompt=range(10), sample=[0] * 10
+    said = sample(
+        run.model, prompts, max_new_tokens=20, temperature=0, stop_ids=frozenset({renderer.eos})
     )
     assert [renderer.decode(r) for r in said.responses()] == GOOD and said.finished.all()
 
@@ -407,7 +414,7 @@ def test_the_critic_learns_what_a_response_will_earn(go, tmp_path, start):
     (tmp_path / "one.py").write_text(
         "def one(prompts, completions):\n    return [1.0] * len(completions)\n"
     )
-    critic = ppo_page.CriticSettings(start=start, learning_rate=1e-2, clip=None, coefficient=1.0)
+    critic = CriticSettings(start=start, learning_rate=1e-2, clip=None, coefficient=1.0)
     run = go(
         "ppo",
         "llama",
@@ -423,7 +430,7 @@ def test_the_critic_learns_what_a_response_will_earn(go, tmp_path, start):
 
 
 # PPO
-# ------------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @each
@@ -460,7 +467,7 @@ def trajectory(*responses, finished, prompts=None, eos=2):
     )
 
 
-def looks_of(t):
+def logprobs_of(t):
     generator = torch.Generator().manual_seed(1)
 
     def numbers():
@@ -468,7 +475,7 @@ def looks_of(t):
             t.mask, torch.randn(t.ids.shape, generator=generator), torch.tensor(math.nan)
         )  # padding holds rubbish
 
-    return shaping.Looks(numbers(), numbers(), torch.where(t.mask, 1.0, 0.0), numbers())
+    return RolloutLogprobs(numbers(), numbers(), torch.where(t.mask, 1.0, 0.0), numbers())
 
 
 def test_the_rewards_of_a_response_add_up_to_its_score_less_beta_times_its_kl():
@@ -479,18 +486,16 @@ def test_the_rewards_of_a_response_add_up_to_its_score_less_beta_times_its_kl():
         finished=[True, False, False],
         prompts=[[5], [9, 9, 9, 9], [3, 3]],
     )
-    looks, scores = looks_of(t), torch.tensor([3.0, -1.0, 0.5])
-    rewards, metrics = shaping.shape(
-        t, Scored(scores.tolist(), {}), looks, shaping.ScoreSettings(), {"beta": 0.3}
-    )
-    kl = [sum((looks.logprobs - looks.ref_logprobs)[i][t.mask[i]].tolist()) for i in range(3)]
+    logprobs, scores = logprobs_of(t), torch.tensor([3.0, -1.0, 0.5])
+    rewards, metrics, _ = shape(t, Scored(scores.tolist(), {}), logprobs, ScoreSettings(), beta=0.3)
+    kl = [sum((logprobs.logprobs - logprobs.ref_logprobs)[i][t.mask[i]].tolist()) for i in range(3)]
     assert (rewards[~t.mask] == 0).all()
     for i in range(3):
         assert float(rewards[i].sum()) == pytest.approx(float(scores[i]) - 0.3 * kl[i], abs=1e-5)
         last = (
             int(t.lengths[i]) - 1
         )  # the score stands on the last token of the response, and there alone
-        here = float(looks.logprobs[i, last] - looks.ref_logprobs[i, last])
+        here = float(logprobs.logprobs[i, last] - logprobs.ref_logprobs[i, last])
         assert float(rewards[i, last]) == pytest.approx(float(scores[i]) - 0.3 * here, abs=1e-5)
     assert metrics["objective/kl"] == pytest.approx(sum(kl) / 3, abs=1e-5)
     assert metrics["kl"] == pytest.approx(sum(kl) / int(t.mask.sum()), abs=1e-5)
@@ -504,14 +509,11 @@ def test_the_rewards_of_a_response_add_up_to_its_score_less_beta_times_its_kl():
 def test_the_penalty_for_a_missing_eos_looks_at_the_response_alone(models):
     policy = load_policy(models["llama"], LoraSettings(), RunSettings())
     prompts = [[5, 2, 9], [5, 9, 2], [5, 9]] * 20  # an EOS inside the prompt, and at its end
-    sampler = LocalSampler(policy.lm, 6, frozenset({2, *range(20, 26)}), 128)
-    t = sampler(prompts, seed=0, step=0, prompt=list(range(60)), sample=[0] * 60)
-    looks = looks_of(t)
-    without, _ = shaping.shape(
-        t, Scored([0.0] * 60, {}), looks, shaping.ScoreSettings(), {"beta": 0.1}
-    )
-    settings = shaping.ScoreSettings(missing_eos_penalty=1.5)
-    penalised, metrics = shaping.shape(t, Scored([0.0] * 60, {}), looks, settings, {"beta": 0.1})
+    t = sample(policy, prompts, max_new_tokens=6, stop_ids=frozenset({2, *range(20, 26)}))
+    logprobs, scored = logprobs_of(t), Scored([0.0] * 60, {})
+    without, _, _ = shape(t, scored, logprobs, ScoreSettings(), beta=0.1)
+    settings = ScoreSettings(missing_eos_penalty=1.5)
+    penalised, metrics, _ = shape(t, scored, logprobs, settings, beta=0.1)
     missing = [not {2, *range(20, 26)} & set(r) for r in t.responses(ending=True)]
     assert 5 < sum(missing) < 55
     assert torch.allclose(
@@ -524,13 +526,13 @@ def test_the_penalty_for_a_missing_eos_looks_at_the_response_alone(models):
 
 @pytest.mark.parametrize("how", ["none", "first", "batch"])
 def test_scores_are_normalised_as_asked_and_then_clipped(how):
-    state, first, second = {}, torch.tensor([1.0, 2.0, 6.0]), torch.tensor([7.0, 0.0, 1.0])
-    settings = shaping.ScoreSettings(normalise=how)
-    (one, scale), (two, _) = (
-        shaping.normalised(first, settings, state),
-        shaping.normalised(second, settings, state),
-    )
+    first, second = (torch.tensor(x).double() for x in ([1.0, 2.0, 6.0], [7.0, 0.0, 1.0]))
+    t = trajectory([7, 2], [7, 2], [7, 2], finished=[True] * 3)
+    settings = ScoreSettings(normalise=how)
+    one, scale, held = normalize_scores(first.tolist(), t, settings)
+    two, _, again = normalize_scores(second.tolist(), t, settings, first=held)
     std = math.sqrt(14 / 3)  # of the first scores: mean 3, deviations -2, -1, 3
+    assert again == held == (ScoreScale(3.0, pytest.approx(std)) if how == "first" else None)
     expected = {"none": (first, second), "first": ((first - 3) / std, (second - 3) / std)}
     if how == "batch":
         assert (
@@ -541,13 +543,14 @@ def test_scores_are_normalised_as_asked_and_then_clipped(how):
     else:
         assert torch.allclose(one, expected[how][0]) and torch.allclose(two, expected[how][1])
     assert torch.allclose(one[1:] - one[:-1], scale * (first[1:] - first[:-1]))
-    clipped, _ = shaping.normalised(second, shaping.ScoreSettings(normalise=how, clip=0.5), state)
+    settings = ScoreSettings(normalise=how, clip=0.5)
+    clipped, _, _ = normalize_scores(second.tolist(), t, settings, first=held)
     assert torch.allclose(clipped, two.clamp(-0.5, 0.5))
 
 
 def test_beta_follows_the_kl_and_moves_a_fifth_at_most(go):
     changes = {"batch_size": 8, "steps": 5, "learning_rate": 2e-2, "beta": 0.2, "epochs": 3}
-    run = go("ppo", "llama", kl=shaping.KLSettings(target=0.01, horizon=8), **changes)
+    run = go("ppo", "llama", kl=KLSettings(target=0.01, horizon=8), **changes)
     betas, kls = [[line[k] for line in lines(run)] for k in ("beta", "objective/kl")]
     assert betas[0] == 0.2 and betas[1] == pytest.approx(0.2 * 0.8)  # KL was 0
     for before, after, kl in zip(betas, betas[1:], kls, strict=False):
@@ -585,14 +588,12 @@ def test_epochs_end_where_the_policy_has_moved_far_enough(go):
 
 @each
 def test_a_shared_critic_learns_and_is_not_saved_with_the_policy(go, kind):
-    run = go(
-        "ppo", kind, critic=ppo_page.CriticSettings(start="shared"), learning_rate=1e-2, steps=3
-    )
+    run = go("ppo", kind, critic=CriticSettings(start="shared"), learning_rate=1e-2, steps=3)
     assert float(run.model.value_head.weight.detach().abs().max()) > 0
     assert "critic/grad_norm" not in lines(run, 0)
     assert not any("value" in name for name in weights(run.path / "model"))
     with pytest.raises(InputError, match=r"--critic.start shared: with --lora.r"):
-        go("ppo", kind, critic=ppo_page.CriticSettings(start="shared"), lora=LoraSettings(r=2))
+        go("ppo", kind, critic=CriticSettings(start="shared"), lora=LoraSettings(r=2))
 
 
 def test_ptx_adds_the_gradient_of_its_rows_and_nothing_else(go, models, data, monkeypatch):
@@ -608,20 +609,21 @@ def test_ptx_adds_the_gradient_of_its_rows_and_nothing_else(go, models, data, mo
         "steps": 1,
         "epochs": 1,
         "batch_size": 4,
-        "critic": ppo_page.CriticSettings(start="shared"),
+        "critic": CriticSettings(start="shared"),
     }
     go("ppo", "llama", **changes)
     mixed = go(
         "ppo",
         "llama",
-        ptx=ppo_page.PtxSettings(data=data["completions"], coefficient=3.0, batch_size=4),
+        ptx=PtxSettings(data=data["completions"], coefficient=3.0, batch_size=4),
         **changes,
     )
     monkeypatch.undo()
 
     renderer = load_renderer(models["llama"], RowSettings())
-    policy = load_policy(models["llama"], LoraSettings(), RunSettings())
-    policy.add_value_head()
+    cpu = torch.device("cpu")
+    roles = load_roles(models["llama"], LoraSettings(), RunSettings(), None, cpu, critic=SHARED)
+    policy = roles.policy
     rows = [renderer.completion(PROMPTS[i], GOOD[i], "") for i, _ in stream(10, 0, 4, 0)]
     nll = 0.0
     for row in rows:
@@ -639,7 +641,7 @@ def test_ptx_adds_the_gradient_of_its_rows_and_nothing_else(go, models, data, mo
 
 
 # Rewards
-# --------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def test_several_rewards_are_added_with_their_weights(go, rewards):
@@ -719,13 +721,11 @@ def test_a_reward_model_scores_the_very_tokens_that_were_sampled(go, models, kin
     renderer = load_renderer(models[kind], RowSettings())
     policy = load_policy(models[kind], LoraSettings(), RunSettings())
     prompts = [renderer.prompt(p, "") for p in PROMPTS]
-    t = LocalSampler(policy.lm, 8, frozenset({renderer.eos, 20, 21}), 128)(
-        prompts, seed=0, step=0, prompt=list(range(10)), sample=[0] * 10
-    )
+    t = sample(policy, prompts, max_new_tokens=8, stop_ids=frozenset({renderer.eos, 20, 21}))
     reward = load_rewards((judge,), None, RunSettings(), Processes())
     assert isinstance(reward.parts[0], ModelReward) and reward.parts[0].same_tokens(renderer)
     rows = [PromptRow(p, {}, "") for p in PROMPTS]
-    scores = reward(Responses.of(rows, t, renderer)).scores
+    scores = reward.score(Responses.of(rows, t, renderer)).scores
     again = AutoModelForSequenceClassification.from_pretrained(judge).eval()
     for i, score in enumerate(scores):
         raw = again.score(
@@ -733,12 +733,12 @@ def test_a_reward_model_scores_the_very_tokens_that_were_sampled(go, models, kin
         )[0, -1]
         assert score == pytest.approx(float(raw) - again.config.reward_mean, abs=1e-5)
     with torch.enable_grad():  # and the critic starts from it
-        run = go("ppo", kind, reward=(judge,), critic=ppo_page.CriticSettings(start="reward"))
+        run = go("ppo", kind, reward=(judge,), critic=CriticSettings(start="reward"))
     assert abs(lines(run, 0)["explained_variance"]) > 1e-6  # a zero head would explain nothing
 
 
 # The reference of DPO
-# -------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -21,10 +21,11 @@ from fiducial.errors import InputError
 from fiducial.losses import process_reward, process_reward_sum
 from fiducial.methods import prm as page
 from fiducial.methods.prm import PRM, prm, solver, tensors, up_to_first_wrong
-from fiducial.models.load import load_renderer, load_scorer
+from fiducial.models.load import load_scorer
 from fiducial.report.answer import answer
 from fiducial.report.folder import read_run
 from fiducial.settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings
+from fiducial.train.renderer import load_renderer
 from support import ARCHITECTURES, write_jsonl
 from world import difference
 
@@ -32,11 +33,11 @@ each = pytest.mark.parametrize("kind", ARCHITECTURES)
 GENTLE = OptimizerSettings(eps=1e-3, schedule="constant", max_grad_norm=1e9)
 
 # The loss
-# --------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def test_the_loss_and_its_metrics_by_hand():
-    """sigma(log 3) = 3/4 and sigma(-log 9) = 1/10: the losses are -log of 3/4, 1/4, 9/10 and 1/2."""
+    """sigma(log 3) = 3/4 and sigma(-log 9) = 1/10: losses are -log of 3/4, 1/4, 9/10 and 1/2."""
     scores = torch.tensor(
         [[math.log(3), 7.0, math.log(3)], [-math.log(9), 0.0, 7.0]], dtype=torch.float64
     )
@@ -102,7 +103,7 @@ def test_a_loss_without_a_step_and_shapes_that_would_broadcast_are_refused():
 
 
 # Where steps end
-# -------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_a_separator_that_begins_with_a_space_is_found_where_decoders_strip_it(m
 
 
 # Rows
-# ------------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def test_labels_end_with_the_first_wrong_step():
@@ -284,7 +285,7 @@ def test_a_bad_file_is_refused_in_one_sentence(models, tmp_path, capsys):
 
 
 # Training
-# --------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def world(folder, rows=240, seed=0, steps=True):
@@ -420,14 +421,8 @@ def test_the_saved_model_is_an_ordinary_one_and_scores_the_same(go, models, kind
     again = load_scorer(str(folder), LoraSettings(), RunSettings(), head="saved")
     assert torch.allclose(again(ids, after=after), run.model(ids, after=after), atol=1e-5)
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    for t in (
-        1,
-        3,
-        6,
-        # transformers reads the state after the last token, so of each beginning that is what
-        # stands at
-        # its end
-    ):
+    # transformers reads the state after the last token: of each beginning, what stands at its end
+    for t in (1, 3, 6):
         assert float(plain(input_ids=ids[:, : t + 1]).logits) == pytest.approx(
             float(again(ids, after=after)[0, t]), abs=1e-5
         )
@@ -506,7 +501,7 @@ def test_evaluation_counts_what_a_slow_recount_counts(go, tmp_path):
         out=str(run.path),
         rows=RowSettings(held_out=0.3),
     )
-    _, held, _ = page.read(settings, load_renderer(settings.model, settings.rows), run)
+    held = page.prepare(settings, run.processes).held_out.items
     right, whole = [], {"last": [], "min": [], "product": []}
     for s in held:
         ids, _, mask = tensors([s], every=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fiducial as fd
-from fiducial.methods.ppo import CriticSettings, PtxSettings
+from fiducial.methods.settings.ppo import CriticSettings, PtxSettings
 from fiducial.settings import LoraSettings, OptimizerSettings, RunSettings
 from support import BAD, GOOD, PROMPTS, write_jsonl
 
@@ -20,27 +20,39 @@ import json, os, sys
 import torch
 torch.set_num_threads(1)
 import fiducial as fd
+from pydantic import TypeAdapter
 from fiducial.settings import build
 from fiducial.methods import distill, dpo, grpo, ppo, prm, reinforce, reward_model, sft
 from fiducial.train.step import Stepper
 
-CLASSES = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "reinforce": fd.Reinforce, "grpo": fd.GRPO,
-           "distill": fd.Distill, "prm": fd.PRM}
+CLASSES = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO,
+           "reinforce": fd.Reinforce, "grpo": fd.GRPO, "distill": fd.Distill, "prm": fd.PRM}
 whole, gradients = Stepper.step, []
 
 def step(self, number):
-    named = ((n.removeprefix("module."), p.grad) for n, p in self.module.named_parameters() if p.requires_grad)
+    trained = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
+    named = ((n.removeprefix("module."), p.grad) for n, p in trained)
     gradients.append({n: torch.zeros(0) if g is None else g.clone() for n, g in named})
     return whole(self, number)
 
 Stepper.step = step
+
+def state_of(run):
+    # its numbers by name; what is not set yet has none
+    plain = TypeAdapter(type(run.state)).dump_python(run.state)
+    flat = {k: v for k, v in (plain or {}).items() if not isinstance(v, dict)}
+    for name, part in (plain or {}).items():
+        flat |= {f"{name}.{k}": v for k, v in part.items()} if isinstance(part, dict) else {}
+    return {k: v for k, v in flat.items() if v is not None}
+
 jobs, failures = json.load(open(sys.argv[1])), []
 for name, method, settings in jobs:
     gradients.clear()
     run = getattr(fd, method)(build(CLASSES[method], settings))
     torch.save(list(gradients), f"{run.path}/gradients-{run.processes.index}.pt")
-    torch.save({n: p.detach() for n, p in run.model.named_parameters()}, f"{run.path}/weights-{run.processes.index}.pt")
-    torch.save(run.state, f"{run.path}/state-{run.processes.index}.pt")
+    weights = {n: p.detach() for n, p in run.model.named_parameters()}
+    torch.save(weights, f"{run.path}/weights-{run.processes.index}.pt")
+    torch.save(state_of(run), f"{run.path}/state-{run.processes.index}.pt")
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fiducial.rollout.shaping import KLSettings, ScoreSettings
 from safetensors.torch import load_file
 
 import fiducial as fd
 from fiducial.errors import InputError, RunError
 from fiducial.run import Run
-from fiducial.settings import LoraSettings, RunSettings
+from fiducial.settings import KLSettings, LoraSettings, RunSettings, ScoreSettings
 from fiducial.train import checkpoint
 from support import BAD, GOOD, PROMPTS, write_jsonl
 
@@ -32,10 +31,13 @@ from fiducial.settings import build
 from fiducial import run
 from fiducial.train import checkpoint, step
 from fiducial.methods import distill, dpo, grpo, ppo, prm, reinforce, reward_model, sft
-import accelerate, peft, peft.tuners.lora, fiducial.report.page, torch._dynamo  # noqa: what a run imports late, once for all children
-from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
+# what a run imports late, once for all children
+import accelerate, peft, peft.tuners.lora, fiducial.report.page, torch._dynamo
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-PLACES = {"update": (step.Stepper, "step"), "record": (run.Run, "end_step"), "seal": (checkpoint, "seal"), "rename": (checkpoint.os, "rename")}
+PLACES = {"update": (step.Stepper, "step"), "record": (run.Run, "end_step"),
+          "seal": (checkpoint, "seal"), "rename": (checkpoint.os, "rename")}
 
 def kill_at(place, call):
     owner, name = PLACES[place]
@@ -47,8 +49,8 @@ def kill_at(place, call):
         return whole(*args, **keywords)
     setattr(owner, name, deadly)
 
-CLASSES = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO, "reinforce": fd.Reinforce, "grpo": fd.GRPO,
-           "distill": fd.Distill, "prm": fd.PRM}
+CLASSES = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO,
+           "reinforce": fd.Reinforce, "grpo": fd.GRPO, "distill": fd.Distill, "prm": fd.PRM}
 for method, settings, place, call in json.load(open(sys.argv[1])):
     child = os.fork()
     if child == 0:  # each in a process of its own that has trained nothing before
@@ -211,7 +213,7 @@ def assert_equal_runs(one, other):
 
 
 # Killed
-# ---------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 KILLS = [  # where, at which call of it, and the newest checkpoint that is left
     ("sft", "update", 6, 4),
@@ -296,7 +298,7 @@ def test_the_runs_that_are_compared_did_learn_and_differ(whole, models):
 
 
 # Stopped
-# --------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def stop_at(monkeypatch, step):
@@ -323,7 +325,8 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(
     out = tmp_path / "run"
     with pytest.raises(
         RunError,
-        match=f"stopped at step 3 of {STEPS}, saved: go on with: fiducial {method} --out {out} --resume",
+        match=f"stopped at step 3 of {STEPS}, saved: go on with: fiducial {method} "
+        f"--out {out} --resume",
     ):
         getattr(fd, method)(settings_of(method, out))
     assert signal.getsignal(signal.SIGINT) is before
@@ -376,7 +379,7 @@ def test_a_run_with_fewer_steps_can_be_made_longer(settings_of, tmp_path):
 
 
 # Damaged
-# --------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @pytest.fixture
@@ -448,7 +451,7 @@ def test_a_line_that_was_torn_is_dropped(stopped, settings_of, whole):
 
 
 # Refused
-# --------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def test_a_resumed_run_keeps_its_settings(stopped, settings_of, data):

@@ -8,28 +8,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from fiducial.rollout.answers import local_sampler, stop_id
-from fiducial.rollout.sampler import LocalSampler
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fiducial.errors import InputError
+from fiducial.errors import InputError, RunError
 from fiducial.models import load
 from fiducial.models.load import (
+    SHARED,
     load_policy,
-    load_reference,
-    load_renderer,
+    load_roles,
     load_scorer,
     load_tokenizer,
-    pick_pad_token,
-    save,
 )
 from fiducial.models.roles import plain
+from fiducial.models.save import pick_pad_token, save
+from fiducial.models.scores import ScoreFacts
+from fiducial.rollout.local import local_sampler
+from fiducial.rollout.sampling import SamplingParams, sampling_params, stop_id
 from fiducial.settings import LoraSettings, RowSettings, RunSettings
+from fiducial.train.renderer import load_renderer
 from support import ARCHITECTURES, ROOT, make_tokenizer
+from support import sample as draw
 
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 NO_STORIES = f"{STORIES} is not there: it is not part of the repository"
-FULL, RUN = LoraSettings(), RunSettings()
+FULL, RUN, CPU = LoraSettings(), RunSettings(), torch.device("cpu")
 PROMPTS = [[5, 9, 14, 22, 7, 31, 12], [6], [17, 40, 3], [11, 10, 9, 8, 7, 6, 5, 4, 33, 21, 36, 30]]
 each = pytest.mark.parametrize("kind", ARCHITECTURES)
 
@@ -59,22 +61,13 @@ def batch(rows=PROMPTS, extra=0, pad_id=0):
     return ids, (columns[None] < lengths[:, None]) & (columns[None] > 0), lengths
 
 
-def sampler(policy, **changes):
-    return LocalSampler(
-        policy.lm,
-        **({"max_new_tokens": 8, "stop_ids": frozenset({2, 18, 25}), "context": 128} | changes),
-    )
-
-
-def sample(policy, prompts=PROMPTS, numbers=None, seed=3, step=5, **changes):
-    numbers = list(range(len(prompts))) if numbers is None else numbers
-    return sampler(policy, **changes)(
-        prompts, seed=seed, step=step, prompt=numbers, sample=[0] * len(prompts)
-    )
+def sample(policy, prompts=PROMPTS, numbers=None, samples=None, seed=3, step=5, **changes):
+    how = {"max_new_tokens": 8, "stop_ids": frozenset({2, 18, 25})} | changes
+    return draw(policy, prompts, numbers, samples, seed=seed, step=step, **how)
 
 
 # The policy
-# -----------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @each
@@ -177,7 +170,7 @@ def test_the_probabilities_of_all_responses_add_up_to_one(models, kind):
 
 
 # The sampler
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @each
@@ -213,16 +206,15 @@ def test_each_key_has_its_own_random_stream(policies):
     policy = policies["llama"]
 
     def one(seed=3, step=5, prompt=0, number=0):
-        return sampler(policy)(
-            [PROMPTS[0]], seed=seed, step=step, prompt=[prompt], sample=[number]
-        ).responses(ending=True)[0]
+        seen = sample(policy, [PROMPTS[0]], [prompt], [number], seed=seed, step=step)
+        return seen.responses(ending=True)[0]
 
     assert (
         len({tuple(r) for r in (one(), one(seed=4), one(step=6), one(prompt=1), one(number=1))})
         == 5
     )
     assert one() == one()
-    many = sampler(policy)(same, seed=3, step=5, prompt=[0] * 6, sample=list(range(6)))
+    many = sample(policy, same, [0] * 6, list(range(6)))
     assert many.responses(ending=True)[0] == one() and len({tuple(r) for r in many.responses()}) > 4
 
 
@@ -280,12 +272,16 @@ def test_samples_have_the_frequencies_of_the_model(policies, kind):
     batch, so that one is padded.
     """
     n, prompts = 8000, [[5, 9, 14], [6]]
-    seen = sampler(policies[kind], max_new_tokens=2, stop_ids=frozenset({2}), temperature=0.8)(
+    seen = sample(
+        policies[kind],
         [prompts[i % 2] for i in range(2 * n)],
+        [i % 2 for i in range(2 * n)],
+        [i // 2 for i in range(2 * n)],
         seed=1,
         step=0,
-        prompt=[i % 2 for i in range(2 * n)],
-        sample=[i // 2 for i in range(2 * n)],
+        max_new_tokens=2,
+        stop_ids=frozenset({2}),
+        temperature=0.8,
     )
     for which, prompt in enumerate(prompts):
         strings = [(2,), *((a, b) for a in range(64) if a != 2 for b in range(64))]
@@ -314,22 +310,23 @@ def test_a_prompt_and_response_beyond_the_context_are_refused(policies):
     ):
         sample(policies["gpt2"], context=19)
     assert len(sample(policies["gpt2"], context=20)) == 4
-    with pytest.raises(InputError, match="an empty prompt"):
+    with pytest.raises(InputError, match="a prompt is empty"):
         sample(policies["gpt2"], [[]])
 
 
 def test_stop_tokens_by_their_text(models, policies):
     renderer = load_renderer(models["qwen3"], RowSettings())
     assert stop_id(renderer, "<|im_start|>") == 1 and stop_id(renderer, "<|endoftext|>") == 0
-    assert local_sampler(
-        policies["qwen3"], renderer, max_new_tokens=4, stop=("<|im_start|>",)
-    ).stop_ids == {1, 2}
+    assert sampling_params(renderer, 4, stop=("<|im_start|>",)) == SamplingParams(
+        4, 1.0, frozenset({1, 2})
+    )
+    assert local_sampler(policies["qwen3"]).context == 128
     with pytest.raises(InputError, match="--stop: the tokenizer has no single token 'nothing'"):
         stop_id(renderer, "nothing")
 
 
 # Scorers
-# --------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @each
@@ -384,8 +381,7 @@ def test_scores_are_read_at_the_last_token_and_values_before_each(models, kind):
 @each
 @torch.no_grad()
 def test_the_shared_critic_stands_before_each_token_too(models, kind):
-    policy = load_policy(models[kind], FULL, RUN)
-    policy.add_value_head()
+    policy = load_roles(models[kind], FULL, RUN, None, CPU, critic=SHARED).policy
     ids, mask, _ = batch()
     assert (policy(ids, mask).values == 0).all()
     torch.nn.init.normal_(policy.value_head.weight)
@@ -442,7 +438,7 @@ def test_a_language_model_is_no_reward_model(models):
 
 
 # LoRA
-# -----------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def disturbed(module):
@@ -458,22 +454,22 @@ def disturbed(module):
 @each
 @torch.no_grad()
 def test_the_reference_is_the_base_with_adapters_off(models, policies, kind):
-    policy = load_policy(models[kind], LoraSettings(r=4), RUN)
+    roles = load_roles(models[kind], LoraSettings(r=4), RUN, None, CPU)
+    policy = roles.policy
     ids, mask, _ = batch()
     base = policies[kind](ids, mask).logprobs
     assert torch.allclose(policy(ids, mask).logprobs, base, atol=1e-6)  # adapters start at zero
     disturbed(policy)
     assert (policy(ids, mask).logprobs - base).abs().max() > 0.1
-    reference = load_reference(models[kind], policy, LoraSettings(r=4), RUN)
-    assert torch.allclose(reference(ids, mask), base, atol=1e-6)
+    assert torch.allclose(roles.reference(ids, mask), base, atol=1e-6)
     assert (policy(ids, mask).logprobs - base).abs().max() > 0.1  # and they are on again
     assert all("lora_" in n for n, p in policy.named_parameters() if p.requires_grad)
 
 
 @torch.no_grad()
 def test_a_full_reference_does_not_move_with_the_policy(models):
-    policy = load_policy(models["llama"], FULL, RUN)
-    reference = load_reference(models["llama"], policy, FULL, RUN)
+    roles = load_roles(models["llama"], FULL, RUN, None, CPU)
+    policy, reference = roles.policy, roles.reference
     ids, mask, _ = batch()
     before = reference(ids, mask, 0.6)
     assert torch.equal(before, policy(ids, mask, 0.6).logprobs)
@@ -511,12 +507,12 @@ def test_a_reward_model_with_adapters_can_be_used_again(models, tmp_path, kind):
         load_scorer(models[kind], LoraSettings(r=4), RUN, head="normal", tokenizer=tokenizer)
     )
     pick_pad_token(tokenizer, scorer.model)
-    plain(scorer.model).config.reward_mean = 0.25
+    scorer.facts = ScoreFacts(mean=0.25)
     save(scorer, tokenizer, tmp_path / "model", torch.tensor([PROMPTS[0]]))
     again = load_scorer(str(tmp_path / "model"), FULL, RUN, head="saved", tokenizer=tokenizer)
     ids, _, lengths = batch()
     assert torch.allclose(again(ids, lengths), scorer(ids, lengths), atol=1e-4)
-    assert again.model.config.reward_mean == 0.25
+    assert again.model.config.reward_mean == 0.25 == again.facts.mean
 
 
 @each
@@ -542,7 +538,7 @@ def test_the_sampler_uses_the_adapters(models, kind):
 
 
 # What is refused
-# ------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def refused(match, call):
@@ -603,7 +599,7 @@ def test_settings_of_rows_that_the_model_cannot_keep(models):
         lambda: load_renderer(models["qwen3"], RowSettings(eos_token="<stop>")),
     )
     refused(
-        "--rows.max-length: 129 is beyond the context of .*, 128 tokens",
+        "--rows.max-length: 129 exceeds the context of .*, 128 tokens",
         lambda: load_renderer(models["llama"], RowSettings(max_length=129)),
     )
     assert load_renderer(models["qwen3"], RowSettings(eos_token="<|im_start|>")).eos == 1
@@ -625,12 +621,12 @@ def test_a_saved_model_that_answers_differently_is_not_saved(models, tmp_path, m
     with torch.no_grad():
         other.lm_head.weight.mul_(1.01)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: other)
-    with pytest.raises(load.RunError, match="answers differently when it is loaded again"):
+    with pytest.raises(RunError, match="answers differently when it is loaded again"):
         save(policy, make_tokenizer("llama"), tmp_path / "model", torch.tensor([PROMPTS[0]]))
 
 
 # Somebody else's model
-# ------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=NO_STORIES)
@@ -643,14 +639,11 @@ def test_a_real_model_speaks_and_trainer_and_sampler_agree(tmp_path):
         for p in ("Once upon a time", "The little dog was very happy because", "One")
     ]
     assert all(p[0] == 1 and p[1] != 1 for p in prompts)
-    greedy = LocalSampler(policy.lm, 12, frozenset({renderer.eos, 1}), 512, 0)(
-        prompts[:1], seed=0, step=0, prompt=[0], sample=[0]
-    )
+    how = {"stop_ids": frozenset({renderer.eos, 1}), "context": 512}
+    greedy = draw(policy, prompts[:1], max_new_tokens=12, temperature=0, **how)
     assert renderer.decode(greedy.responses()[0]).strip().startswith(", there was a little")
     for temperature in (1.0, 0.7):
-        seen = LocalSampler(policy.lm, 40, frozenset({renderer.eos, 1}), 512, temperature)(
-            prompts, seed=0, step=0, prompt=[0, 1, 2], sample=[0] * 3
-        )
+        seen = draw(policy, prompts, max_new_tokens=40, temperature=temperature, **how)
         assert (
             policy(seen.ids, seen.mask, temperature).logprobs - seen.logprobs
         ).abs().max() < 1e-4

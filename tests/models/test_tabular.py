@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from fiducial.rollout.sampler import LocalSampler
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import fiducial as fd
@@ -18,7 +17,7 @@ from fiducial.data.render import Rendered
 from fiducial.lab.worlds import exact, policies
 from fiducial.lab.worlds.world import EOS, World, bradley_terry, random_reward, tree
 from fiducial.methods.dpo import Pair, pair_logprobs
-from fiducial.models.load import load_policy, load_reference, load_scorer
+from fiducial.models.load import load_policy, load_roles, load_scorer
 from fiducial.models.roles import Policy
 from fiducial.models.tabular import (
     TabularConfig,
@@ -28,7 +27,7 @@ from fiducial.models.tabular import (
 )
 from fiducial.rollout.trajectory import Trajectory
 from fiducial.settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings
-from support import write_jsonl
+from support import sample, write_jsonl
 
 EXACT = 1e-12
 PLAIN = (LoraSettings(), RunSettings())
@@ -182,21 +181,19 @@ def test_prompts_of_three_lengths_in_one_batch_are_answered_with_the_exact_frequ
     temperature, tokens
 ):
     policy, each = Policy(policies.table(WORLD)), 10_000
-    sampler = LocalSampler(
-        policy.lm,
-        3,
-        frozenset({EOS}),
-        policy.lm.config.max_position_embeddings,
-        temperature,
-        tokens,
-    )
     which = [0, 1, 2] * each
-    drawn = sampler(
+    drawn = sample(
+        policy,
         [WORLD.prompts[p] for p in which],
+        which,
+        [i // 3 for i in range(len(which))],
         seed=1,
         step=2,
-        prompt=which,
-        sample=[i // 3 for i in range(len(which))],
+        context=policy.lm.config.max_position_embeddings,
+        tokens=tokens,
+        max_new_tokens=3,
+        stop_ids=frozenset({EOS}),
+        temperature=temperature,
     )
     number = {y: i for i, y in enumerate(WORLD.responses)}
     answers = np.array([number[tuple(y)] for y in drawn.responses(ending=True)])
@@ -241,7 +238,7 @@ def test_the_gradient_of_j_through_the_package_is_the_exact_one(world):
     np.testing.assert_allclose(gradient, as_table(exact.gradient(world, away)), atol=EXACT)
 
 
-def test_12_a_baseline_of_the_prompt_leaves_the_gradient_of_the_model_alone_and_one_of_the_response_does_not():
+def test_12_a_baseline_of_the_prompt_leaves_the_gradient_alone_and_one_of_the_response_does_not():
     policy = Policy(policies.table(WORLD).double())
     logp = logprobs(policy, WORLD)
 
@@ -271,8 +268,8 @@ def test_a_saved_table_is_loaded_as_what_it_is_by_transformers_and_by_the_packag
             and again.config.horizon == 3
             and again.config.eos_token_id == EOS
         )
-        policy = load_policy(folder, *PLAIN, policies.tokenizer(3))
-        reference = load_reference(folder, policy, *PLAIN)
+        roles = load_roles(folder, *PLAIN, policies.tokenizer(3), torch.device("cpu"))
+        policy, reference = roles.policy, roles.reference
         drawn = every(WORLD)
         assert torch.equal(policy(drawn.ids, drawn.mask).logprobs, reference(drawn.ids, drawn.mask))
         before = reference(drawn.ids, drawn.mask)

@@ -18,20 +18,23 @@ from fiducial.data.steps import Steps
 from fiducial.errors import InputError
 from fiducial.methods import ppo as ppo_page
 from fiducial.methods.prm import PRM, prm
-from fiducial.models.load import load_renderer
-from fiducial.rewards import Responses, load_rewards
-from fiducial.rewards.load import ModelReward, load_reward
+from fiducial.rewards.judge import Judge
+from fiducial.rewards.load import load_reward, load_rewards
+from fiducial.rewards.model import ModelReward
 from fiducial.rewards.process import AGGREGATES, ProcessReward, aggregate, differences
+from fiducial.rewards.types import Responses
+from fiducial.rollout.sampling import SamplingParams
 from fiducial.rollout.trajectory import Trajectory
-from fiducial.settings import RowSettings, RunSettings
+from fiducial.settings import RowSettings, RunSettings, build
 from fiducial.train.processes import Processes
+from fiducial.train.renderer import load_renderer
 from fiducial.use import label_steps as collecting
-from fiducial.use.answering import Judge, Model
-from fiducial.use.collect import Collect, collect
+from fiducial.use.answering import Model
+from fiducial.use.label_steps import LabelSteps, label_steps
 from support import ARCHITECTURES, write_jsonl
 
 # Aggregation and differences
-# --------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,7 @@ def test_no_step_and_no_such_way_are_refused():
 
 
 # The model as a reward
-# --------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +141,7 @@ def test_the_rewards_of_a_response_stand_on_its_step_ends_and_add_up_to_its_scor
     rewards = load_rewards((folders[kind],), None, RunSettings(), Processes())
     (part,) = rewards.parts
     assert isinstance(part, ProcessReward) and rewards.models == []
-    scored, t = rewards(batch), batch.trajectory
+    scored, t = rewards.score(batch), batch.trajectory
     finder = Steps(batch.renderer, "\n")
     for i, response in enumerate(t.responses(ending=True)):
         start = int(t.prompt_lengths[i])
@@ -162,11 +165,12 @@ def test_the_rewards_of_a_response_stand_on_its_step_ends_and_add_up_to_its_scor
 
 @torch.no_grad()
 def test_other_tokens_get_the_scores_of_the_same_steps_by_number(folders, models):
-    """The policy is a Llama with BOS, the reward model a Qwen without one: k-th step for k-th step."""
+    """The policy is a Llama with BOS, the reward model a Qwen without: k-th step for k-th step."""
     batch = batch_of("llama", models, finished=(True, True, True))
     part = load_reward(folders["qwen3"], RunSettings(), Processes())
     theirs = load_renderer(models["qwen3"], RowSettings())
-    totals, earned = part.earned(batch)
+    scored = part.score(batch)
+    totals, earned = scored.scores, scored.steps
     for i, (prompt, text) in enumerate(zip(PROMPTS, TEXTS, strict=True)):
         ids = theirs.completion(prompt, text, "").ids
         start = len(theirs.prompt(prompt, ""))
@@ -192,7 +196,8 @@ def test_where_the_policys_tokens_show_fewer_ends_nothing_is_lost(folders, model
     batch = batch_of("llama", models, finished=(True, True, True))
     part._of(batch.renderer)
     part._policy = (part._policy[0], False, SimpleNamespace(ends=lambda ids: [len(ids) - 1]))
-    totals, earned = part.earned(batch)
+    scored = part.score(batch)
+    totals, earned = scored.scores, scored.steps
     assert earned.sum(1).tolist() == pytest.approx(totals, abs=1e-12)
     assert ((earned != 0).sum(1) == 1).all() and bool((earned != 0)[batch.trajectory.last].all())
 
@@ -214,10 +219,10 @@ def test_weights_and_an_outcome_beside_it(folders, models, tmp_path):
         "def length(completions, **columns):\n    return [float(len(c)) for c in completions]\n"
     )
     batch = batch_of("llama", models)
-    alone = load_rewards((folders["llama"],), None, RunSettings(), Processes())(batch)
+    alone = load_rewards((folders["llama"],), None, RunSettings(), Processes()).score(batch)
     both = load_rewards(
         (folders["llama"], f"{tmp_path}/r.py:length"), (3.0, 0.5), RunSettings(), Processes()
-    )(batch)
+    ).score(batch)
     assert torch.allclose(
         both.steps, 3 * alone.steps
     )  # the length is earned at the end, by the rest of the score
@@ -226,7 +231,7 @@ def test_weights_and_an_outcome_beside_it(folders, models, tmp_path):
     )
     twice = load_rewards(
         (folders["llama"], folders["qwen3"]), (1.0, 1.0), RunSettings(), Processes()
-    )(batch)
+    ).score(batch)
     assert twice.steps.sum(1).tolist() == pytest.approx(twice.scores, abs=1e-9)
 
 
@@ -244,10 +249,13 @@ def test_the_config_says_how_a_whole_is_scored(folders, models, tmp_path):
         config["process_reward"]["aggregate"] = how
         (tmp_path / "m" / "config.json").write_text(json.dumps(config))
         other = load_reward(str(tmp_path / "m"), RunSettings(), Processes())
-        totals, earned = other.earned(batch)
-        assert other(batch) == totals == pytest.approx([aggregate(s, how) for s in steps], abs=1e-6)
+        scored = other.score(batch)
+        totals, earned = scored.scores, scored.steps
+        assert scored.parts == {other.name: totals}
+        assert totals == pytest.approx([aggregate(s, how) for s in steps], abs=1e-6)
         assert earned.sum(1).tolist() == pytest.approx(totals, abs=1e-9)
-        assert Judge(str(tmp_path / "m"), RunSettings(), Processes()).scores(batch) == totals
+        judge = Judge.open(str(tmp_path / "m"), RunSettings(), Processes())
+        assert judge.scores(batch) == totals
     del config["process_reward"]
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     assert isinstance(load_reward(str(tmp_path / "m"), RunSettings(), Processes()), ModelReward)
@@ -259,10 +267,10 @@ def test_ppo_is_paid_step_by_step_and_in_all_the_score(
     seen = []
     shape = ppo_page.shape
 
-    def spy(trajectory, scored, looks, *args, **keywords):
-        rewards, metrics = shape(trajectory, scored, looks, *args, **keywords)
-        seen.append((trajectory, scored, looks, rewards))
-        return rewards, metrics
+    def spy(trajectory, scored, logprobs, *args, **keywords):
+        rewards, metrics, first = shape(trajectory, scored, logprobs, *args, **keywords)
+        seen.append((trajectory, scored, logprobs, rewards))
+        return rewards, metrics, first
 
     monkeypatch.setattr(ppo_page, "shape", spy)
     settings = {
@@ -285,8 +293,8 @@ def test_ppo_is_paid_step_by_step_and_in_all_the_score(
     )
     assert len(seen) == 3
     several = 0
-    for t, scored, looks, rewards in seen:
-        price = 0.3 * torch.where(t.mask, looks.logprobs - looks.ref_logprobs, torch.zeros(()))
+    for t, scored, old, rewards in seen:
+        price = 0.3 * torch.where(t.mask, old.logprobs - old.ref_logprobs, torch.zeros(()))
         assert torch.allclose(
             (rewards + price).sum(1).double(), torch.tensor(scored.scores).double(), atol=1e-5
         )
@@ -298,7 +306,7 @@ def test_ppo_is_paid_step_by_step_and_in_all_the_score(
 
 
 # Steps labelled by completing every prefix
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 JUDGE = """
 def no_x(prompts, completions, target, **columns):
@@ -342,8 +350,13 @@ def settings_of(files, model, **changes):
         "judge": f"{files}/judge.py:no_x",
         "out": str(files / "steps.jsonl"),
     }
-    return Collect(
-        **(common | {"samples": 6, "steps": 5, "separator": "e", "max_new_tokens": 20} | changes)
+    return build(
+        LabelSteps,
+        (
+            common
+            | {"samples": 6, "completions": 5, "separator": "e", "max_new_tokens": 20}
+            | changes
+        ),
     )
 
 
@@ -351,7 +364,7 @@ def test_a_step_is_right_exactly_where_no_mistake_stands_before_it(files, lively
     """A response with the forbidden letter is wrong whatever comes behind: no prefix that has it
     can be mended, and one that has not mostly can.
     """
-    counts = collect(settings_of(files, lively))
+    counts = label_steps(settings_of(files, lively))
     rows = lines(files / "steps.jsonl")
     target = {"the cat": "x", "a": "z", "who is in": "x"}
     inner = good = 0
@@ -386,7 +399,7 @@ def test_rates_are_those_of_the_models_own_continuations(files, lively, monkeypa
     seen = []
     scores = Judge.scores
     monkeypatch.setattr(Judge, "scores", lambda self, r: seen.append(r) or scores(self, r))
-    collect(settings_of(files, lively, max_new_tokens=14))
+    label_steps(settings_of(files, lively, max_new_tokens=14))
     whole, parts = seen[0], seen[1:]
     tokens = {
         (int(p), int(s)): r
@@ -419,12 +432,12 @@ def test_rates_are_those_of_the_models_own_continuations(files, lively, monkeypa
 
 
 def test_blocks_and_groups_change_nothing(files, lively, monkeypatch):
-    collect(settings_of(files, lively, out=str(files / "a.jsonl")))
+    label_steps(settings_of(files, lively, out=str(files / "a.jsonl")))
     monkeypatch.setattr(collecting, "BLOCK", 1)  # a prompt at a time
-    collect(settings_of(files, lively, out=str(files / "b.jsonl")))
+    label_steps(settings_of(files, lively, out=str(files / "b.jsonl")))
     monkeypatch.setattr(collecting, "WASTE", 0)  # prefixes of one length at a time
-    collect(settings_of(files, lively, out=str(files / "c.jsonl")))
-    collect(settings_of(files, lively, out=str(files / "d.jsonl"), seed=1))
+    label_steps(settings_of(files, lively, out=str(files / "c.jsonl")))
+    label_steps(settings_of(files, lively, out=str(files / "d.jsonl"), seed=1))
     a, b, c, d = ((files / f"{x}.jsonl").read_text() for x in "abcd")
     assert a == b == c != d
 
@@ -433,25 +446,23 @@ def test_every_completion_has_a_random_stream_of_its_own(files, lively, monkeypa
     keys = []
     whole = collecting.sample_all
 
-    def spy(sampler, prompts, processes, **k):
-        keys.extend(
-            (k["seed"], k["step"], p, s) for p, s in zip(k["prompt"], k["sample"], strict=True)
-        )
-        return whole(sampler, prompts, processes, **k)
+    def spy(sampler, prompts, params, streams, processes):
+        both = zip(streams.prompt, streams.sample, strict=True)
+        keys.extend((streams.seed, streams.step, p, s) for p, s in both)
+        return whole(sampler, prompts, params, streams, processes)
 
     monkeypatch.setattr(collecting, "sample_all", spy)
-    collect(settings_of(files, lively))
+    label_steps(settings_of(files, lively))
     assert len(keys) == len(set(keys)) > 100
 
 
 def test_groups_fit_the_context():
-    sampler = SimpleNamespace(max_new_tokens=40, context=100)
     prompts = [60, 10, 55]
     prefixes = [
         collecting.Prefix(i, k, [0] * n)
         for k, (i, n) in enumerate(itertools.product(range(3), (1, 3, 9, 20, 39)))
     ]
-    groups = collecting.alike(prefixes, prompts, sampler)
+    groups = collecting.alike(prefixes, prompts, 40, 100)
     assert sorted(p.step for g in groups for p in g) == list(range(15)) and len(groups) < 15
     for group in groups:
         room = 40 - min(len(p.ids) for p in group)
@@ -466,13 +477,16 @@ def test_a_prompt_that_just_fits_is_completed_too(files, lively):
     )
     renderer = load_renderer(lively, RowSettings())
     room = 128 - len(renderer.prompt("abcd" * 25, ""))
-    assert collect(settings_of(files, lively, max_new_tokens=room))["steps"] > 12
+    assert label_steps(settings_of(files, lively, max_new_tokens=room))["steps"] > 12
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"judge": "judge.py:first"}, "--steps needs a judge that scores"),
+        (
+            {"judge": "judge.py:first"},
+            "compares two responses, and steps are labeled by the score of each",
+        ),
         ({"out": "steps.txt"}, "should end in .jsonl"),
         ({"separator": ""}, "every token would be a step"),
     ],
@@ -480,12 +494,12 @@ def test_a_prompt_that_just_fits_is_completed_too(files, lively):
 def test_what_cannot_work_is_refused(files, lively, change, said):
     change = {k: f"{files}/{v}" if v else v for k, v in change.items()}
     with pytest.raises(InputError, match=said):
-        collect(settings_of(files, lively, **change))
+        label_steps(settings_of(files, lively, **change))
     assert not (files / "steps.jsonl").exists()
 
 
 def test_the_threshold_is_the_score_from_which_an_outcome_is_right(files, lively):
-    counts = collect(
+    counts = label_steps(
         settings_of(
             files,
             lively,
@@ -497,7 +511,7 @@ def test_the_threshold_is_the_score_from_which_an_outcome_is_right(files, lively
     assert counts["recoverable"] == counts["steps"] > 18
     assert all(set(row["rates"]) == {1.0} for row in lines(files / "a.jsonl"))
     assert (
-        collect(
+        label_steps(
             settings_of(
                 files,
                 lively,
@@ -511,7 +525,7 @@ def test_the_threshold_is_the_score_from_which_an_outcome_is_right(files, lively
 
 
 def test_what_is_collected_trains_a_process_reward_model(files, lively, tmp_path):
-    collect(settings_of(files, lively))
+    label_steps(settings_of(files, lively))
     run = prm(
         PRM(
             model=lively,
@@ -523,8 +537,8 @@ def test_what_is_collected_trains_a_process_reward_model(files, lively, tmp_path
     )
     part = load_reward(str(run.path / "model"), RunSettings(), Processes())
     assert isinstance(part, ProcessReward) and part.finder.separator == "e"
-    model = Model.open(lively, str(files / "prompts.jsonl"), RowSettings(), Processes(), reserve=8)
-    for _, responses in model.answer(
-        2, max_new_tokens=8, temperature=1.0, stop=(), seed=0, title="x"
-    ):
-        assert all(0 < s < 1 and math.isfinite(s) for s in part(responses))
+    prompts = str(files / "prompts.jsonl")
+    model = Model.open(lively, prompts, RowSettings(), Processes(), max_new_tokens=8)
+    params = SamplingParams(8, 1.0, frozenset({model.renderer.eos}))
+    for _, responses in model.answer(2, params, seed=0, title="x"):
+        assert all(0 < s < 1 and math.isfinite(s) for s in part.score(responses).scores)

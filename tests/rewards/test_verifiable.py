@@ -14,7 +14,9 @@ import pytest
 import fiducial as fd
 from fiducial.data.row_types import PromptRow
 from fiducial.errors import InputError, RunError
-from fiducial.rewards.load import FunctionReward, Responses, load_reward, load_rewards
+from fiducial.rewards.function import FunctionReward
+from fiducial.rewards.load import load_reward, load_rewards
+from fiducial.rewards.types import Responses
 from fiducial.rewards.verifiable import (
     VERIFIABLE,
     ColumnFault,
@@ -357,11 +359,18 @@ def test_a_name_is_loaded_and_a_near_miss_lists_what_there_is(tmp_path, monkeypa
     for name, function in VERIFIABLE.items():
         reward = load_reward(name, RunSettings(), processes)
         assert isinstance(reward, FunctionReward) and reward.function is function
-    for wrong in ("numeric_anwser", "numeric-answer", "Exact_Match", "formats", "lenght"):
+    meant = {
+        "numeric_anwser": "numeric_answer",
+        "numeric-answer": "numeric_answer",
+        "Exact_Match": "exact_match",
+        "formats": "format",
+        "lenght": "length",
+    }
+    for wrong, right in meant.items():
         with pytest.raises(
             InputError,
-            match=r"--score: there is no .* did you mean .*exact_match, numeric_answer, format, "
-            r"length.*folder.*file.py:function",
+            match=rf"--score: there is no .* did you mean {right}\? .*folder.*file.py:function, "
+            r"or one of exact_match, numeric_answer, format, length",
         ):
             load_reward(wrong, RunSettings(), processes, "--score")
     with pytest.raises(InputError, match="numeric_answer"):
@@ -392,9 +401,9 @@ def test_a_fault_names_file_and_line_before_the_work_and_during_it():
     with pytest.raises(InputError, match=r"^f.jsonl:2: numeric_answer needs the column 'answer'"):
         reward.check_rows(rows)
     with pytest.raises(RunError, match=r"^f.jsonl:2: numeric_answer needs the column 'answer'"):
-        reward(responses(rows, ["1", "2"]))
+        reward.score(responses(rows, ["1", "2"]))
     reward.check_rows(rows[:1])
-    assert reward(responses(rows[:1], ["A: 1"])).parts == {
+    assert reward.score(responses(rows[:1], ["A: 1"])).parts == {
         "numeric_answer": [1.0],
         "exact_match": [0.0],
     }
@@ -413,9 +422,8 @@ def test_columns_that_are_called_like_the_arguments_do_no_harm():
     row = PromptRow(
         "a", {"answer": "1", "prompts": "x", "completions": ["y"], "labels": [True]}, "f:1"
     )
-    assert load_reward("numeric_answer", RunSettings(), Processes())(responses([row], ["1"])) == [
-        1.0
-    ]
+    reward = load_reward("numeric_answer", RunSettings(), Processes())
+    assert reward.score(responses([row], ["1"])).scores == [1.0]
 
 
 @pytest.mark.parametrize("run", [generate, collect])

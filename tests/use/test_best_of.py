@@ -14,7 +14,9 @@ from fiducial.data.row_types import PromptRow
 from fiducial.errors import InputError, RunError
 from fiducial.lab.worlds import exact, policies
 from fiducial.methods.prm import PRM, prm
-from fiducial.rewards.load import FunctionReward
+from fiducial.rewards.function import FunctionReward
+from fiducial.rewards.types import Scored
+from fiducial.rollout.sampling import SamplingParams
 from fiducial.settings import RowSettings
 from fiducial.train.processes import Processes
 from fiducial.use import answering as sampling
@@ -162,11 +164,10 @@ def test_a_process_reward_model_scores_by_the_aggregate_that_is_asked_for(files,
         )
         best = BestOf.open(4, str(folder), how, 1.0, Processes())
         model = Model.open(
-            settings["model"], settings["prompts"], RowSettings(), Processes(), reserve=24
+            settings["model"], settings["prompts"], RowSettings(), Processes(), max_new_tokens=24
         )
-        ((_, responses),) = model.answer(
-            4, max_new_tokens=24, temperature=1.0, stop=(), seed=3, title=""
-        )
+        params = SamplingParams(24, 1.0, frozenset({model.renderer.eos}))
+        ((_, responses),) = model.answer(4, params, seed=3, title="")
         steps = best.scorer.steps(responses)
         assert max(map(len, steps)) > 1
         scores = [of_steps(s) for s in steps]
@@ -258,7 +259,7 @@ def test_the_bound_is_the_labs_and_is_reached_where_no_score_has_mass(n):
 
 
 def test_eval_measures_the_best_of_n_by_another_judge(files, settings):
-    """The score sees letters, the judge lengths; both means are recounted from the plain samples."""
+    """The score sees letters, the judge lengths; both means are recounted from plain samples."""
     common = {**settings, "samples": 4}
     numbers = evaluate(
         Evaluate(
@@ -307,9 +308,9 @@ def test_eval_prints_every_number(files, settings, capsys):
     told = capsys.readouterr()
     assert (
         "score of the best of n, by --score" in told.out
-        and "score of all drawn, by --score" in told.out
+        and "score of all samples, by --score" in told.out
     )
-    assert "eval: the best of 2 is at most 0.193 nats a response from the model" in told.err
+    assert "eval: the best of 2 is at most 0.193 nats per response from the model" in told.err
 
 
 # ---- what is refused ----
@@ -407,8 +408,8 @@ def test_both_settings_at_the_command_line(files, settings, capsys):
 
 def test_a_score_that_is_not_finite_has_no_best():
     class Broken:
-        def __call__(self, responses):
-            return [0.0, math.nan]
+        def score(self, responses):
+            return Scored([0.0, math.nan], {})
 
     with pytest.raises(RunError, match="not finite"):
         BestOf(2, "broken", Broken(), 1.0).keep([0, 0], None)  # type: ignore[arg-type]
@@ -418,6 +419,5 @@ def test_a_users_function_is_not_called_before_there_are_responses():
     def never(prompts, completions):
         raise AssertionError
 
-    BestOf(2, "f.py:never", FunctionReward("f.py:never", never, Processes()), 1.0).check_rows(
-        [PromptRow("a", {}, "f:1")]
-    )
+    best = BestOf(2, "f.py:never", FunctionReward("f.py:never", never, Processes()), 1.0)
+    best.scorer.check_rows([PromptRow("a", {}, "f:1")])

@@ -127,7 +127,7 @@ def test_the_same_seed_collects_the_same_and_another_does_not(files, settings):
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"judge": "judge.py:flat"}, InputError, "told no two responses apart"),
+        ({"judge": "judge.py:flat"}, InputError, "preferred no response to another"),
         ({"judge": "judge.py:nothing"}, InputError, "no function nothing"),
         ({"judge": "none.py:f"}, InputError, "there is no file"),
         ({"judge": "judge.py:broken"}, RunError, "raised KeyError"),

@@ -60,12 +60,6 @@ def label_steps(settings: LabelSteps) -> dict[str, Any]:
     """
     processes = Processes()
     out = new_file(settings.out, ".jsonl")
-    if not settings.separator:
-        raise InputError(
-            "--separator '': every token would be a step, and rows of text cannot say where tokens "
-            "end. Give what ends a step, or train `fiducial prm --separator ''` on outcomes (rows "
-            "with prompt, completion, label)"
-        )
     judge = Judge.open(settings.judge, RunSettings(), processes)
     if judge.scorer is None:
         raise InputError(

@@ -86,8 +86,7 @@ def check_trainer(
 
     Args:
         train: receives a folder with `transformer/` and `table/` (models in the Hugging Face
-        layout;
-            start from one of them, and use it as the reference), `prompts.jsonl`, `pairs.jsonl`
+            layout; start from one, and use it as the reference), `prompts.jsonl`, `pairs.jsonl`
             (prompt, chosen, rejected) and `reward.py` with `gold(prompts, completions)`.
             `World.load(folder / "world.npz")` has the rest: `.beta`, and `.horizon`, the most
             tokens of a response. Token 0 ends a response. It returns the trained model, or the
