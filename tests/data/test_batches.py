@@ -83,15 +83,8 @@ def test_one_row_on_two_processes_leaves_one_with_nothing():
 
 
 def test_padding_is_on_the_right_and_the_mask_is_carried():
-    batch = pad(
-        [Rendered([4, 5, 0], [False, True, True], ""), Rendered([6, 7], [False, True], "")],
-        pad_id=9,
-    )
-    assert (
-        batch.ids.tolist() == [[4, 5, 0], [6, 7, 9]]
-        and batch.lengths.tolist() == [3, 2]
-        and len(batch) == 2
-    )
+    batch = pad([Rendered([4, 5, 0], [False, True, True], ""), Rendered([6, 7], [False, True], "")])
+    assert batch.ids.tolist() == [[4, 5, 0], [6, 7, 0]] and batch.lengths.tolist() == [3, 2]
     assert batch.mask.tolist() == [[False, True, True], [False, True, False]]
     assert torch.equal(pad([Rendered([1], [True], "")]).ids, torch.tensor([[1]]))
 

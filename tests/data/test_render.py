@@ -284,16 +284,6 @@ def test_chatml_and_a_jinja_file_can_be_chosen(tmp_path):
         set_chat_template(tokenizer, "nowhere.jinja")
 
 
-def test_the_fingerprint_names_what_the_tokens_depend_on():
-    one = renderer("qwen3").fingerprint()
-    other = renderer("qwen3", train_on="last").fingerprint()
-    assert (
-        one == renderer("qwen3").fingerprint()
-        and one != other
-        and one != renderer("llama").fingerprint()
-    )
-
-
 # Whole files
 # --------------------------------------------------------------------------------------------
 

@@ -375,6 +375,9 @@ def test_a_name_is_loaded_and_a_near_miss_lists_what_there_is(tmp_path, monkeypa
             load_reward(wrong, RunSettings(), processes, "--score")
     with pytest.raises(InputError, match="numeric_answer"):
         load_rewards((), None, RunSettings(), processes)
+    for nameless in (":length", ".length:f"):
+        with pytest.raises(InputError, match=rf"^--score: {nameless} names neither a file"):
+            load_reward(nameless, RunSettings(), processes, "--score")
     (tmp_path / "length").mkdir()  # a folder is a folder, whatever it is called
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="length"):

@@ -118,17 +118,14 @@ class Padded:
     def to(self, device: torch.device | str) -> Padded:
         return Padded(self.ids.to(device), self.mask.to(device), self.lengths.to(device))
 
-    def __len__(self) -> int:
-        return self.ids.shape[0]
 
+def pad(rows: Sequence[Rendered]) -> Padded:
+    """The rows as one batch, padded with token 0.
 
-def pad(rows: Sequence[Rendered], *, pad_id: int = 0) -> Padded:
-    """The rows as one right-padded batch.
-
-    Any `pad_id` will do, because the mask is carried and never inferred from the ids.
+    It does not matter that 0 is also a token: the mask is carried and never inferred from the ids.
     """
     width = max(len(r) for r in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    ids = torch.zeros((len(rows), width), dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.bool)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row.ids)

@@ -66,17 +66,6 @@ class Renderer:
     def eos(self) -> int:
         return int(self.tokenizer.eos_token_id)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything that the token ids of a text depend on."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        return {
-            "tokenizer": backend.to_str() if backend is not None else repr(self.tokenizer),
-            "chat_template": self.tokenizer.chat_template,
-            "max_length": self.max_length,
-            "train_on": self.train_on,
-            "eos": self.eos,
-        }
-
     def text(self, row: TextRow) -> Rendered:
         """Plain text: every token but the first is a label, and so is the EOS after it."""
         ids = self._ended(self._encode(row.text, first=True))

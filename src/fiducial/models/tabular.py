@@ -87,7 +87,6 @@ class _Tree(PreTrainedModel):  # type: ignore[misc]
 
     config_class = TabularConfig
     base_model_prefix = "model"
-    _supports_cache_class = True
 
     def __init__(self, config: TabularConfig) -> None:
         super().__init__(config)

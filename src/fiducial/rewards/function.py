@@ -111,13 +111,7 @@ class FunctionReward:
                 f"{len(values) if isinstance(values, list) else 1} numbers for {expected} responses"
             )
         for i, value in enumerate(values):
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not math.isfinite(value)
-            ):
-                if isinstance(value, bool):
-                    continue
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise RunError(
                     f"the reward function {self.name} returned {value!r} for response {i}: a "
                     "finite number is expected"
@@ -149,6 +143,11 @@ def load_function(name: str, flag: str) -> Callable[..., Any]:
         finally:
             sys.path.pop(0)
     else:
+        if not where or where.startswith("."):
+            raise InputError(
+                f"{flag}: {name} names neither a file that ends in .py nor a module: give "
+                "file.py:function or module:function"
+            )
         try:
             module = importlib.import_module(where)
         except ImportError as error:

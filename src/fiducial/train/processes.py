@@ -87,6 +87,7 @@ class Processes:
         return range(self.index, n, self.count)
 
     def wait(self) -> None:
+        """Waits until every process has come here."""
         self.accelerator.wait_for_everyone()
 
     def any(self, flag: bool) -> bool:
@@ -96,12 +97,6 @@ class Processes:
             if self.count == 1
             else bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
         )
-
-    @contextlib.contextmanager
-    def first(self) -> Iterator[None]:
-        """The main process runs the block before the others do."""
-        with self.accelerator.main_process_first():
-            yield
 
     def map_rows(
         self,
