@@ -297,10 +297,12 @@ def _prepare(model: Any, lora: LoraSettings, run: RunSettings, task: str) -> Any
         return model
     from peft import LoraConfig, get_peft_model
 
+    transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=0.0,
+        fan_in_fan_out=transposed,  # GPT-2 keeps its linear layers as Conv1D
         target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
         task_type=task,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
