@@ -309,6 +309,9 @@ def test_a_row_that_cannot_be_rendered_stops_or_is_counted(tmp_path):
     )
     assert len(rendered) == len(kept) == 1 and "1 of 2 rows (50.0%)" in note
     assert "rows.jsonl:2" in (tmp_path / "skipped.jsonl").read_text()
+    file.write_text('{"prompt": "abcdefgh", "completion": "x"}\n' * 3)
+    with pytest.raises(InputError, match=rf"^{file}: all 3 rows were skipped; give a file"):
+        load(str(file), RowSettings(on_error="skip"), (CompletionRow,), render)
 
 
 @given(

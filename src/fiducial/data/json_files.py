@@ -40,7 +40,7 @@ def json_lines_records(path: Path, source: str) -> Iterator[Record]:
                 return
             if raw.removeprefix(BOM if number == 1 else b"").strip():
                 yield _json_record(raw, f"{source}:{number}", bom=number == 1)
-            # the rest of an overlong line is read and thrown away
+            # the rest of a line that is too long is read and dropped
             while len(raw) > base.MAX_ROW_BYTES and not raw.endswith(b"\n"):
                 raw = file.readline(base.MAX_ROW_BYTES + 1)
 

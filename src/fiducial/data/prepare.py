@@ -53,7 +53,11 @@ def load(
                         + "\n"
                     )
     if not rendered:
-        raise InputError(f"{source}: no usable row is left of {found.total}")
+        reasons = f", for the reasons in {skipped}" if skipped is not None else ""
+        raise InputError(
+            f"{source}: all {found.total} rows were skipped{reasons}; give a file with at least "
+            "one row that can be used"
+        )
     note = (
         f"{bad} of {found.total} rows ({bad / found.total:.1%}) skipped, see {skipped}"
         if bad

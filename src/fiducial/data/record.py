@@ -1,4 +1,4 @@
-"""One row as it stands in its source, and the opened file that it is read from."""
+"""One row as it is in its source, and the opened file that it is read from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 class Record(NamedTuple):
-    """One row as it stands in its source."""
+    """One row as it is in its source."""
 
     where: str
     """``file:line``, or ``file:row N``."""

@@ -22,7 +22,7 @@ from .verifiable import VERIFIABLE, ColumnFault
 class FunctionReward:
     """A function with TRL's signature, called once per batch, on the main process.
 
-    def reward(prompts, completions, **columns) -> list[float]
+    The signature is `def reward(prompts, completions, **columns) -> list[float]`.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], processes: Processes) -> None:

@@ -206,7 +206,7 @@ def final_number(text: str) -> Fraction | None:
     """
     end = len(text)
     for marker in reversed(list(_MARKER.finditer(text))):
-        if found := _FORM.search(_behind(marker[0], text[marker.end() : end])):
+        if found := _FORM.search(_pointed_to(marker[0], text[marker.end() : end])):
             return _value(found)
         end = marker.start()
     *_, last = [None, *_FORM.finditer(_plain(text))]
@@ -243,7 +243,7 @@ def _plain(text: str) -> str:
     return re.sub(r"\\[,!;]|\\(?=[$%])", "", text.replace("\u2212", "-").replace("{,}", ","))
 
 
-def _behind(marker: str, rest: str) -> str:
+def _pointed_to(marker: str, rest: str) -> str:
     """The text that a marker points to, without the left side of an equation.
 
     It is the text in the marker's braces, or else the first line after it that is not empty.
