@@ -19,9 +19,16 @@ COMMON = """\
       Show the traceback of an error."""
 
 
-def _fill(text: str, width: int, **indents: str) -> str:
+def _fill(text: str, width: int, initial_indent: str = "", subsequent_indent: str = "") -> str:
     """Wrapped text; a word with a hyphen, such as the name of a flag, stays in one piece."""
-    return textwrap.fill(text, width, break_on_hyphens=False, break_long_words=False, **indents)
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=initial_indent,
+        subsequent_indent=subsequent_indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def usage(cls: type[Settings], command: str, topic: str | None = None) -> str:
