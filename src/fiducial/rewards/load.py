@@ -137,6 +137,18 @@ def load_reward(
     return scorer
 
 
+def load_reward_model(folder: str, run: RunSettings, processes: Processes) -> ModelReward:
+    """The reward model in a folder, for whoever needs its raw scores.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    scorer = load_reward(folder, run, processes)
+    if not isinstance(scorer, ModelReward):
+        raise InputError(f"--reward: {folder} is not the folder of a reward model of responses")
+    return scorer
+
+
 def _load(
     name: str, run: RunSettings, processes: Processes, flag: str
 ) -> FunctionReward | ModelReward | ProcessReward:
