@@ -6,6 +6,7 @@ Every import counts, whether it stands at the top of a file, in a function, or f
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
