@@ -100,8 +100,8 @@ def penalty(
     - weighted_k3, :math:`\sum_t \rho_t\,k3_t`: the same as k2_tokens (DeepSeek-V3.2, arXiv
       2512.02556).
     - forward_k3, :math:`\sum_t k3_t`: the gradient of the forward
-      :math:`KL(\pi_{ref}\|\pi)` of each state, with the states taken as given
-      (GRPO, arXiv 2402.03300, eq. 4). It has another optimum.
+      :math:`KL(\pi_{ref}\|\pi)` of each state, with the states taken as given (GRPO, arXiv
+      2402.03300, eq. 4). It has another optimum.
 
     In the lab's mild world, at a policy one standard normal deviation from its reference, the
     gradient of k2_tokens and weighted_k3 is 19% off that of KL(policy, ref) (relative error, exact
