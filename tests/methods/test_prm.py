@@ -135,7 +135,7 @@ def test_step_ends_by_hand(pieces, separator, ends):
 
 
 def test_nothing_has_no_steps():
-    with pytest.raises(ValueError, match="nothing"):
+    with pytest.raises(ValueError, match="an empty solution has no steps"):
         step_ends([], "\n")
 
 
