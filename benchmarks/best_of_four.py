@@ -32,7 +32,7 @@ import torch
 
 from fiducial.core import intervals
 from fiducial.data.prepare import split
-from fiducial.data.row_types import LabelledRow
+from fiducial.data.row_types import LabeledRow
 from fiducial.methods.prm import PRM, prm, solver, tensors
 from fiducial.methods.sft import SFT, sft
 from fiducial.rewards.process import AGGREGATES, aggregate
@@ -48,7 +48,7 @@ def scores(run: object, rows: list[dict], separator: str) -> list[list[float]]:
     renderer = load_renderer(str(run.path / "model"), RowSettings())
     render = solver(renderer, separator)
     solutions = [
-        render(LabelledRow(r["prompt"], r["completion"], r["label"], "held out")) for r in rows
+        render(LabeledRow(r["prompt"], r["completion"], r["label"], "held out")) for r in rows
     ]
     width = max(len(s) for s in solutions)
 

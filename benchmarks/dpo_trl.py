@@ -35,11 +35,18 @@ def timed(f, *a):
 inner = page.reference_logprobs
 page.reference_logprobs = lambda *a: timed(inner, *a)
 run = page.dpo(page.DPO(
-    model=f"{case}/model", data=f"{case}/pairs.jsonl", out=out, batch_size=16, learning_rate=1e-4, rows=RowSettings(held_out=0.0, max_length=512),
-    optimizer=OptimizerSettings(warmup_steps=0, schedule="linear"), run=RunSettings(samples=0, checkpoint_every=0),
+    model=f"{case}/model",
+    data=f"{case}/pairs.jsonl",
+    out=out,
+    batch_size=16,
+    learning_rate=1e-4,
+    rows=RowSettings(held_out=0.0, max_length=512),
+    optimizer=OptimizerSettings(warmup_steps=0, schedule="linear"),
+    run=RunSettings(samples=0, checkpoint_every=0),
 ))
 seconds = run.train_seconds + spent[0]
-print(f"RESULT fiducial dpo: {int(rows) / seconds:.2f} rows/s, {seconds:.1f} s; steps alone {int(rows) / run.train_seconds:.2f} rows/s")
+whole, alone = int(rows) / seconds, int(rows) / run.train_seconds
+print(f"RESULT fiducial dpo: {whole:.2f} rows/s, {seconds:.1f} s; steps alone {alone:.2f} rows/s")
 """
 
 

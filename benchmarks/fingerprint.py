@@ -33,7 +33,10 @@ def some(completions, number, **columns):
 def first(prompts, first, second, **columns):
     return [len(a) >= len(b) for a, b in zip(first, second)]
 """
-COMMON = "--steps 4 --learning-rate 1e-2 --batch-size 4 --optimizer.schedule constant --run.eval-every 2 --run.samples 3"
+COMMON = (
+    "--steps 4 --learning-rate 1e-2 --batch-size 4 --optimizer.schedule constant "
+    "--run.eval-every 2 --run.samples 3"
+)
 OFFLINE = f"{COMMON} --rows.held-out 0.3"
 ONLINE = (
     f"{COMMON} --data {{data}}/prompts.jsonl --max-new-tokens 6 --reward {{data}}/reward.py:score"
@@ -50,7 +53,8 @@ TRAININGS = {  # name: (verb, model, flags); {out} is the folder of all runs
     "sft-completion": (
         "sft",
         "gpt2",
-        f"{OFFLINE} --data {{data}}/completions.jsonl --max-new-tokens 4 --optimizer.warmup-steps 2",
+        f"{OFFLINE} --data {{data}}/completions.jsonl --max-new-tokens 4 "
+        "--optimizer.warmup-steps 2",
     ),
     "sft-lora": (
         "sft",

@@ -25,7 +25,8 @@ labels = torch.randint(0, v, (n,))
 (head(hidden[:8]).sum() * 0).backward()
 
 def status(key):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
+    with open("/proc/self/status") as file:
+        return int(next(line for line in file if line.startswith(key)).split()[1]) / 1024
 
 open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")

@@ -27,8 +27,17 @@ from fiducial.methods.ppo import PPO, ppo
 from fiducial.methods.settings.ppo import CriticSettings
 model, prompts, reward, out, steps, critic = sys.argv[1:7]
 run = ppo(PPO(
-    model=model, data=prompts, reward=(reward,), out=out, steps=int(steps), learning_rate=3e-4, beta=0.05, stop=("<s>",),
-    critic=CriticSettings(start=critic, clip=None), optimizer=OptimizerSettings(schedule="constant"), run=RunSettings(samples=0, checkpoint_every=0),
+    model=model,
+    data=prompts,
+    reward=(reward,),
+    out=out,
+    steps=int(steps),
+    learning_rate=3e-4,
+    beta=0.05,
+    stop=("<s>",),
+    critic=CriticSettings(start=critic, clip=None),
+    optimizer=OptimizerSettings(schedule="constant"),
+    run=RunSettings(samples=0, checkpoint_every=0),
 ))
 print(f"RESULT {run.train_seconds} {run.metrics['reward']} {run.metrics['objective/kl']}")
 """

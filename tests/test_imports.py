@@ -6,6 +6,7 @@ Every import counts, whether it stands at the top of a file, in a function, or f
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -344,3 +345,36 @@ def test_no_file_of_the_package_can_hide_a_public_name():
     below = {name.split(".")[0] for name in FILES}
     modules = {alias.name for node in stub() if node.module is None for alias in node.names}
     assert below & set(fiducial.__all__) == modules
+
+
+def test_nobody_outside_its_room_asks_what_kind_of_scorer_or_sampler_it_holds():
+    kinds = r"(isinstance\(.*(Reward|Scorer|Judge|Sampler)\b)|\bLocalSampler\b"
+    rooms = ("rewards", "rollout")
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in ROOT.rglob("*.py")
+        if path.relative_to(ROOT).parts[0] not in rooms
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(kinds, line)
+    ]
+    assert found == []
+
+
+def nesting(node: ast.AST, depth: int = 0) -> int:
+    """The deepest block under a node; a function begins at 0, and `elif` adds nothing."""
+    blocks = (ast.For, ast.While, ast.If, ast.With, ast.Try)
+    deepest = depth
+    for child in ast.iter_child_nodes(node):
+        elif_ = isinstance(node, ast.If) and isinstance(child, ast.If) and child in node.orelse
+        below = 0 if isinstance(child, ast.FunctionDef) else depth
+        below += isinstance(child, blocks) and not elif_
+        deepest = max(deepest, nesting(child, below))
+    return deepest
+
+
+def test_the_pages_of_methods_are_nested_four_deep_at_most():
+    assert nesting(ast.parse("for a in b:\n if a:\n  with c:\n   while d:\n    if e: pass")) == 5
+    pages = sorted((ROOT / "methods").glob("*.py"))
+    assert len(pages) >= 9
+    deep = {p.name: nesting(ast.parse(p.read_text(encoding="utf-8"))) for p in pages}
+    assert {name: n for name, n in deep.items() if n > 4} == {}

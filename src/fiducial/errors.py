@@ -1,13 +1,15 @@
-"""The two ways a command ends badly. Everything else is a bug and keeps its traceback."""
+"""The two errors that a command reports in one sentence. Any other is a bug, with its traceback."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: refused before any work, exit code 2. One sentence that
-    names the place, the reason and the remedy.
+    """The user's input cannot be used, which is found before any work begins; exit code 2.
+
+    The message is one sentence that names the place, the reason and the remedy.
     """
 
 
 class RunError(RuntimeError):
-    """A run failed on the way: what was computed is saved, exit code 1. One sentence that names the
-    step, the reason and how to go on.
+    """A run failed after it started. What was computed is saved; exit code 1.
+
+    The message is one sentence that names the step, the reason and how to go on.
     """

@@ -36,16 +36,19 @@ def looks_local(name: str) -> bool:
 
 
 def check_name(kind: Literal["model", "rows", "scorer"], name: str, flag: str) -> None:
-    """
+    """Checks that a name leads somewhere, without loading anything. Names on the Hub pass.
+
+    A leading `~` is expanded for rows alone, because only their reader expands it.
+
     Raises:
         InputError: the name looks like a path, and nothing is there.
     """
     if kind == "scorer" and ":" in name and not Path(name).is_dir():
-        file = Path(name.rpartition(":")[0]).expanduser()
-        if file.suffix == ".py" and not file.is_file():
+        file = name.rpartition(":")[0]
+        if file.endswith(".py") and not Path(file).is_file():
             raise InputError(f"{flag}: there is no file {file}")
         return
-    path = Path(name).expanduser()
+    path = Path(name).expanduser() if kind == "rows" else Path(name)
     local = looks_local(name) or (kind == "rows" and path.suffix.lower() in _ROW_FILES)
     if local and not path.exists():
         what = "file" if kind == "rows" else "folder"

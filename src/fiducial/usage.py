@@ -19,6 +19,18 @@ COMMON = """\
       Show the traceback of an error."""
 
 
+def _fill(text: str, width: int, initial_indent: str = "", subsequent_indent: str = "") -> str:
+    """Wrapped text; a word with a hyphen, such as the name of a flag, stays in one piece."""
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=initial_indent,
+        subsequent_indent=subsequent_indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+
+
 def usage(cls: type[Settings], command: str, topic: str | None = None) -> str:
     """What `--help`, `--help SECTION` or `--help all` prints.
 
@@ -32,7 +44,7 @@ def usage(cls: type[Settings], command: str, topic: str | None = None) -> str:
     if topic not in (None, "all"):
         known = f"the sections are {', '.join(inside)}" if inside else "it has no sections"
         raise InputError(f"{command}: there is no section {topic!r} to explain; {known}, or all")
-    parts = [_synopsis(cls, command), textwrap.fill(_flat(cls.__doc__), width)]
+    parts = [_synopsis(cls, command), _fill(_flat(cls.__doc__), width)]
     own = [flag for flag in flags(cls) if len(flag.path) == 1]
     parts.append("settings:\n" + "\n".join(_entry(flag, width) for flag in own))
     if inside and topic is None:
@@ -59,7 +71,7 @@ def _folded(cls: type[Settings], command: str, width: int) -> str:
         count = len(section_flags(cls, name))
         head = f"  {name:<{wide}}  {count:>2} settings  "
         lines.append(
-            textwrap.fill(
+            _fill(
                 _flat(type(values).__doc__),
                 width,
                 initial_indent=head,
@@ -77,7 +89,7 @@ def _folded(cls: type[Settings], command: str, width: int) -> str:
 
 
 def _section(cls: type[Settings], command: str, name: str, width: int) -> str:
-    head = textwrap.fill(f"{name}: {_flat(type(sections(cls)[name]).__doc__)}", width)
+    head = _fill(f"{name}: {_flat(type(sections(cls)[name]).__doc__)}", width)
     return "\n".join([head, *(_entry(flag, width) for flag in section_flags(cls, name))])
 
 
@@ -92,7 +104,7 @@ def _entry(flag: Flag, width: int) -> str:
     return "\n".join(
         [
             f"{head}  ({told})",
-            textwrap.fill(flag.text, width, initial_indent=" " * 6, subsequent_indent=" " * 6),
+            _fill(flag.text, width, initial_indent=" " * 6, subsequent_indent=" " * 6),
         ]
     )
 

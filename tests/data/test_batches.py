@@ -1,4 +1,4 @@
-"""Which rows make a step, and how a step is cut: the three knobs do not constrain each other."""
+"""Which rows make a step, and how a step is cut: the three numbers are independent."""
 
 from collections import Counter
 
@@ -22,7 +22,7 @@ def test_every_row_comes_once_an_epoch(rows, size, seed):
         lengths = [len(s) for s in steps]
         assert (
             max(lengths) <= size and max(lengths) - min(lengths) <= 1
-        )  # no small one is left over
+        )  # no small batch is left over
         assert len(steps) == -(-rows // size)
 
 
@@ -30,7 +30,7 @@ def test_the_step_number_is_the_whole_cursor():
     batches, again = Batches(10, 4, 3), Batches(10, 4, 3)
     seen = [batches[i] for i in range(9)]
     assert [again[i] for i in reversed(range(9))] == seen[::-1]  # in any order, with no state
-    assert seen[:3] != seen[3:6] != seen[6:9]  # a fresh order each epoch
+    assert seen[:3] != seen[3:6] != seen[6:9]  # a new order in each epoch
     assert Batches(10, 4, 4)[0] != seen[0]
     assert [len(batches[i]) for i in range(3)] == [3, 3, 4]
 
@@ -48,7 +48,7 @@ def test_a_stream_is_one_walk_wherever_it_is_cut(rows, start, count, seed):
     assert Counter(row for row, _ in whole) == dict.fromkeys(range(rows), 3)
     assert (
         len(set(whole)) == 3 * rows
-    )  # (row, epoch) never comes twice: it keys the random stream of a response
+    )  # (row, epoch) occurs once, because it keys the random stream of a response
 
 
 @given(costs, st.integers(1, 200), st.integers(1, 4))
@@ -83,22 +83,15 @@ def test_one_row_on_two_processes_leaves_one_with_nothing():
 
 
 def test_padding_is_on_the_right_and_the_mask_is_carried():
-    batch = pad(
-        [Rendered([4, 5, 0], [False, True, True], ""), Rendered([6, 7], [False, True], "")],
-        pad_id=9,
-    )
-    assert (
-        batch.ids.tolist() == [[4, 5, 0], [6, 7, 9]]
-        and batch.lengths.tolist() == [3, 2]
-        and len(batch) == 2
-    )
+    batch = pad([Rendered([4, 5, 0], [False, True, True], ""), Rendered([6, 7], [False, True], "")])
+    assert batch.ids.tolist() == [[4, 5, 0], [6, 7, 0]] and batch.lengths.tolist() == [3, 2]
     assert batch.mask.tolist() == [[False, True, True], [False, True, False]]
     assert torch.equal(pad([Rendered([1], [True], "")]).ids, torch.tensor([[1]]))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_which_rows_make_a_step_depends_on_neither_memory_nor_processes(processes):
-    """The plan only cuts: the rows of a step are chosen before it is asked for."""
+    """The plan only cuts a step; its rows are chosen before."""
     rows = Batches(20, 7, 1)[1]
     for tokens in (1, 30, 10**6):
         shares = micro_batches([[3 + i % 5] for i in rows], tokens, processes)

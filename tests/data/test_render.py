@@ -1,5 +1,5 @@
-"""Token ids and masks against ids written by hand: every token of the small vocabularies is named
-in conftest.
+"""Token ids and masks, compared with ids written by hand: conftest names every token of the small
+vocabularies.
 """
 
 import pytest
@@ -26,7 +26,7 @@ def tokens(render, rendered):
 
 
 def labels(render, rendered):
-    """The tokens that are learned."""
+    """The tokens that are labels."""
     return [t for t, m in zip(tokens(render, rendered), rendered.mask, strict=True) if m]
 
 
@@ -37,7 +37,7 @@ def chat(*texts, first="user"):
 
 
 # Plain text
-# -----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 
 
 def test_a_completion_is_joined_to_its_prompt_as_ids_with_one_bos_and_a_learned_eos():
@@ -60,7 +60,7 @@ def test_a_merge_across_the_seam_does_not_happen():
     assert tokens(r, row) == ["<s>", "on", " ", "c", "a", "t", "</s>"]
     assert row.ids[: len(r.prompt("on c", W))] == r.prompt(
         "on c", W
-    )  # what is trained on begins with what a response is sampled after
+    )  # a trained sequence begins with the ids that a response is sampled after
     assert labels(r, row) == ["a", "t", "</s>"]
 
 
@@ -128,7 +128,7 @@ def test_a_tokenizer_without_eos_is_refused():
 
 
 # Length
-# ---------------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 
 
 def test_a_response_beyond_the_limit_is_cut_at_its_end_and_has_no_eos():
@@ -177,7 +177,7 @@ def test_a_cut_never_leaves_a_row_without_a_label(kind, train_on):
 
 
 # Chat
-# -----------------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 
 
 def test_every_assistant_turn_is_learned_with_the_token_that_ends_it_and_nothing_else():
@@ -189,7 +189,7 @@ def test_every_assistant_turn_is_learned_with_the_token_that_ends_it_and_nothing
     )
     assert (
         r.tokenizer.decode(row.ids) == text
-    )  # the newline behind the last end token is never sampled and is not there
+    )  # the newline after the last end token is never sampled, so it is left out
     assert labels(r, row) == ["x", "y", "<|im_end|>", "u", "v", "<|im_end|>"]
     assert row.ids[-1] == r.eos and row.mask[-1]
 
@@ -242,8 +242,11 @@ def test_a_template_that_writes_the_bos_itself_does_not_double_it(first):
 def test_a_template_that_rewrites_history_is_refused():
     tokenizer = make_tokenizer(
         "qwen3"
-    )  # drops what was said before, as templates that strip old reasoning do
-    tokenizer.chat_template = "{% for m in messages[-2:] %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    )  # drops earlier messages, as templates do that strip old reasoning
+    tokenizer.chat_template = (
+        "{% for m in messages[-2:] %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}"
+    )
     r = Renderer(tokenizer, 100)
     with pytest.raises(InputError, match=f"^{W}: the chat template rewrites earlier turns"):
         r.chat(chat("ab", "xy", "cd", "uv"))
@@ -281,18 +284,8 @@ def test_chatml_and_a_jinja_file_can_be_chosen(tmp_path):
         set_chat_template(tokenizer, "nowhere.jinja")
 
 
-def test_the_fingerprint_names_what_the_tokens_depend_on():
-    one = renderer("qwen3").fingerprint()
-    other = renderer("qwen3", train_on="last").fingerprint()
-    assert (
-        one == renderer("qwen3").fingerprint()
-        and one != other
-        and one != renderer("llama").fingerprint()
-    )
-
-
 # Whole files
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 
 
 def test_a_row_that_cannot_be_rendered_stops_or_is_counted(tmp_path):
@@ -316,6 +309,9 @@ def test_a_row_that_cannot_be_rendered_stops_or_is_counted(tmp_path):
     )
     assert len(rendered) == len(kept) == 1 and "1 of 2 rows (50.0%)" in note
     assert "rows.jsonl:2" in (tmp_path / "skipped.jsonl").read_text()
+    file.write_text('{"prompt": "abcdefgh", "completion": "x"}\n' * 3)
+    with pytest.raises(InputError, match=rf"^{file}: all 3 rows were skipped; give a file"):
+        load(str(file), RowSettings(on_error="skip"), (CompletionRow,), render)
 
 
 @given(

@@ -1,9 +1,11 @@
-"""What a row may be, and that each thing it may not be is refused at its file, line and key. Files
-are written by hand, byte for byte.
+"""Every form that a row may have, and every fault, which is refused with file, line and key. The
+files are written by hand, byte by byte.
 """
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from fiducial.data import sources
 from fiducial.data.row_types import (
     ChatRow,
     CompletionRow,
-    LabelledRow,
+    LabeledRow,
     Message,
     PreferenceRow,
     PromptRow,
@@ -25,7 +27,7 @@ from fiducial.data.rows import parse_row, read_rows
 from fiducial.errors import InputError
 
 SFT = (TextRow, ChatRow, CompletionRow)
-ALL = (*SFT, PromptRow, PreferenceRow, LabelledRow, StepsRow)
+ALL = (*SFT, PromptRow, PreferenceRow, LabeledRow, StepsRow)
 W = "f.jsonl:1"
 
 
@@ -42,7 +44,7 @@ ANSWERS = {"chosen": [assistant("yes")], "rejected": [assistant("no")]}
 
 
 # Formats
-# --------------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -91,8 +93,8 @@ ANSWERS = {"chosen": [assistant("yes")], "rejected": [assistant("no")]}
             {"chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]},
             PreferenceRow((U,), (A,), (A2,), None, W),
         ),
-        ({"prompt": "p", "completion": "c", "label": True}, LabelledRow("p", "c", True, W)),
-        ({"prompt": "p", "completion": "c", "label": 0}, LabelledRow("p", "c", False, W)),
+        ({"prompt": "p", "completion": "c", "label": True}, LabeledRow("p", "c", True, W)),
+        ({"prompt": "p", "completion": "c", "label": 0}, LabeledRow("p", "c", False, W)),
         (
             {"prompt": "p", "completions": ["s", "t"], "labels": [True, 0]},
             StepsRow("p", ("s", "t"), (True, False), W),
@@ -126,7 +128,7 @@ def test_messages_after_a_tool_call_belong_to_the_completion():
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt", "rest"),
     [
-        # the last common turn, also where the answers begin alike or go on to other turns
+        # the last common turn, even if the answers begin alike or have further turns
         (
             "\n\nHuman: a\n\nAssistant: I do",
             "\n\nHuman: a\n\nAssistant: I don't",
@@ -178,8 +180,8 @@ def test_prompt_and_answer_are_the_text_again(prompt, chosen, rejected):
     assert row.prompt.strip() and row.chosen.strip() and row.rejected.strip()
 
 
-# What is accepted decides
-# ---------------------------------------------------------------------------------------------------------------------------
+# The accepted formats decide
+# --------------------------------------------------------------------------------------------
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
@@ -199,7 +201,7 @@ def test_a_better_format_comes_first():
         "prompt": "hi",
         "messages": [user("hi"), assistant("yes")],
         **ANSWERS,
-    }  # UltraFeedback has it all
+    }  # UltraFeedback has all of these keys
     assert isinstance(parse_row(whole, W, SFT), ChatRow)
     assert isinstance(parse_row(whole, W, (PreferenceRow,)), PreferenceRow)
     assert isinstance(parse_row(whole, W, (PromptRow,)), PromptRow)
@@ -255,7 +257,7 @@ def test_a_better_format_comes_first():
         ),
         ({"chosen": "a"}, (PreferenceRow,), "key 'rejected' is missing"),
         ({"prompt": "p", "completions": ["a"]}, (StepsRow,), "key 'labels' is missing"),
-        ({"prompt": "p", "label": True}, (LabelledRow,), "key 'completion' is missing .*; add it"),
+        ({"prompt": "p", "label": True}, (LabeledRow,), "key 'completion' is missing .*; add it"),
         ({"completion": "c"}, SFT, "key 'prompt' is missing"),
         (
             {"promt": "p", "completion": "c"},
@@ -281,7 +283,7 @@ def test_keys_that_do_not_fit(record, accept, message):
         parse_row(record, W, accept)
 
 
-# Every row of the table in the design's section on input
+# Every fault that a row may have
 # --------------------------------------------------------------------------------------------
 
 GOOD = b'{"prompt": "p", "completion": "c"}\n'
@@ -334,11 +336,11 @@ BAD = {
     "lone surrogate in a key": (rb'{"text": "a", "\udfff": 1}', "key '.*' holds a lone surrogate"),
     "duplicate key": (
         b'{"text": "a", "text": "a"}',
-        "key 'text' stands twice in one object; keep one",
+        "key 'text' occurs twice in one object; keep one",
     ),
     "duplicate key, deep": (
         messages(b'{"role": "user", "content": "a", "role": "user"}'),
-        "key 'role' stands twice",
+        "key 'role' occurs twice",
     ),
     "deep nesting": (b'{"text": ' + b"[" * 100_000, "lists or objects are nested too deeply"),
     "a huge integer": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "an integer is too long"),
@@ -427,7 +429,7 @@ BAD = {
     ),
     "no common beginning": (
         b'{"chosen": "a b", "rejected": "c d"}',
-        "key 'prompt' is missing, and chosen and rejected have no common .* empty; add it",
+        "key 'prompt' is missing, and chosen and rejected have no common .* empty; add the prompt",
     ),
     "no common turn": (
         rb'{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"}',
@@ -438,7 +440,8 @@ BAD = {
         "key 'chosen' is empty",
     ),
     "no common message": (
-        b'{"chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}',
+        b'{"chosen": [{"role": "assistant", "content": "a"}], '
+        b'"rejected": [{"role": "assistant", "content": "b"}]}',
         "key 'prompt' is missing, and the messages",
     ),
     "answers to different questions": (
@@ -450,7 +453,7 @@ BAD = {
     ),
     "text against messages": (
         b'{"chosen": "a", "rejected": [' + CHAT + b"]}",
-        "key 'rejected' is not of one form with 'chosen'",
+        "key 'rejected' has another form than 'chosen'",
     ),
     # shapes of a chat
     "a prompt that is answered": (
@@ -530,7 +533,7 @@ BAD = {
         r"key 'labels\[1\]' is a number \(0.5\)",
     ),
 }
-ACCEPT = (*SFT, PreferenceRow, LabelledRow, StepsRow)
+ACCEPT = (*SFT, PreferenceRow, LabeledRow, StepsRow)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -539,8 +542,8 @@ def test_a_bad_row_is_refused_at_its_line(tmp_path, name, ending):
     line, message = BAD[name]
     path = tmp_path / "f.jsonl"
     path.write_bytes(
-        GOOD + b"\n  \r\n" + GOOD + line + ending
-    )  # two lines, the second and third, are blank
+        GOOD + b"\n  \r\n" + GOOD + line + ending  # the second and third lines are blank
+    )
     with pytest.raises(InputError) as caught:
         read_rows(str(path), ACCEPT)
     assert re.match(re.escape(f"{path}:5: ") + message, str(caught.value)), str(caught.value)
@@ -564,7 +567,8 @@ def test_a_bad_row_can_be_skipped_and_the_rest_read(tmp_path, name):
 def test_what_is_harmless_is_accepted(tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_bytes(
-        b'\xef\xbb\xbf\r\n\r\n{"text": "\xe2\x80\xa8caf\xc3\xa9 \\ud83d\\ude00 \\u0000"}\r\n{"text": "b", "score": -1e-3}'
+        b'\xef\xbb\xbf\r\n\r\n{"text": "\xe2\x80\xa8caf\xc3\xa9 \\ud83d\\ude00 \\u0000"}\r\n'
+        b'{"text": "b", "score": -1e-3}'
     )
     assert list(read_rows(str(path), SFT)) == [
         TextRow("\u2028café 😀 \0", f"{path}:3"),
@@ -593,7 +597,8 @@ def test_skipping_everything_is_an_error(tmp_path):
     path.write_bytes(b"{}\n{\n")
     with pytest.raises(
         InputError,
-        match=r"all 2 rows were skipped, the first because: .*f.jsonl:1: the keys of a row are missing",
+        match=r"all 2 rows were skipped, the first because: .*f.jsonl:1: the keys of a row are "
+        r"missing",
     ):
         read_rows(str(path), SFT, on_error="skip", skipped=skipped)
     assert len(skipped.read_text().splitlines()) == 2
@@ -623,7 +628,7 @@ def test_an_error_shows_little_of_a_hostile_row(tmp_path):
 
 
 # Round trip
-# -----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 
 texts = st.text()
 values = st.recursive(
@@ -674,8 +679,13 @@ def test_any_object_is_a_row_or_an_input_error(record):
         parse_row(record, W, ALL)
 
 
-def test_rows_py_and_sources_py_import_nothing_heavy():
-    for module in ("rows", "sources"):
-        text = Path(sources.__file__).with_name(f"{module}.py").read_text()
-        roots = set(re.findall(r"^(?:from|import) (\w+)", text, flags=re.M))
-        assert not roots & {"torch", "transformers", "datasets", "pandas", "pyarrow", "numpy"}
+def test_reading_and_rendering_rows_imports_nothing_heavy():
+    """Importing every file of data/ loads no heavy package, except for the batches of tensors."""
+    files = {path.stem for path in Path(sources.__file__).parent.glob("*.py")} - {"__init__"}
+    light = [f"fiducial.data.{name}" for name in sorted(files - {"batches"})]
+    assert {"fiducial.data.rows", "fiducial.data.render", "fiducial.data.tables"} < set(light)
+    heavy = {"torch", "transformers", "datasets", "pandas", "pyarrow", "numpy"}
+    code = f"import importlib, sys\nfor name in {light}:\n    importlib.import_module(name)\n"
+    code += f"    assert not {heavy} & set(sys.modules), name"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr

@@ -1,5 +1,5 @@
-"""Each kind of source against the library that defines it (json, csv, pyarrow, gzip), and every way
-to break one.
+"""Each kind of source, compared with the library that defines it (json, csv, pyarrow, gzip), and
+every way in which a source can be broken.
 """
 
 import csv
@@ -21,7 +21,7 @@ from fiducial.data import json_files, record, sources
 from fiducial.data.row_types import (
     ChatRow,
     CompletionRow,
-    LabelledRow,
+    LabeledRow,
     Message,
     PreferenceRow,
     PromptRow,
@@ -32,7 +32,7 @@ from fiducial.data.rows import read_rows
 from fiducial.errors import InputError
 
 SFT = (TextRow, ChatRow, CompletionRow)
-ALL = (*SFT, PreferenceRow, LabelledRow, StepsRow, PromptRow)
+ALL = (*SFT, PreferenceRow, LabeledRow, StepsRow, PromptRow)
 
 
 def write(path, content):
@@ -49,7 +49,7 @@ def refused(source, accept=SFT, **options):
 
 
 # JSON arrays
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 
 texts = st.text(st.sampled_from('a"\\[]{},: \né'), max_size=8)
 values = st.recursive(
@@ -60,7 +60,7 @@ values = st.recursive(
 
 
 class Drip(io.BytesIO):
-    """A file that gives a few bytes at a time, so that every construct is cut somewhere."""
+    """A file that returns a few bytes per read, so that every construct is cut somewhere."""
 
     def read(self, size=-1):
         return super().read(self.step)
@@ -101,7 +101,7 @@ def test_rows_of_an_array_are_numbered_from_one(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'[{"text": "a"}, {"text": "b", "text": "c"}]', ":row 2: key 'text' stands twice"),
+        (b'[{"text": "a"}, {"text": "b", "text": "c"}]', ":row 2: key 'text' occurs twice"),
         (b'[{"text": "a", "x": NaN}]', ":row 1: key 'x': NaN is not a finite number"),
         (b'[{"text": "\xff"}]', r":row 1: byte offset 10 \(0xff\) is not UTF-8"),
         (b'[{"text": "a"}, 5]', ":row 2: the row is a number where an object belongs"),
@@ -118,8 +118,8 @@ def test_rows_of_an_array_are_numbered_from_one(tmp_path):
         (b'[{"text": "a"}}', r":row 1: not JSON \(a closing bracket"),
         (b'[{"text": ["a"}]]', ":row 1: not JSON at column 14"),
         (b'[{"text": "a"]}', r":row 1: not JSON \(a closing bracket"),
-        (b'[{"text": "a"}] x', ": something follows the end of the JSON array"),
-        (b'[{"text": "a"}][{"text": "b"}]', ": something follows the end"),
+        (b'[{"text": "a"}] x', ": the JSON array is followed by more text"),
+        (b'[{"text": "a"}][{"text": "b"}]', ": the JSON array is followed"),
         (b"[]", ":1: the file is empty"),
         (b" \n\t ", ":1: the file is empty"),
         (b"", ":1: the file is empty"),
@@ -135,7 +135,7 @@ def test_a_broken_array(tmp_path, content, message):
 
 
 def test_a_broken_array_is_not_read_on_when_rows_are_skipped(tmp_path):
-    """Behind a syntax error, where a row begins is a guess: here the text of a row would become one."""
+    """After a syntax error, the beginning of a row is a guess: here a text would become a row."""
     source = write(
         tmp_path / "f.json", b'[{"text": "a"}, {"text": "b}, {"text": "c"}, {"text": "d"}]'
     )
@@ -145,7 +145,7 @@ def test_a_broken_array_is_not_read_on_when_rows_are_skipped(tmp_path):
 
 
 # Long rows
-# ------------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 
 
 def test_the_limit_of_a_row():
@@ -191,7 +191,7 @@ def test_an_overlong_row_is_never_held_and_can_be_skipped(tmp_path, monkeypatch,
 
 
 # CSV
-# ------------------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1).map(
     lambda text: "c" + text
@@ -218,11 +218,13 @@ def test_what_the_csv_module_writes_is_read_equal(tmp_path_factory, table, endin
     ("content", "row"),
     [
         (
-            'messages\n"[{""role"": ""user"", ""content"": ""hi""}, {""role"": ""assistant"", ""content"": ""yes""}]"\n',
+            'messages\n"[{""role"": ""user"", ""content"": ""hi""}, '
+            '{""role"": ""assistant"", ""content"": ""yes""}]"\n',
             ChatRow((Message("user", "hi"), Message("assistant", "yes")), "W"),
         ),
         (
-            'prompt,chosen,rejected,margin\np,"[{""role"": ""assistant"", ""content"": ""a""}]",b,1.5\n',
+            "prompt,chosen,rejected,margin\n"
+            'p,"[{""role"": ""assistant"", ""content"": ""a""}]",b,1.5\n',
             PreferenceRow(
                 (Message("user", "p"),),
                 (Message("assistant", "a"),),
@@ -232,8 +234,8 @@ def test_what_the_csv_module_writes_is_read_equal(tmp_path_factory, table, endin
             ),
         ),
         ("prompt,chosen,rejected,margin\np,a,b,\n", PreferenceRow("p", "a", "b", None, "W")),
-        ("prompt,completion,label\np,5,True\n", LabelledRow("p", "5", True, "W")),
-        ("prompt,completion,label\np,[1],0\n", LabelledRow("p", "[1]", False, "W")),
+        ("prompt,completion,label\np,5,True\n", LabeledRow("p", "5", True, "W")),
+        ("prompt,completion,label\np,[1],0\n", LabeledRow("p", "[1]", False, "W")),
         (
             'prompt,completions,labels\np,"[""a"", ""b""]","[true, 0]"\n',
             StepsRow("p", ("a", "b"), (True, False), "W"),
@@ -274,7 +276,7 @@ def test_cells(tmp_path, content, row):
         (b"messages\nhello\n", ":row 1: key 'messages' is text where a list of messages belongs"),
         (
             b'messages\n"[{""role"": ""user"", ""role"": ""user""}]"\n',
-            ":row 1: key 'messages': key 'role' stands twice",
+            ":row 1: key 'messages': key 'role' occurs twice",
         ),
         (b"prompt,completion,label\np,c,yes\n", r":row 1: key 'label' is text \('yes'\)"),
         (b"prompt,completion,label\np,c,nan\n", ":row 1: key 'label' is text"),
@@ -293,7 +295,7 @@ def test_a_broken_table(tmp_path, content, message):
     assert re.match(
         message,
         refused(
-            write(tmp_path / "f.csv", content), (CompletionRow, PreferenceRow, LabelledRow, ChatRow)
+            write(tmp_path / "f.csv", content), (CompletionRow, PreferenceRow, LabeledRow, ChatRow)
         ),
     )
 
@@ -313,7 +315,7 @@ def test_a_cell_longer_than_the_csv_module_allows_by_default(tmp_path):
 
 
 # Parquet
-# --------------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 
 
 def parquet(path, columns, **options):
@@ -347,12 +349,12 @@ def test_parquet_types_and_gaps(tmp_path):
         {"prompt": ["p", "p", None], "completion": ["c", " ", "c"], "label": [True, False, True]},
     )
     assert (
-        refused(source, (LabelledRow,))
+        refused(source, (LabeledRow,))
         == ":row 2: key 'completion' is empty; fill it in or remove the row"
     )
     skipped = tmp_path / "skipped.jsonl"
-    rows = read_rows(source, (LabelledRow,), on_error="skip", skipped=skipped)
-    assert list(rows) == [LabelledRow("p", "c", True, f"{source}:row 1")]
+    rows = read_rows(source, (LabeledRow,), on_error="skip", skipped=skipped)
+    assert list(rows) == [LabeledRow("p", "c", True, f"{source}:row 1")]
     entries = [json.loads(line) for line in skipped.read_text().splitlines()]
     assert entries[1]["error"].startswith(
         f"{source}:row 3: key 'prompt' is null where text belongs"
@@ -403,7 +405,7 @@ def test_a_broken_parquet_file(tmp_path, content):
 
 
 # Paths and archives
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 
 ONE = {
     ".jsonl": b'{"text": "a"}\n',
@@ -432,7 +434,7 @@ def test_a_torn_archive(tmp_path, ending, on_error):
         message = refused(str(path), on_error=on_error)
         if (
             torn != content[:-4] or ending != ".json"
-        ):  # what follows the array is seen before the tear
+        ):  # the text after the array is found before the tear
             assert ": the gzip file is torn or not gzip" in message
 
 
@@ -499,7 +501,7 @@ def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
 
 
 # The Hub
-# --------------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -562,8 +564,15 @@ for source in "nobody/nothing:test", "train":
     )
 
 
+def test_a_parquet_column_whose_name_is_not_text_is_an_input_error(tmp_path):
+    source = parquet(tmp_path / "f.parquet", {"text": ["a"]})
+    path = Path(source)
+    path.write_bytes(path.read_bytes().replace(b"text", b"te\x80t"))
+    assert refused(source).startswith(": cannot be read as Parquet (")
+
+
 # Anything at all
-# ------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", [*ONE, ".parquet", ".jsonl.gz", ".parquet.gz"])

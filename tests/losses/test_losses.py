@@ -270,7 +270,7 @@ def test_the_gradient_is_the_finite_difference(case, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_cispos_gradient_is_the_finite_difference_with_its_weights_held_and_gspos_each_tokens_own_share(
+def test_cispos_gradient_holds_its_weights_and_gspos_is_each_tokens_own_share(
     seed,
 ):
     for case in (c for c in CASES if c.frozen):

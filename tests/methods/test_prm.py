@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 import fiducial as fd
 from fiducial.cli import main
-from fiducial.data.row_types import LabelledRow, StepsRow
+from fiducial.data.row_types import LabeledRow, StepsRow
 from fiducial.data.steps import Steps, split, step_ends
 from fiducial.errors import InputError
 from fiducial.losses import process_reward, process_reward_sum
@@ -135,7 +135,7 @@ def test_step_ends_by_hand(pieces, separator, ends):
 
 
 def test_nothing_has_no_steps():
-    with pytest.raises(ValueError, match="nothing"):
+    with pytest.raises(ValueError, match="an empty solution has no steps"):
         step_ends([], "\n")
 
 
@@ -229,7 +229,7 @@ def test_a_row_of_steps_is_one_text_and_its_labels_stand_on_step_ends(models, ki
 
 def test_a_row_with_an_outcome_is_taught_at_every_step_behind_a_wrong_one_too(models):
     renderer = load_renderer(models["llama"], RowSettings())
-    s = solver(renderer, "\n")(LabelledRow("who", "the cat\nis in\non", False, "f:1"))
+    s = solver(renderer, "\n")(LabeledRow("who", "the cat\nis in\non", False, "f:1"))
     assert s.labels == [False, False, False] and len(s.ends) == 3 and not s.right
 
 
@@ -363,7 +363,7 @@ def test_it_learns_which_steps_are_wrong(go, tmp_path, kind):
     assert run.metrics["eval/loss"] < 0.3
     fresh = "ab\nazb\nab"  # the second step is wrong, and what comes behind it was never taught
     renderer = load_renderer(str(run.path / "model"), RowSettings())
-    s = solver(renderer, "\n")(LabelledRow("klmklma", fresh, False, "x"))
+    s = solver(renderer, "\n")(LabeledRow("klmklma", fresh, False, "x"))
     ids, _, mask = tensors([s])
     first, second, _ = run.model(ids, after=mask)[mask].sigmoid().tolist()
     assert first > 0.7 and second < 0.3
@@ -399,7 +399,7 @@ def test_from_outcomes_alone_it_learns_the_chance_that_it_ends_right(go, tmp_pat
         ("a\nc", (0.75, 0)),
         ("z\nc", (0.25, 0)),
     ):
-        ids, _, mask = tensors([solver(renderer, "\n")(LabelledRow("kl", text, True, "x"))])
+        ids, _, mask = tensors([solver(renderer, "\n")(LabeledRow("kl", text, True, "x"))])
         assert run.model(ids, after=mask)[mask].sigmoid().tolist() == pytest.approx(
             expected, abs=0.12
         ), text

@@ -1030,18 +1030,26 @@ COMMAND = ("--model", "m", "--data", "d", "--reward", "r.py:f")
         (
             "reinforce",
             ["--group-size", "1"],
-            "--group-size 1 with --baseline rloo: one response alone has no others",
+            "--group-size 1 with --baseline rloo: a single response has no others",
         ),
-        ("reinforce", ["--batch-size", "10"], "--batch-size 10 is no multiple of --group-size 4"),
-        ("grpo", ["--batch-size", "12"], "--batch-size 12 is no multiple of --group-size 8"),
+        (
+            "reinforce",
+            ["--batch-size", "10"],
+            "--batch-size 10 is not a multiple of --group-size 4",
+        ),
+        ("grpo", ["--batch-size", "12"], "--batch-size 12 is not a multiple of --group-size 8"),
         ("grpo", ["--group-size", "1"], "--group-size: input should be greater than 1"),
-        ("grpo", ["--variant", "grop"], "invalid choice 'grop' for argument '--variant'"),
+        (
+            "grpo",
+            ["--variant", "grop"],
+            "--variant: input should be 'grpo', 'dr_grpo', 'dapo', 'gspo' or 'cispo', not grop",
+        ),
         (
             "reinforce",
             ["--baseline", "critic"],
-            "invalid choice 'critic' for argument '--baseline'",
+            "or 'reinforce++', not critic",
         ),
-        ("reinforce", ["--steps", "many"], "error parsing --steps"),
+        ("reinforce", ["--steps", "many"], "--steps: input should be a whole number, not many"),
         *(
             (
                 verb,
@@ -1090,7 +1098,7 @@ def test_a_flag_may_mend_what_does_not_fit_in_the_file(tmp_path):
         command="reinforce",
     )
     assert (settings.batch_size, settings.group_size) == (6, 3)
-    with pytest.raises(InputError, match="no multiple"):
+    with pytest.raises(InputError, match="not a multiple"):
         parse(fd.Reinforce, ["--config", str(tmp_path / "run.yaml")], command="reinforce")
 
 

@@ -306,7 +306,7 @@ def stop_at(monkeypatch, step):
 
     def interrupted(self, *args, **keywords):
         whole_step(self, *args, **keywords)
-        if self.step == step and not self.resume:
+        if self.step == step and not self.settings.resume:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Run, "end_step", interrupted)

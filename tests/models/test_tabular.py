@@ -23,7 +23,7 @@ from fiducial.models.tabular import (
     TabularConfig,
     TabularForSequenceClassification,
     TabularLM,
-    states_behind,
+    states_per_prompt,
 )
 from fiducial.rollout.trajectory import Trajectory
 from fiducial.settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings
@@ -116,7 +116,7 @@ def test_the_logits_behind_every_prefix_are_its_row_of_the_table(world):
     np.testing.assert_array_equal(
         policies.logits(policies.table(world), world.prompts, world.tree), world.reference
     )
-    model, states = policies.table(world), states_behind(world.vocabulary, world.horizon)
+    model, states = policies.table(world), states_per_prompt(world.vocabulary, world.horizon)
     assert states == len(world.tree.states)
     for (p, prompt), (s, state) in itertools.product(
         enumerate(world.prompts), enumerate(world.tree.states)
@@ -558,7 +558,7 @@ def test_ppo_on_a_table_closes_most_of_the_gap(even, rewarded, tmp_path):
 
 def test_the_configuration_says_how_large_the_table_is():
     config = TabularConfig(vocab_size=4, prompts=[(1, 2), (3,)], horizon=3)
-    assert (config.hidden_size, config.max_position_embeddings, states_behind(4, 3)) == (
+    assert (config.hidden_size, config.max_position_embeddings, states_per_prompt(4, 3)) == (
         2 * 13,
         5,
         13,

@@ -299,14 +299,14 @@ def test_messages_are_read_as_text_is():
     [
         ("numeric_answer", {}, 0, "numeric_answer needs the column 'answer'"),
         ("numeric_answer", {"answer": ["1", None]}, 1, "numeric_answer needs the column 'answer'"),
-        ("numeric_answer", {"answer": ["1", "blue"]}, 1, "'blue', which is no number"),
-        ("numeric_answer", {"answer": ["1/0", "1"]}, 0, "'1/0', which is no number"),
-        ("numeric_answer", {"answer": [True, "1"]}, 0, "True, which is no number"),
-        ("numeric_answer", {"answer": [math.nan, "1"]}, 0, "no number"),
+        ("numeric_answer", {"answer": ["1", "blue"]}, 1, "'blue', which is not a number"),
+        ("numeric_answer", {"answer": ["1/0", "1"]}, 0, "'1/0', which is not a number"),
+        ("numeric_answer", {"answer": [True, "1"]}, 0, "True, which is not a number"),
+        ("numeric_answer", {"answer": [math.nan, "1"]}, 0, "is not a number"),
         ("exact_match", {}, 0, "exact_match needs the column 'answer'"),
         ("exact_match", {"answer": ["a", ["b"]]}, 1, r"\['b'\] where text belongs"),
-        ("format", {"pattern": ["a", "("]}, 1, "no regular expression"),
-        ("format", {"pattern": [3, "a"]}, 0, "no regular expression"),
+        ("format", {"pattern": ["a", "("]}, 1, "is not a regular expression"),
+        ("format", {"pattern": [3, "a"]}, 0, "is not a regular expression"),
         ("length", {}, 0, "neither"),
         ("length", {"min_words": [1, None], "max_words": [2, None]}, 1, "neither"),
         ("length", {"min_words": [1, 2.5]}, 1, "'min_words' holds 2.5"),
@@ -375,6 +375,9 @@ def test_a_name_is_loaded_and_a_near_miss_lists_what_there_is(tmp_path, monkeypa
             load_reward(wrong, RunSettings(), processes, "--score")
     with pytest.raises(InputError, match="numeric_answer"):
         load_rewards((), None, RunSettings(), processes)
+    for nameless in (":length", ".length:f"):
+        with pytest.raises(InputError, match=rf"^--score: {nameless} names neither a file"):
+            load_reward(nameless, RunSettings(), processes, "--score")
     (tmp_path / "length").mkdir()  # a folder is a folder, whatever it is called
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="length"):

@@ -333,7 +333,7 @@ def test_eval_prints_every_number(files, settings, capsys):
         ),
         (
             {"best_of": 4, "score": "letters", "temperature": 0.0},
-            "--best-of 4 with --temperature 0: all 4 would be the one most likely",
+            "--best-of 4 with --temperature 0: all 4 responses would be the same",
         ),
     ],
 )

@@ -1,15 +1,15 @@
-r"""Advantages from rewards: with a critic, or against a baseline that needs none. Column t speaks
-of token t: its reward, the value of the state before it.
+r"""Advantages from rewards, with a critic or against a baseline.
 
-The mask [B, T] marks the tokens the policy chose. Gaps (a prompt in front, padding behind, a tool's
-answer in between) are stepped over: the state after a token is the one in which the policy chooses
-next, and after its last token there is none, so the value there is 0.
+Column t is about token t: its reward, and the value of the state before it. The mask [B, T] marks
+the tokens that the policy chose. Gaps (a prompt before, padding after, a tool's output between) are
+skipped: the state after a token is the one in which the policy chooses next, and the value after
+its last token is 0.
 
-Without a critic a response is one arm of a bandit: its return, less a baseline, is the credit of
-every token of it. A baseline takes nothing from the expected gradient as long as it does not depend
-on the response itself. The functions of groups take returns [N] of whole responses, or [N, T] from
-each token on; groups [N] are ids, in any order and of any size, so that nothing hangs on where a
-row stands.
+Without a critic a response is one arm of a bandit: its return, minus a baseline, is the credit of
+every one of its tokens. A baseline does not change the expected gradient as long as it does not
+depend on the response itself. The functions of groups take returns [N] of whole responses, or
+[N, T] from each token on. `groups` [N] are ids, in any order and of any size, so that nothing
+depends on the position of a row.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     r"""Generalized advantage estimation: Schulman et al. 2015, arXiv 1506.02438, eq. 16.
 
-    .. math:: \delta_t = r_t + \gamma V_{t+1} - V_t, \qquad A_t = \sum_k (\gamma\lambda)^k \delta_{t+k}, \qquad \hat R_t = A_t + V_t
+    .. math:: \delta_t = r_t + \gamma V_{t+1} - V_t, \qquad
+              A_t = \sum_k (\gamma\lambda)^k \delta_{t+k}, \qquad \hat R_t = A_t + V_t
 
     Args:
         rewards: [B, T] reward of each token.
         values: [B, T] value of the state before each token, no gradient.
         mask: [B, T] true at the policy's tokens.
-        gamma: discount a token; 1 for text, where only the end counts.
+        gamma: discount per token; 1 for text, where only the end counts.
         lam: 1 gives the Monte-Carlo return less the value, 0 the one-step TD error.
 
     Returns:
@@ -60,7 +61,7 @@ def gae(
 
 
 def sequence_return(rewards: Tensor, mask: Tensor) -> Tensor:
-    """[N] the return of each response, the sum of its rewards [N, T]: the response as one arm of a bandit.
+    """The return [N] of each response: the sum of its rewards [N, T].
 
     Raises:
         ValueError: shapes differ.
@@ -71,10 +72,10 @@ def sequence_return(rewards: Tensor, mask: Tensor) -> Tensor:
 
 def reward_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
     r"""[N, T] the reward from each token on, :math:`\sum_{k\ge t} r_k`; 0 outside the mask. What
-    came before a token is not its doing.
+    came before a token was not caused by it.
 
-    The expected gradient is that of :func:`sequence_return`. Where rewards come before the end (a KL paid
-    token by token, a step's) the variance is another, as a rule the smaller one.
+    The expected gradient is that of :func:`sequence_return`. Where rewards come before the end (a
+    KL penalty per token, rewards of steps) the variance differs, and is usually smaller.
 
     Raises:
         ValueError: shapes differ.
@@ -110,12 +111,14 @@ def leave_one_out(returns: Tensor, groups: Tensor) -> Tensor:
 
 
 def group_mean(returns: Tensor, groups: Tensor) -> Tensor:
-    r"""Dr. GRPO: the group's mean as the baseline, and no division. Liu et al. 2025, arXiv 2503.20783.
+    r"""Dr. GRPO: the group's mean as the baseline, and no division.
+
+    Liu et al. 2025, arXiv 2503.20783.
 
     .. math:: A_i = R_i - \bar R
 
-    The mean holds the response itself, so for groups of G the expected gradient is exactly (G - 1)
-    / G of the true one: the direction is right.
+    The mean includes the response itself, so for groups of G the expected gradient is exactly
+    (G - 1) / G of the true one: the direction is right.
 
     Args:
         returns: [N] or [N, T]. groups: [N] ids. A response alone in its group gets 0.
@@ -162,9 +165,10 @@ def remax(returns: Tensor, greedy: Tensor) -> Tensor:
 
 
 def whitened(returns: Tensor, mask: Tensor) -> Tensor:
-    """REINFORCE++: mean 0 and deviation 1 over all tokens of the batch. Hu 2025, arXiv 2501.03262, eq. 9.
+    """REINFORCE++: mean 0 and standard deviation 1 over all tokens of the batch.
 
-    A response has a part in its own baseline and scale, a small one in a large batch.
+    Hu 2025, arXiv 2501.03262, eq. 9. A response contributes to its own baseline and scale, little
+    in a large batch.
 
     Args:
         returns: [N, T] from each token on. mask: [N, T] true at the policy's tokens.

@@ -1,6 +1,4 @@
-"""What the best of n samples is worth, from a sample larger than n, and how far it may lie from the
-model.
-"""
+"""Best of n: its expected value, estimated from more than n samples, and a bound of its KL."""
 
 from __future__ import annotations
 
@@ -14,11 +12,11 @@ from .reductions import same_shape
 
 
 def kl_bound(n: int) -> float:
-    r""":math:`\log n - \frac{n-1}{n}`, in nats: the most that KL(best of n, model) can be. Beirami et al. 2024 (arXiv 2401.01879).
+    r""":math:`\log n - \frac{n-1}{n}`, in nats: the largest possible KL(best of n, model).
 
-    It is reached where no score has any mass of its own; equal scores, few distinct responses, or
-    noise in the score only lower it. A mean over prompts obeys it as each of them does, and it
-    holds for any score, whatever that is worth.
+    Beirami et al. 2024 (arXiv 2401.01879). It is reached where no two responses have the same
+    score; equal scores and few distinct responses only lower it. It holds for any score, and for a
+    mean over prompts as for each of them.
 
     Raises:
         ValueError: n is below 1.

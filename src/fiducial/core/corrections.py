@@ -1,12 +1,12 @@
-r"""Weights for responses that were not sampled by quite the policy that is trained: an engine's
-log-probabilities differ from the trainer's.
+r"""Weights for responses from a sampler whose log-probabilities differ from the trainer's.
 
-With :math:`w_t = \pi(y_t)/\mu(y_t)`, the policy as it stood when the batch was sampled by the
-trainer over the sampler. The exact correction of a terminal reward is the ratio of the whole
-response, :math:`\prod_t w_t`; a token's own is biased, and so is any that is cut. In the lab's
-table of estimators stands by how much.
+:math:`w_t = \pi(y_t)/\mu(y_t)` is the probability of a token under the policy that sampled the
+batch, as the trainer computes it, over the probability that the sampler reported. The exact
+correction of a terminal reward is the ratio of the whole response, :math:`\prod_t w_t`. The ratio
+of a token alone is biased, and so is any ratio that is clipped; the lab's table of estimators says
+by how much.
 
-Shapes: [N, T]; column t speaks of token t. Multiply the weights into the advantages.
+Shapes: [N, T]; column t is about token t. Multiply the weights into the advantages.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from .reductions import same_shape, select
 
 
 def tis(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, *, cap: float = 2.0) -> Tensor:
-    r"""Truncated importance sampling of each token: :math:`\min(w_t, C)`. Yao et al. 2025, "Your
-    efficient RL framework secretly brings you off-policy".
+    r"""Truncated importance sampling of each token: :math:`\min(w_t, C)`.
+
+    Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy".
     """
     return select(_log_ratio(logprobs, sampler_logprobs, mask).exp().clamp(max=cap), mask)
 
@@ -34,8 +35,9 @@ def icepop(
     cap: float = 2.0,
     floor: float = 0.5,
 ) -> Tensor:
-    r"""IcePop: :math:`w_t` where it lies between floor and cap, and 0 elsewhere. Ling team 2025,
-    "Every Step Evolves", arXiv 2510.18855.
+    r"""IcePop: :math:`w_t` where it lies between floor and cap, and 0 elsewhere.
+
+    Ling team 2025, "Every Step Evolves", arXiv 2510.18855.
     """
     ratio = _log_ratio(logprobs, sampler_logprobs, mask).exp()
     return select(torch.where((ratio >= floor) & (ratio <= cap), ratio, 0.0), mask)
@@ -83,7 +85,7 @@ def off_policy_mask(
     Args:
         logprobs: [N, T] of the policy as it is now. old_logprobs: [N, T] as it sampled.
         advantages: [N, T]; the sign of their sum over a response decides.
-        threshold: delta, nats a token.
+        threshold: delta, nats per token.
 
     Raises:
         ValueError: shapes differ.

@@ -1,4 +1,4 @@
-"""Intervals of 95% for what is printed as an estimate."""
+"""95% intervals of the estimates that are printed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ Z = 1.959963984540054
 
 
 def wilson(successes: float, n: int) -> dict[str, float]:
-    """Share of successes with the score interval of Wilson 1927, which stays inside [0, 1] and is
-    honest at both ends.
+    """A share of successes with Wilson's score interval (1927).
+
+    The interval stays inside [0, 1] and keeps its coverage near both ends.
     """
     if n == 0:
         return {"value": math.nan, "low": 0.0, "high": 1.0, "n": 0}
@@ -23,10 +24,10 @@ def wilson(successes: float, n: int) -> dict[str, float]:
 def ratio(
     sums: Sequence[float], counts: Sequence[float], clusters: Sequence[Hashable] | None = None
 ) -> dict[str, float]:
-    """Total of `sums` over total of `counts` (nats over tokens) with its normal interval,
-    linearised (the delta method): long rows count for more.
+    """Total of `sums` over total of `counts` (nats over tokens), with its normal interval.
 
-    n is the number of rows; rows of one cluster are not taken for independent ones.
+    The interval is that of the delta method, so long rows count for more. n is the number of rows;
+    rows of one cluster are not treated as independent.
     """
     n, total = len(sums), sum(counts)
     if n == 0 or total == 0:
@@ -38,8 +39,9 @@ def ratio(
 
 
 def mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> dict[str, float]:
-    """Mean with its normal interval; values of one cluster (pairs of one prompt) are not taken for
-    independent ones.
+    """A mean with its normal interval.
+
+    Values of one cluster (such as the pairs of one prompt) are not treated as independent.
     """
     n = len(values)
     if n == 0:

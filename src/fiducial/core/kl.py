@@ -1,5 +1,4 @@
-r"""KL to the reference: estimators per token, where each may act, and the controller of its
-coefficient.
+r"""KL to the reference: its estimators, where each may act, and how beta adapts.
 
 With y sampled from the policy, :math:`l_t = \log\pi(y_t) - \log\pi_{ref}(y_t)` and :math:`r =
 \pi_{ref}/\pi = e^{-l}`: k1 = l, k2 = l²/2, k3 = r - 1 - log r (Schulman 2020, "Approximating KL
@@ -90,24 +89,24 @@ def penalty(
     *,
     estimator: Penalty,
 ) -> Tensor:
-    r"""A KL penalty to be differentiated as a term of the loss, summed over tokens, on responses
-    that the policy sampled.
+    r"""A KL penalty that is differentiated as a term of the loss, on responses of the policy.
 
-    ============= ============================================ ==============================================================================
-    estimator     term                                         its expected gradient, on policy
-    ============= ============================================ ==============================================================================
-    k2            :math:`\tfrac12 (\sum_t l_t)^2`              exactly :math:`\nabla KL(\pi\|\pi_{ref})`; the variance of a whole response
-    k2_tokens     :math:`\sum_t \tfrac12 l_t^2`                each state's own, the way there taken as given: early tokens do not pay for later
-    weighted_k3   :math:`\sum_t \rho_t\,k3_t`                  the same as k2_tokens (DeepSeek-V3.2, arXiv 2512.02556)
-    forward_k3    :math:`\sum_t k3_t`                          the forward :math:`KL(\pi_{ref}\|\pi)` of each state, the way there taken as given
-                                                               (GRPO, arXiv 2402.03300, eq. 4):
-                                                               another optimum
-    ============= ============================================ ==============================================================================
+    Each estimator is a sum over tokens, with this expected gradient on policy:
 
-    In the lab's mild world, at a policy one normal deviation from its reference, the gradient of
-    k2_tokens and weighted_k3 is 19% off that of KL(policy, ref) (relative error, exact by
-    enumeration), that of forward_k3 29% (`fiducial lab`). All four vanish where the policy is the
-    reference. In further epochs over the same responses none is exact.
+    - k2, :math:`\tfrac12 (\sum_t l_t)^2`: exactly :math:`\nabla KL(\pi\|\pi_{ref})`, with the
+      variance of a whole response.
+    - k2_tokens, :math:`\sum_t \tfrac12 l_t^2`: the gradient of each state's KL, with the states
+      taken as given, so that early tokens do not pay for later ones.
+    - weighted_k3, :math:`\sum_t \rho_t\,k3_t`: the same as k2_tokens (DeepSeek-V3.2, arXiv
+      2512.02556).
+    - forward_k3, :math:`\sum_t k3_t`: the gradient of the forward
+      :math:`KL(\pi_{ref}\|\pi)` of each state, with the states taken as given (GRPO, arXiv
+      2402.03300, eq. 4). It has another optimum.
+
+    In the lab's mild world, at a policy one standard normal deviation from its reference, the
+    gradient of k2_tokens and weighted_k3 is 19% off that of KL(policy, ref) (relative error, exact
+    by enumeration), that of forward_k3 29% (`fiducial lab`). All four vanish where the policy is
+    the reference. In further epochs over the same responses none is exact.
 
     Args:
         logprobs: [B, T] of the policy, with gradient. ref_logprobs: [B, T]. old_logprobs: [B, T] of

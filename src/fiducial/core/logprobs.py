@@ -1,7 +1,7 @@
 r"""Log-probabilities of chosen tokens from hidden states, in chunks: the whole [B, T, V] of logits
 is never held.
 
-Shapes: N labelled tokens, H hidden size, V vocabulary.
+Shapes: N labeled tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations

@@ -26,12 +26,16 @@ def sequence_mean(mask: Tensor) -> Tensor:
 
 
 def token_mean(mask: Tensor) -> Tensor:
-    r"""DAPO: :math:`1/\sum_i|y_i|`, every token of the step counts the same. arXiv 2503.14476, eq. 12."""
+    r"""DAPO: :math:`1/\sum_i|y_i|`. Every token of the step counts the same.
+
+    Yu et al. 2025, arXiv 2503.14476, eq. 12.
+    """
     return mask.double() / mask.bool().sum().clamp(min=1)
 
 
 def constant(mask: Tensor, length: int) -> Tensor:
-    r"""Dr. GRPO: :math:`1/(N\,L)` with the constant L, the longest a response may be: the sum over
-    tokens but for the scale. arXiv 2503.20783.
+    r"""Dr. GRPO: :math:`1/(N\,L)` with the constant L, the longest that a response may be.
+
+    It is the sum over tokens up to a constant factor. Liu et al. 2025, arXiv 2503.20783.
     """
     return mask.double() / (mask.shape[0] * length)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def same_shape(**tensors: Tensor) -> None:
-    """Raise ValueError unless all shapes are equal: [B] against [B, 1] would broadcast in silence."""
+    """Raise ValueError unless all shapes are equal, because [B] against [B, 1] would broadcast."""
     if len({tuple(t.shape) for t in tensors.values()}) != 1:
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items())
         raise ValueError(f"expected equal shapes, got {shapes}: they would broadcast in silence")

@@ -22,8 +22,9 @@ class Labelled(Protocol):
 
 
 class SharedPrefix(NamedTuple):
-    """How the columns of a row hang together when it holds a beginning once and several
-    continuations of it behind one another.
+    """How the columns of a row belong together.
+
+    The row holds a common beginning once, and several continuations of it one after the other.
 
     positions: [B, T] place of a token in its own sequence.
     branch: [B, T] 0 for the common beginning, k for the k-th continuation, -1 for padding.
@@ -54,7 +55,11 @@ def common_length(rows: Sequence[Labelled]) -> int:
 
 
 def shared_prefix(groups: Sequence[Sequence[Labelled]]) -> tuple[Tensor, Tensor, SharedPrefix]:
-    """One row for each group of sequences with a common beginning: it is read once for all of them."""
+    """One row for each group of sequences with a common beginning, which is read once.
+
+    Returns:
+        ids and mask [B, T], and the layout of the rows.
+    """
     shared = [common_length(rows) for rows in groups]
     lengths = [
         start + sum(len(r) - start for r in rows)

@@ -1,1 +1,1 @@
-"""From a user's file to token ids: rows, rendering, micro-batches."""
+"""From a user's file to token ids: reading rows, rendering them and cutting micro-batches."""

@@ -1,11 +1,12 @@
-"""Which rows make a step, and how a step is cut into micro-batches. Three knobs that never
-constrain each other:
+"""Which rows make a step, and how a step is cut into micro-batches.
 
-- batch size: rows for one optimizer step, over all processes;
-- tokens: padded tokens of a micro-batch, the memory knob;
-- processes: how many share the micro-batches.
+Three numbers are independent of each other:
 
-The order depends on the seed alone, so a step number is the whole cursor.
+- batch size: rows per optimizer step, over all processes;
+- tokens: padded tokens per micro-batch, which bounds the memory;
+- processes: how many processes share the micro-batches.
+
+The order of the rows depends on the seed alone, so a resumed run needs only the step number.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from .render import Rendered
 
 @dataclass(frozen=True)
 class Batches:
-    """The rows of every step: `batches[step]` gives row numbers, a fresh permutation each epoch.
+    """The rows of every step: `batches[step]` gives row numbers, in a new order for each epoch.
 
-    Where an epoch is no whole number of batches they are all a little smaller: a last batch of a
-    few rows would move the weights as far as a whole one.
+    If the rows do not divide evenly, all batches of an epoch are slightly smaller than `size`: a
+    last batch of a few rows would move the weights as far as a full one.
     """
 
     num_rows: int
@@ -43,14 +44,15 @@ class Batches:
         return [int(i) for i in order[start:end]]
 
     def epochs(self, first: int, count: int) -> Iterator[list[int]]:
-        """The batches of `count` epochs from epoch `first` on."""
+        """The batches of `count` epochs, beginning with epoch `first`."""
         for step in range(first * self.per_epoch, (first + count) * self.per_epoch):
             yield self[step]
 
 
 def stream(num_rows: int, start: int, count: int, seed: int) -> list[tuple[int, int]]:
-    """Items `start` to `start + count` of an endless walk over the rows, each epoch in a fresh
-    order: (row, epoch).
+    """Items `start` to `start + count` of an endless walk over the rows, as (row, epoch).
+
+    Each epoch has an order of its own.
     """
     out = []
     orders: dict[int, np.ndarray] = {}
@@ -63,8 +65,8 @@ def stream(num_rows: int, start: int, count: int, seed: int) -> list[tuple[int, 
 
 
 SIMILAR, ENOUGH = 0.85, 1024
-"""A row under this share of a micro-batch's width begins a new one, once that has so many tokens:
-computing on padding costs more than one more call.
+"""A row shorter than `SIMILAR` times the width of its micro-batch begins a new one, once that one
+has `ENOUGH` tokens: computing on padding then costs more than one more call of the model.
 """
 
 
@@ -74,12 +76,12 @@ def micro_batches(
     """Cut elements into micro-batches of similar length under a budget of padded tokens.
 
     Args:
-        costs: for each element the lengths of its sequences (one for a row, two for a pair, K for a
-            ranking); an element is never split.
-        tokens: sequences times the longest of them stays at or under this, except for a single
-            element that is larger by itself.
-        processes: every process gets the same number of micro-batches, for the gradient's
-            collectives must match; an empty list is one that takes part with no element.
+        costs: for each element the lengths of its sequences (one for a row, two for a pair); an
+            element is never split.
+        tokens: the limit for the number of sequences times the longest of them. A single element
+            may exceed it.
+        processes: number of processes. Each gets the same number of micro-batches, because the
+            gradient's collectives must match; an empty micro-batch has no elements.
 
     Returns:
         [process][micro-batch][element numbers].
@@ -107,7 +109,7 @@ def micro_batches(
 
 @dataclass(frozen=True)
 class Padded:
-    """Sequences side by side, padded right: `ids` [B, T], label `mask` [B, T], `lengths` [B]."""
+    """A batch of right-padded sequences: `ids` [B, T], label `mask` [B, T], `lengths` [B]."""
 
     ids: Tensor
     mask: Tensor
@@ -116,14 +118,14 @@ class Padded:
     def to(self, device: torch.device | str) -> Padded:
         return Padded(self.ids.to(device), self.mask.to(device), self.lengths.to(device))
 
-    def __len__(self) -> int:
-        return self.ids.shape[0]
 
+def pad(rows: Sequence[Rendered]) -> Padded:
+    """The rows as one batch, padded with token 0.
 
-def pad(rows: Sequence[Rendered], *, pad_id: int = 0) -> Padded:
-    """The rows as one right-padded batch. `pad_id` is arbitrary: the mask is carried, never inferred."""
+    It does not matter that 0 is also a token: the mask is carried and never inferred from the ids.
+    """
     width = max(len(r) for r in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    ids = torch.zeros((len(rows), width), dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.bool)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row.ids)

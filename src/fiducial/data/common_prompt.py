@@ -1,4 +1,4 @@
-"""The common beginning of chosen and rejected, where a row has no prompt of its own."""
+"""The prompt of a preference row that has none: the common beginning of chosen and rejected."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from .row_types import Content
 from .strict_json import shown
 
 _TURN = "\n\nAssistant:"
-
-
 _PROMPT_LIKE = ("question", "instruction", "input", "query", "problem")
 
 
 def split_common_prompt(record: Object, where: str) -> tuple[Content, Content, Content]:
+    """Prompt, chosen and rejected, where the prompt is what chosen and rejected have in common.
+
+    Raises:
+        InputError: they have no common beginning that can be a prompt.
+    """
     chosen, rejected = (as_content(record[key], key, where) for key in ("chosen", "rejected"))
     must_differ(chosen, rejected, where)
     shared = next(
@@ -27,9 +30,9 @@ def split_common_prompt(record: Object, where: str) -> tuple[Content, Content, C
             refuse(
                 where,
                 "prompt",
-                "is missing, and the messages that begin both chosen and rejected end with none to "
-                "answer",
-                "add it",
+                "is missing, and the messages that chosen and rejected have in common do not end "
+                "with one to answer",
+                "add the prompt",
             )
         return (
             prompt,
@@ -40,17 +43,16 @@ def split_common_prompt(record: Object, where: str) -> tuple[Content, Content, C
         refuse(
             where,
             "rejected",
-            "is not of one form with 'chosen', one text and one messages",
-            "write both alike",
+            "has another form than 'chosen': one is text, the other messages",
+            "write both in the same form",
         )
     cut = _shared_words(chosen, rejected, shared, record, where)
     if not chosen[:cut].strip():
         refuse(
             where,
             "prompt",
-            "is missing, and chosen and rejected have no common beginning to take for it, so it "
-            "would be empty",
-            "add it",
+            "is missing, and chosen and rejected have no common beginning, so it would be empty",
+            "add the prompt",
         )
     return (
         chosen[:cut],
@@ -60,12 +62,12 @@ def split_common_prompt(record: Object, where: str) -> tuple[Content, Content, C
 
 
 def _shared_words(chosen: str, rejected: str, shared: int, record: Object, where: str) -> int:
-    """How much of both texts, equal up to ``shared``, is the prompt."""
+    """Length of the prompt in two texts whose first `shared` characters are equal."""
     if _TURN in chosen and _TURN in rejected:
         last = chosen.rfind(_TURN, 0, shared)
         return last + len(_TURN) if last >= 0 else 0
-    # Two answers often begin alike: with the question under another name, their first words would
-    # pass for it in silence.
+    # Two answers often begin with the same words. If the question has another key, these words
+    # would be taken for the prompt, and nobody would notice.
     if alike := next(
         (
             key
@@ -85,6 +87,5 @@ def _shared_words(chosen: str, rejected: str, shared: int, record: Object, where
         return shared
     while shared and not chosen[shared - 1].isspace():
         shared -= 1
-    return (
-        shared - 1 if chosen[:shared].endswith(" ") else shared
-    )  # the space goes to the answer, as in TRL: tokens begin with theirs
+    # As in TRL, the space goes to the answer, because tokens begin with their space.
+    return shared - 1 if chosen[:shared].endswith(" ") else shared

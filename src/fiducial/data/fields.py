@@ -1,4 +1,4 @@
-"""The fields of a row: what each key may hold, and a sentence for each fault."""
+"""What each key of a row may hold, and a sentence for each fault."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from ..errors import InputError
 from .row_types import ROLES, Content, Message
 from .strict_json import shown
 
+Object = dict[str, Any]
+"""A row as it was read: a JSON object."""
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def refuse(where: str, key: str, problem: str, remedy: str) -> NoReturn:
+    """Raises an InputError that names the place, the key, the problem and the remedy."""
     raise InputError(f"{where}: key {shown(key)} {problem}; {remedy}")
 
 
 def kind_of(value: object) -> str:
+    """The JSON type of a value, as messages name it."""
     names = {
         bool: "a boolean",
         int: "a number",
@@ -54,7 +58,7 @@ def as_content(value: object, key: str, where: str) -> Content:
     return as_messages(value, key, where) if isinstance(value, list) else as_text(value, key, where)
 
 
-_RENDERED = ("tool_calls", "function_call", "reasoning_content", "thinking", "weight")
+_UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content", "thinking", "weight")
 
 
 def as_messages(value: object, key: str, where: str) -> tuple[Message, ...]:
@@ -90,9 +94,11 @@ def _message(item: object, key: str, where: str) -> Message:
             f"is the unknown role {shown(item['role'])}",
             f"use one of {', '.join(ROLES)}",
         )
-    # Left out in silence, these would change what the model is taught; null, as Parquet fills in,
-    # says nothing.
-    if ignored := next((name for name in _RENDERED if item.get(name) not in (None, [], "")), None):
+    # Ignoring these would change what the model is taught. Parquet fills in null for missing keys,
+    # so null counts as missing.
+    if ignored := next(
+        (name for name in _UNSUPPORTED if item.get(name) not in (None, [], "")), None
+    ):
         refuse(
             where,
             f"{key}.{ignored}",
@@ -122,7 +128,7 @@ def as_prompt(value: object, key: str, where: str) -> Content:
 def as_answered(
     prompt: Content, answers: Mapping[str, Content], where: str
 ) -> tuple[Content, list[Content]]:
-    """Prompt and answers in one form: all text, or, as soon as one of them is messages, all messages."""
+    """Prompt and answers in one form: all text, or all messages if one of them is messages."""
     if isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers.values()):
         return prompt, list(answers.values())
     opening = (Message("user", prompt),) if isinstance(prompt, str) else prompt
@@ -136,7 +142,7 @@ def as_answer(
 ) -> tuple[Message, ...]:
     if isinstance(answer, str):
         return (Message("assistant", answer),)
-    if answer[: len(opening)] == opening:  # the whole conversation, as UltraFeedback has it
+    if answer[: len(opening)] == opening:  # UltraFeedback repeats the prompt in its answers
         answer = answer[len(opening) :]
     if not answer or answer[0].role != "assistant" or answer[-1].role != "assistant":
         refuse(
@@ -167,7 +173,7 @@ def as_label(value: object, key: str, where: str) -> bool:
 
 
 def as_margin(value: object, where: str) -> float | None:
-    if value is None:  # what Parquet has for no margin
+    if value is None:  # Parquet fills in null where a row has no margin
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         refuse(
@@ -176,7 +182,7 @@ def as_margin(value: object, where: str) -> float | None:
             f"is {kind_of(value)} where a number belongs",
             "write a number or leave the key out",
         )
-    if not abs(value) < 1e300:  # NaN, infinity, or an integer that is no float
+    if not abs(value) < 1e300:  # NaN, infinity, or an integer too large for a float
         refuse(
             where,
             "margin",
@@ -184,9 +190,6 @@ def as_margin(value: object, where: str) -> float | None:
             "write one or leave the key out",
         )
     return float(value)
-
-
-Object = dict[str, Any]
 
 
 def must_differ(chosen: Content, rejected: Content, where: str) -> None:

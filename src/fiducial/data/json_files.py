@@ -24,13 +24,15 @@ def _json_record(raw: bytes, where: str, *, bom: bool = False) -> Record:
 
 
 def too_long(where: str) -> InputError:
+    """The error for a row that is longer than the limit."""
+    limit = f"{base.MAX_ROW_BYTES / 1e6:g} MB"
     return InputError(
-        f"{where}: the row is longer than {base.MAX_ROW_BYTES / 1e6:g} MB; split it, or put the lost "
-        "newlines back"
+        f"{where}: the row is longer than {limit}; split it, or put the lost newlines back"
     )
 
 
 def json_lines_records(path: Path, source: str) -> Iterator[Record]:
+    """One record per line that is not blank; `source` is the file's name in messages."""
     with open_bytes(path, source) as file:
         for number in itertools.count(1):
             raw = file.readline(base.MAX_ROW_BYTES + 1)
@@ -38,13 +40,18 @@ def json_lines_records(path: Path, source: str) -> Iterator[Record]:
                 return
             if raw.removeprefix(BOM if number == 1 else b"").strip():
                 yield _json_record(raw, f"{source}:{number}", bom=number == 1)
-            while len(raw) > base.MAX_ROW_BYTES and not raw.endswith(
-                b"\n"
-            ):  # the rest of an overlong line, never held
+            # the rest of a line that is too long is read and dropped
+            while len(raw) > base.MAX_ROW_BYTES and not raw.endswith(b"\n"):
                 raw = file.readline(base.MAX_ROW_BYTES + 1)
 
 
 def json_array_records(path: Path, source: str) -> Iterator[Record]:
+    """One record per element of the array that the file holds.
+
+    Raises:
+        InputError: the file is no JSON array, or an element is not JSON, which hides where the next
+            one begins.
+    """
     with open_bytes(path, source) as file:
         for number, raw in enumerate(_array_items(file, path, source), 1):
             record = _json_record(raw, f"{source}:row {number}")
@@ -54,16 +61,14 @@ def json_array_records(path: Path, source: str) -> Iterator[Record]:
 
 
 _STRUCTURE = re.compile(rb'[\[\]{}",]')
-
-
 _INSIDE_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 
 
 def _array_items(file: BinaryIO, path: Path, source: str) -> Iterator[bytes]:
-    """The text of each element, cut at the commas between them; json.load would hold the whole file
-    several times over.
+    """The text of each element, cut at the commas between them.
 
-    An element longer than the limit comes cut off just above the limit.
+    `json.load` would hold the whole file in memory several times. An element longer than the limit
+    is cut off just above the limit.
     """
     item = bytearray()
     depth, count, in_string, escaped, done = 0, 0, False, False, False
@@ -75,9 +80,8 @@ def _array_items(file: BinaryIO, path: Path, source: str) -> Iterator[bytes]:
                 at, escaped = at + 1, False
             elif in_string:
                 at = cast("re.Match[bytes]", _INSIDE_STRING.match(chunk, at)).end() + 1
-                escaped = (
-                    chunk[at - 1 : at] == b"\\"
-                )  # the chunk ends between a backslash and what it escapes
+                # the chunk may end between a backslash and what it escapes
+                escaped = chunk[at - 1 : at] == b"\\"
                 in_string = at > len(chunk) or escaped
             elif (found := _STRUCTURE.search(chunk, at)) is None:
                 break
@@ -103,8 +107,8 @@ def _array_items(file: BinaryIO, path: Path, source: str) -> Iterator[bytes]:
         del item[base.MAX_ROW_BYTES + 1 :]
         if done and item.strip():
             raise InputError(
-                f"{source}: something follows the end of the JSON array; remove it, or make it one "
-                "array"
+                f"{source}: the JSON array is followed by more text; remove it, or put everything "
+                "into one array"
             )
     if not done:
         raise InputError(
@@ -120,14 +124,14 @@ def _from_bracket(file: BinaryIO, path: Path, source: str) -> Iterator[bytes]:
             raise InputError(f"{source}:1: {EMPTY}")
         first = chunk.removeprefix(BOM).lstrip()
     if not first.startswith(b"["):
-        lines = (
-            "; if each line is one (JSON Lines), rename it to "
+        remedy = (
+            "; if each line is one object (JSON Lines), rename it to "
             f"{path.name.replace('.json', '.jsonl')}"
             if first.startswith(b"{")
             else ""
         )
         raise InputError(
-            f"{source}:1: the file is not one JSON array of objects, between [ and ]{lines}"
+            f"{source}:1: the file is not one JSON array of objects, between [ and ]{remedy}"
         )
     yield first
     yield from iter(lambda: file.read(1 << 16), b"")

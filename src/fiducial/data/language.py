@@ -11,7 +11,7 @@ LANGUAGE_ROWS = (TextRow, ChatRow, CompletionRow)
 
 
 def language_rows(renderer: Renderer) -> Callable[[TextRow | ChatRow | CompletionRow], Rendered]:
-    """How rows with text, messages, or prompt and completion are rendered."""
+    """A function that renders any of these rows."""
 
     def render(row: TextRow | ChatRow | CompletionRow) -> Rendered:
         if isinstance(row, TextRow):
@@ -24,7 +24,10 @@ def language_rows(renderer: Renderer) -> Callable[[TextRow | ChatRow | Completio
 
 
 def language_prompt(row: TextRow | ChatRow | CompletionRow) -> tuple[Content, str] | None:
-    """What a model may be asked to continue from such a row, and the row's file:line."""
+    """A prompt for samples made from such a row, and the row's file:line.
+
+    Plain text gives its first four words. A conversation that begins with the assistant gives None.
+    """
     if isinstance(row, TextRow):
         return (" ".join(row.text.split()[:4]), row.where)
     if isinstance(row, ChatRow):

@@ -1,4 +1,4 @@
-"""Rows of a file, rendered and split, with every fault told before training starts."""
+"""Rows of a file, rendered and split into training and evaluation, before training starts."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def load(
     """Read and render every row.
 
     Returns:
-        the rendered rows, the rows they came from, and one sentence on what was skipped ("" if
-        nothing was).
+        the rendered rows, the rows they were made from, and one sentence on the rows that were
+        skipped ("" if none was).
 
     Raises:
-        InputError: with file:line, at the first bad row, unless they are to be skipped; or when
-            none is left.
+        InputError: names file:line of the first bad row, unless bad rows are to be skipped; or no
+            row is left.
     """
     found = read_rows(source, accept, on_error=settings.on_error, skipped=skipped)
     rendered: list[T] = []
@@ -53,7 +53,11 @@ def load(
                         + "\n"
                     )
     if not rendered:
-        raise InputError(f"{source}: no usable row is left of {found.total}")
+        reasons = f", for the reasons in {skipped}" if skipped is not None else ""
+        raise InputError(
+            f"{source}: all {found.total} rows were skipped{reasons}; give a file with at least "
+            "one row that can be used"
+        )
     note = (
         f"{bad} of {found.total} rows ({bad / found.total:.1%}) skipped, see {skipped}"
         if bad
@@ -63,7 +67,11 @@ def load(
 
 
 def split(keys: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Row numbers for training and for evaluation; equal keys (prompts) stay on one side."""
+    """Row numbers for training and for evaluation.
+
+    Rows with the same key (prompt) stay together; `share` is the share of the keys that are for
+    evaluation.
+    """
     distinct = sorted(set(keys), key=lambda k: hashlib.sha256(f"{seed}:{k}".encode()).digest())
     held = set(distinct[: round(share * len(distinct))]) if len(distinct) > 1 else set()
     train = [i for i, k in enumerate(keys) if k not in held]
@@ -71,7 +79,7 @@ def split(keys: Sequence[str], share: float, seed: int) -> tuple[list[int], list
 
 
 def text_of(content: Content) -> str:
-    """A prompt or completion as one string for people and keys."""
+    """A prompt or completion as one string, to be shown or compared."""
     return (
         content
         if isinstance(content, str)
@@ -80,7 +88,7 @@ def text_of(content: Content) -> str:
 
 
 def messages_of(content: Content) -> Any:
-    """A prompt or completion as reward functions know it: a string, or a list of {"role", "content"}."""
+    """A prompt or completion as reward functions get it: text, or a list of messages as dicts."""
     return (
         content
         if isinstance(content, str)

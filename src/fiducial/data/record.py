@@ -1,4 +1,4 @@
-"""One record of a file, and the opened file itself."""
+"""One row as it is in its source, and the opened file that it is read from."""
 
 from __future__ import annotations
 
@@ -14,28 +14,25 @@ from typing import BinaryIO, NamedTuple, cast
 from ..errors import InputError
 
 MAX_ROW_BYTES = 100_000_000
-
-
-"""A longer row is a broken file (a lost newline, a dump): it is refused without being loaded."""
-
-
+"""A longer row is a sign of a broken file, such as a lost newline. It is refused without being
+loaded.
+"""
 EMPTY = "the file is empty; give a file with at least one row"
-
-
 BOM = b"\xef\xbb\xbf"
 
 
 class Record(NamedTuple):
-    """One row as it stands in its source."""
+    """One row as it is in its source."""
 
     where: str
     """``file:line``, or ``file:row N``."""
     value: object
     """What the row holds, or the InputError that says why it cannot be read."""
     raw: bytes | None = None
-    """Its own bytes, where the source has them; of an overlong row only the beginning."""
+    """The bytes of the row if the source has them; only the beginning of a row that is too long."""
 
     def beginning(self, characters: int = 2000) -> str:
+        """The first characters of the row, for a report on rows that were skipped."""
         text = (
             json.dumps(self.value, default=str)
             if self.raw is None
@@ -45,7 +42,7 @@ class Record(NamedTuple):
 
 
 def nearest_file(path: Path) -> str:
-    """The end of a sentence that names the existing file that may have been meant, or nothing."""
+    """The end of a message: the existing file whose name is most similar, or nothing."""
     if not path.parent.is_dir():
         return f", nor a folder {path.parent}"
     names = {entry.name.lower(): entry.name for entry in path.parent.iterdir() if entry.is_file()}
@@ -55,6 +52,11 @@ def nearest_file(path: Path) -> str:
 
 @contextmanager
 def open_bytes(path: Path, source: str) -> Iterator[BinaryIO]:
+    """Opens a file for reading, unpacked if it is gzipped.
+
+    Raises:
+        InputError: the file cannot be read or unpacked, now or later in the block.
+    """
     try:
         with (
             cast(BinaryIO, gzip.open(path, "rb"))

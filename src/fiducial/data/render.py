@@ -1,9 +1,9 @@
-"""Token ids and the loss mask, born together. Nothing later derives a mask from pad ids or decodes
+"""Token ids and the loss mask, made together. Nothing later infers a mask from pad ids, or decodes
 and encodes again.
 
-A prompt and a completion are tokenized apart and joined as ids: joined as text, a merge across the
-seam would change both. One BOS where the tokenizer has one, and EOS is a label wherever a response
-ends, also when it is the pad token too.
+A prompt and a completion are tokenized separately and joined as ids. Joined as text, they could
+have a token that belongs to both. A sequence begins with one BOS if the tokenizer adds one. EOS is
+a label at the end of every response, even if EOS is also the pad token.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ CHATML = (
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One sequence: `mask[t]` is true where token t is a label, that is, where the model is taught
-    (or asked for) its log-probability.
+    """One sequence. `mask[t]` is true if token t is a label: a token whose log-probability is
+    trained or measured.
     """
 
     ids: list[int]
@@ -44,7 +44,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Renderer:
-    """How text becomes tokens for one tokenizer. `fingerprint` names all that the result depends on."""
+    """How text becomes tokens for one tokenizer."""
 
     tokenizer: Any
     max_length: int
@@ -55,8 +55,8 @@ class Renderer:
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
             raise InputError(
-                "the tokenizer has no EOS token, so a model could not learn to stop: name one with "
-                "--rows.eos-token"
+                "the tokenizer has no EOS token, so a model could not learn to stop: choose one of "
+                "its tokens with --rows.eos-token"
             )
         probe = self.tokenizer("a").input_ids
         bos = self.tokenizer.bos_token_id
@@ -66,23 +66,13 @@ class Renderer:
     def eos(self) -> int:
         return int(self.tokenizer.eos_token_id)
 
-    def fingerprint(self) -> dict[str, Any]:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        return {
-            "tokenizer": backend.to_str() if backend is not None else repr(self.tokenizer),
-            "chat_template": self.tokenizer.chat_template,
-            "max_length": self.max_length,
-            "train_on": self.train_on,
-            "eos": self.eos,
-        }
-
     def text(self, row: TextRow) -> Rendered:
-        """Plain text: every token but the first is a label, and so is the EOS behind it."""
+        """Plain text: every token but the first is a label, and so is the EOS after it."""
         ids = self._ended(self._encode(row.text, first=True))
         return self._fit(ids, [False] + [True] * (len(ids) - 1), row.where, prompt_length=1)
 
     def prompt(self, prompt: Content, where: str) -> list[int]:
-        """The ids a response is sampled after."""
+        """The ids after which a response is sampled."""
         if isinstance(prompt, str):
             return self._encode(prompt, first=True)
         return self._encode(self._template(prompt, where, generation=True), first=True)
@@ -96,17 +86,17 @@ class Renderer:
         else:
             messages = _messages(prompt, "user")
             ids, mask = self._turns(messages, _messages(completion, "assistant"), where)
-        if (
-            not prompt_ids
-        ):  # no BOS and an empty prompt: the first token has nothing to be predicted from
+        # Without BOS and with an empty prompt, the first token has nothing to be predicted from.
+        if not prompt_ids:
             mask[0] = False
         return self._fit(
             prompt_ids + ids, [False] * len(prompt_ids) + mask, where, prompt_length=len(prompt_ids)
         )
 
     def chat(self, row: ChatRow) -> Rendered:
-        """A conversation; the labels are every assistant turn with the token that ends it, or the
-        last one alone.
+        """A conversation.
+
+        The labels are every assistant turn, or the last one alone, with the token that ends it.
         """
         first = next(i for i, m in enumerate(row.messages) if m.role == "assistant")
         prompt_ids = self.prompt(row.messages[:first], row.where) if first else []
@@ -138,7 +128,7 @@ class Renderer:
         return ids
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """With one EOS at the end, also where the text brought its own."""
+        """The ids with one EOS at the end, whether or not the text had its own."""
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
     def _template(
@@ -147,9 +137,8 @@ class Renderer:
         if not self.tokenizer.chat_template:
             raise InputError(
                 f"{where}: this row is made of chat messages and the tokenizer has no chat "
-                "template: "
-                "pick one with --rows.chat-template chatml or a Jinja file, or give the prompt as "
-                "plain text"
+                "template: give one with --rows.chat-template (chatml or a Jinja file), or write "
+                "the prompt as plain text"
             )
         plain = [{"role": m.role, "content": m.content} for m in messages]
         try:
@@ -166,7 +155,7 @@ class Renderer:
     def _turns(
         self, before: tuple[Message, ...], turns: tuple[Message, ...], where: str
     ) -> tuple[list[int], list[bool]]:
-        """Ids and mask of `turns` as they continue `before` and its generation prompt."""
+        """Ids and mask of `turns`, which follow `before` and its generation prompt."""
         ids: list[int] = []
         mask: list[bool] = []
         done = self._template(before, where, generation=True) if before else ""
@@ -178,9 +167,9 @@ class Renderer:
             text = self._template(so_far, where, generation=asks)
             if not text.startswith(done):
                 raise InputError(
-                    f"{where}: the chat template rewrites earlier turns when one is added, so the "
-                    "tokens of a turn cannot be told apart: "
-                    "use a template that only appends, with --rows.chat-template"
+                    f"{where}: the chat template rewrites earlier turns when a turn is added, so "
+                    "it is unknown which tokens belong to a turn: give a template that only "
+                    "appends, with --rows.chat-template"
                 )
             piece = self._encode(text[len(done) :], first=not before and i == 0)
             done = text
@@ -189,8 +178,8 @@ class Renderer:
                 continue
             last = i + 1 == len(turns)
             end = len(piece) - piece[::-1].index(self.eos) if self.eos in piece else None
-            # what a template puts behind the end of the last turn is never sampled, so it is not
-            # taught
+            # Text that a template puts after the end of the last turn is never sampled, so it is
+            # not trained on.
             if last:
                 piece = piece[:end] if end is not None else [*piece, self.eos]
                 ids, mask = ids + piece, mask + [True] * len(piece)
@@ -202,7 +191,7 @@ class Renderer:
     def _fit(self, ids: list[int], mask: list[bool], where: str, prompt_length: int) -> Rendered:
         if not any(mask):
             raise InputError(
-                f"{where}: nothing is left to learn from: the row has no labelled token"
+                f"{where}: the row has no token to learn from; add an answer, or remove the row"
             )
         if len(ids) <= self.max_length:
             return Rendered(ids, mask, where)
@@ -211,15 +200,16 @@ class Renderer:
             have = prompt_length if prompt_length >= self.max_length else len(ids)
             raise InputError(
                 f"{where}: {part} is {have} tokens and the limit is {self.max_length}: shorten it, "
-                "raise --rows.max-length if the model allows, "
-                "or leave such rows out with --rows.on-error skip"
+                "raise --rows.max-length if the model's context allows it, or leave such rows out "
+                "with --rows.on-error skip"
             )
         return Rendered(ids[: self.max_length], mask[: self.max_length], where, truncated=True)
 
 
 def same_tokens(one: Renderer, other: Renderer) -> bool:
-    """Whether both make the same ids of the same text or messages. A pad token of `one`'s own is no
-    difference.
+    """Whether both make the same ids from the same text or messages.
+
+    A pad token that only `one` has does not count as a difference.
     """
     without = one.tokenizer.pad_token
     same = _tokens(one.tokenizer, without) == _tokens(other.tokenizer, without)
@@ -227,7 +217,7 @@ def same_tokens(one: Renderer, other: Renderer) -> bool:
 
 
 def _tokens(tokenizer: Any, without: str | None) -> Any:
-    """All that turns text into ids, but for one added token."""
+    """Everything that turns text into ids, without one of the added tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return repr(tokenizer)
@@ -241,7 +231,11 @@ def _messages(content: Content, role: str) -> tuple[Message, ...]:
 
 
 def set_chat_template(tokenizer: Any, template: str | None) -> None:
-    """`chatml`, or the path of a Jinja file; None leaves the tokenizer's own."""
+    """Sets the template to `chatml` or to the text of a Jinja file; None keeps the tokenizer's own.
+
+    Raises:
+        InputError: the template is neither.
+    """
     if template is None:
         return
     if template == "chatml":
@@ -249,5 +243,5 @@ def set_chat_template(tokenizer: Any, template: str | None) -> None:
         return
     path = Path(template)
     if not path.is_file():
-        raise InputError(f"--rows.chat-template: {template} is neither `chatml` nor a file")
+        raise InputError(f"--rows.chat-template: {template} is neither chatml nor a file")
     tokenizer.chat_template = path.read_text(encoding="utf-8")

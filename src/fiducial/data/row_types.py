@@ -10,21 +10,21 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class Message:
+    """One message of a chat; `role` is one of `ROLES`."""
+
     role: str
     content: str
 
 
 Content = str | tuple[Message, ...]
-
-
-"""Plain text, which no template touches, or the messages of a chat, which the model's template
+"""Plain text, which is used as it is, or the messages of a chat, which the model's chat template
 renders.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class TextRow:
-    """Plain text, every token of which is learned."""
+    """Plain text. The model is trained on every token of it."""
 
     text: str
     where: str
@@ -49,7 +49,10 @@ class PromptRow:
 
 @dataclass(frozen=True, slots=True)
 class CompletionRow:
-    """A prompt and one answer to it. Here and below, prompt and answers are all text or all messages."""
+    """A prompt and one answer to it.
+
+    In this and the following rows, prompt and answers are all text or all messages.
+    """
 
     prompt: Content
     completion: Content
@@ -58,9 +61,7 @@ class CompletionRow:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRow:
-    """Two different answers to one prompt, the better one first; margin is by how much, where the
-    file says.
-    """
+    """Two different answers to one prompt. `margin` says how much better `chosen` is, if known."""
 
     prompt: Content
     chosen: Content
@@ -70,8 +71,8 @@ class PreferenceRow:
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledRow:
-    """An answer and whether it is good."""
+class LabeledRow:
+    """A prompt, an answer and whether the answer is good."""
 
     prompt: Content
     completion: Content
@@ -81,7 +82,7 @@ class LabelledRow:
 
 @dataclass(frozen=True, slots=True)
 class StepsRow:
-    """The steps of one answer and whether each is right."""
+    """A prompt, the steps of one answer and whether each step is right."""
 
     prompt: Content
     completions: tuple[str, ...]
@@ -89,4 +90,4 @@ class StepsRow:
     where: str
 
 
-Row = TextRow | ChatRow | PromptRow | CompletionRow | PreferenceRow | LabelledRow | StepsRow
+Row = TextRow | ChatRow | PromptRow | CompletionRow | PreferenceRow | LabeledRow | StepsRow

@@ -1,8 +1,8 @@
-"""Typed rows, and turning one dict into one row: the keys choose the format, and whatever is not
-plainly right is an error naming file, line and key.
+"""Reading a source into typed rows. The keys of a row choose its format, and every doubt is an
+error that names file, line and key.
 
-The formats are TRL's, so that users' files load unchanged; text is a plain string or ``[{"role",
-"content"}]`` messages. Nothing is coerced.
+The formats are TRL's, so that users' files load unchanged. Text is a plain string or a list of
+messages, `[{"role": ..., "content": ...}]`. No value is converted to another type.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .row_types import (
     ChatRow,
     CompletionRow,
     Content,
-    LabelledRow,
+    LabeledRow,
     PreferenceRow,
     PromptRow,
     Row,
@@ -49,7 +49,7 @@ from .strict_json import leaves, shown
 
 @dataclass(frozen=True)
 class Rows:
-    """What a source held: the rows that can be used, and how many could not."""
+    """The rows of a source that can be used, and the number of those that were skipped."""
 
     rows: list[Row]
     skipped: int
@@ -69,15 +69,15 @@ def read_rows(
     on_error: Literal["stop", "skip"] = "stop",
     skipped: Path | None = None,
 ) -> Rows:
-    """Reads a file or a Hub dataset (see ``sources.records``) into rows of the accepted types, in
-    the order of the source.
+    """Reads a file or a Hub dataset (see `sources.records`) into rows of the accepted types, in the
+    order of the source.
 
     Args:
-        source: a path, or ``org/name`` with an optional ``:split`` (train if not given).
+        source: a path, or `org/name` with an optional `:split` (train if not given).
         accept: the row types that the caller can use.
-        on_error: whether a bad row stops the reading or is counted and left out.
-        skipped: where rows left out go, if there are any, as JSON lines of where, error and the
-            row's first 2,000 characters.
+        on_error: whether a bad row stops the reading or is skipped and counted.
+        skipped: the file that skipped rows are written to, if there are any, as JSON lines with
+            where, error and the row's first 2,000 characters.
 
     Raises:
         InputError: a bad row (unless it is skipped), no good row at all, or a source that cannot be
@@ -106,19 +106,20 @@ def read_rows(
 
 
 def parse_row(record: object, where: str, accept: tuple[type, ...]) -> Row:
-    """The row that a record (usually a dict from JSON) stands for, in the most specific accepted
-    format whose keys are all there.
+    """A record (usually a dict from JSON) as a row of the most specific accepted format whose keys
+    it has.
 
-    ``chosen`` + ``rejected`` without a prompt take their common beginning as the prompt: the
-    leading messages, the transcript up to the last common ``\\n\\nAssistant:``, or whole common
-    words. Keys beyond the format's own are ignored, save that a PromptRow keeps them as columns.
+    If `chosen` and `rejected` come without a prompt, their common beginning is the prompt: the
+    first messages, a transcript up to the last common "\\n\\nAssistant:", or whole words. Other
+    keys are ignored, except that a PromptRow keeps them as columns.
 
     Raises:
-        InputError: names ``where``, the key, what is wrong and what to do.
+        InputError: names `where`, the key, the problem and the remedy.
     """
     if not isinstance(record, dict):
         raise InputError(
-            f'{where}: the row is {kind_of(record)} where an object belongs; write it as {{"key": value, ...}}'
+            f"{where}: the row is {kind_of(record)} where an object belongs; write it as "
+            '{"key": value, ...}'
         )
     for key, value in record.items():
         for leaf in leaves({key: value}):
@@ -130,8 +131,8 @@ def parse_row(record: object, where: str, accept: tuple[type, ...]) -> Row:
                 refuse(
                     where,
                     key,
-                    f"holds a lone surrogate ({lone[0]!a}), which is no character",
-                    "remove it or write the whole pair",
+                    f"holds a lone surrogate ({lone[0]!a}), which is not a character",
+                    "remove it or write both surrogates of the pair",
                 )
     return _choose(record, where, accept).build(record, where)
 
@@ -159,16 +160,16 @@ def _completion_row(record: Object, where: str) -> Row:
         refuse(
             where,
             "label",
-            "marks the completion as bad, and it would be learned as good",
-            "remove the row, or a label that means something else",
+            "marks the completion as bad, but this command trains on it as a good one",
+            "remove the row, or remove the label if it means something else",
         )
     prompt, (completion,) = _prompt_and_answers(record, ("completion",), where)
     return CompletionRow(prompt, completion, where)
 
 
-def _labelled_row(record: Object, where: str) -> Row:
+def _labeled_row(record: Object, where: str) -> Row:
     prompt, (completion,) = _prompt_and_answers(record, ("completion",), where)
-    return LabelledRow(prompt, completion, as_label(record["label"], "label", where), where)
+    return LabeledRow(prompt, completion, as_label(record["label"], "label", where), where)
 
 
 def _prompt_and_answers(
@@ -229,7 +230,7 @@ class _Format(NamedTuple):
 
 _FORMATS = (  # the most specific first
     _Format(StepsRow, ("prompt", "completions", "labels"), _steps_row, "fiducial prm"),
-    _Format(LabelledRow, ("prompt", "completion", "label"), _labelled_row, "fiducial prm"),
+    _Format(LabeledRow, ("prompt", "completion", "label"), _labeled_row, "fiducial prm"),
     _Format(
         PreferenceRow,
         ("prompt", "chosen", "rejected"),

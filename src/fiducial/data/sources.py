@@ -1,9 +1,9 @@
-"""Files and Hub datasets, read strictly, one record at a time: nothing is coerced, and no more than
-one row is held at once.
+"""Files and Hub datasets, read strictly, one record at a time. No value is converted to another
+type, and no more than one row is held in memory.
 
-A row that cannot be read is handed on as the error that says so, and the caller stops or counts it.
-Where a break also hides the beginning of the next row (a torn gzip, CSV quote or JSON array),
-reading ends there whatever the caller prefers: what would follow are guesses.
+A row that cannot be read becomes a record that holds its error, and the caller stops or counts it.
+Some faults (a torn gzip file, CSV quote or JSON array) also hide where the next row begins. Reading
+then always ends with an error, because everything after the fault would be a guess.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from .record import Record, nearest_file
 from .tables import csv_records, hub_records, parquet_records
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
-
-
 _OTHER_FILES = (
     ".gz",
     ".txt",
@@ -33,20 +31,19 @@ _OTHER_FILES = (
     ".xz",
     ".bz2",
 )
-
-
+"""Endings of files that are not read, and that no Hub dataset has."""
 _HUB_NAME = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(:(?P<split>[\w.\[\]:%+-]+))?"
 )
 
 
 def records(source: str) -> Iterator[Record]:
-    """The rows of a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, each also ``.gz``) or of a
-    Hub dataset (``org/name``, ``org/name:split``).
+    """The rows of a file (`.jsonl`, `.json`, `.csv`, `.parquet`, each also with `.gz`) or of a Hub
+    dataset (`org/name`, `org/name:split`).
 
     Raises:
-        InputError: there is no such file or dataset, its format is not one of those, or it is
-            broken in a way that hides where the next row begins.
+        InputError: there is no such file or dataset, the file has another format, or a fault hides
+            where the next row begins.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -66,7 +63,7 @@ def records(source: str) -> Iterator[Record]:
         if not (kind := _format(path)):
             raise InputError(
                 f"{source}: is not {', '.join(FORMATS)} or one of these with .gz; convert it, or "
-                "rename it if it is one of them"
+                "rename it if only its name is wrong"
             )
         return readers[kind](path, source)
     hub = _HUB_NAME.fullmatch(source)

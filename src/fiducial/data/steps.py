@@ -1,12 +1,11 @@
-"""Where the steps of a solution end: one rule, for the text of a row and for tokens that were sampled.
+r"""Where the steps of a solution end, by one rule for the text of a row and for sampled tokens.
 
-A step ends where the separator is complete, if anything but white space stands in it: an empty line
-is no step, it belongs to the step behind it. The last step ends with the last token, EOS where
-there is one; white space in front of that belongs to it too. So every solution has a step, its last
-step ends where a reward model is read, and text that is cut into steps and joined again is the same
-text.
+A step ends with its separator, if it holds anything but white space: an empty line is not a step,
+but a part of the next step. The last step ends with the last token, which is EOS if there is one,
+and includes white space before it. So every solution has at least one step, its last step ends at
+the token where a reward model is read, and the steps of a text can be joined to the same text.
 
-    "a\n\nb\n"  with "\n"  ->  "a", "\nb\n"
+    "a\n\nb\n" with separator "\n" gives "a", "\nb\n"
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from .render import Renderer
 
 
 def split(text: str, separator: str) -> list[str]:
-    """The steps of a text; joined by the separator they are the text again. Without a separator a
-    character is a step.
+    """The steps of a text; joined by the separator, they are the text again.
+
+    If the separator is empty, every character is a step.
     """
     ends = step_ends(text, separator)
     starts = [0, *(end + 1 for end in ends[:-1])]
@@ -30,17 +30,17 @@ def split(text: str, separator: str) -> list[str]:
 
 
 def step_ends(pieces: Sequence[str] | Iterable[str], separator: str) -> list[int]:
-    """Numbers of the pieces (tokens' texts, or characters) with which a step ends; the last is that
-    of the last piece.
+    """Numbers of the pieces (characters, or the texts of tokens) with which a step ends.
 
-    The separator may stand across pieces. A piece that holds the ends of two steps can end but one.
+    The last number is always that of the last piece. A separator may cover several pieces. A piece
+    that holds the ends of two steps ends only one.
 
     Raises:
         ValueError: there is no piece.
     """
     pieces = list(pieces)
     if not pieces:
-        raise ValueError("nothing has no steps")
+        raise ValueError("an empty solution has no steps; give at least one token or character")
     if not separator:
         return list(range(len(pieces)))
     ends: list[int] = []
@@ -58,7 +58,7 @@ def step_ends(pieces: Sequence[str] | Iterable[str], separator: str) -> list[int
 
 
 def _complete(step: str, separator: str) -> int:
-    """Where the separator ends that closes more than white space; -1 if none does."""
+    """Where the first separator after more than white space ends; -1 if there is none."""
     at = step.find(separator)
     while at >= 0 and not step[:at].strip():
         at = step.find(separator, at + len(separator))
@@ -67,10 +67,10 @@ def _complete(step: str, separator: str) -> int:
 
 @dataclass(frozen=True)
 class Steps:
-    """Finds step ends among the tokens of one tokenizer.
+    """Finds the ends of steps among the tokens of one tokenizer.
 
-    A separator must be made of whole tokens' texts: one character that is split into bytes over
-    several tokens is not found.
+    Every character of the separator must lie within one token: a character whose bytes are split
+    over several tokens is not found.
     """
 
     renderer: Renderer
@@ -78,20 +78,21 @@ class Steps:
     _texts: dict[int, str] = field(default_factory=dict, repr=False)
 
     def ends(self, ids: Sequence[int]) -> list[int]:
-        """Indices into the tokens of a response (EOS included where it has one) with which a step
-        ends; the last is that of the last token.
+        """Indices of the tokens of a response (EOS included if it has one) with which a step ends.
+
+        The last index is always that of the last token.
         """
         return step_ends([self._text(i) for i in ids], self.separator)
 
     def _text(self, token: int) -> str:
-        """The text that a token adds to what stands before it. Special tokens add none, unless the
-        separator is one.
+        """The text that a token adds to the text before it.
+
+        Special tokens add no text, unless they are part of the separator.
         """
         if token not in self._texts:
             tokenizer = self.renderer.tokenizer
-            anchor = tokenizer("a", add_special_tokens=False).input_ids[
-                :1
-            ]  # a decoder may strip the space with which a text begins
+            # Decoded after another token, because decoders may strip a text's first space.
+            anchor = tokenizer("a", add_special_tokens=False).input_ids[:1]
             alone, both = (
                 str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
                 for ids in (anchor, [*anchor, token])

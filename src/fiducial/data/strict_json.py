@@ -1,4 +1,4 @@
-"""JSON that is read strictly: no duplicate key, no NaN, no infinity, and a sentence for each fault."""
+"""Strict reading of JSON: no duplicate keys, no NaN, no infinity, and a sentence for each fault."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..errors import InputError
 
 
 class Unparsable(InputError):
-    """The text is not JSON at all, as against JSON that is refused."""
+    """The text is not JSON at all, in contrast to JSON that is refused."""
 
 
 class _Refused(ValueError):
-    """Legal for Python's parser, and still not what a file of rows may hold."""
+    """Python's parser accepts it, but a file of rows may not hold it."""
 
 
 class _NotFinite(_Refused):
-    pass
+    """A number that is NaN or infinite."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _Refused(f"key {shown(twice)} stands twice in one object; keep one of the two")
+        raise _Refused(f"key {shown(twice)} occurs twice in one object; keep one of the two")
     return record
 
 
@@ -43,13 +43,17 @@ _STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_finite, pars
 
 
 def shown(text: str, *, quote: bool = True, limit: int = 40) -> str:
-    """A stranger's text made fit for an error message: short, one line, printable."""
+    """Any text made fit for an error message: short, printable and on one line."""
     short = ascii(text if len(text) <= limit else text[: limit - 3] + "...")
     return short if quote else short[1:-1]
 
 
 def strict_json(raw: bytes, where: str, *, bom: bool = False) -> object:
-    """Raises: InputError, its subclass Unparsable where there is no JSON to speak of."""
+    """The value of a row's bytes; `bom` if they may begin with a byte order mark.
+
+    Raises:
+        InputError: the text is refused; `Unparsable` if it is not JSON.
+    """
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -66,6 +70,11 @@ def strict_json(raw: bytes, where: str, *, bom: bool = False) -> object:
 
 
 def strict_json_text(text: str, where: str) -> object:
+    """The value of a text.
+
+    Raises:
+        InputError: the text is refused; `Unparsable` if it is not JSON.
+    """
     try:
         return _STRICT.decode(text)
     except json.JSONDecodeError as error:
@@ -86,19 +95,20 @@ def strict_json_text(text: str, where: str) -> object:
         raise InputError(
             f"{where}: lists or objects are nested too deeply to read; flatten the row"
         ) from error
-    except ValueError as error:  # more digits than int() takes
+    except ValueError as error:  # an integer with more digits than Python converts
         raise InputError(
             f"{where}: an integer is too long to read; write it as text or shorten it"
         ) from error
 
 
 def _key_not_finite(text: str) -> str:
-    """Parses once more, leniently, for the key under which NaN or an infinity stands: the strict
-    parser does not tell.
+    """The key that holds NaN or an infinity, as the beginning of a message.
+
+    The strict parser does not know the key, so the text is parsed again by the lenient one.
     """
     try:
         record = json.loads(text)
-    except (ValueError, RecursionError):  # what follows is broken too
+    except (ValueError, RecursionError):  # the text has another fault after the number
         return ""
     for key, value in record.items() if isinstance(record, dict) else ():
         if any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in leaves(value)):
@@ -107,8 +117,9 @@ def _key_not_finite(text: str) -> str:
 
 
 def leaves(value: object) -> Iterator[object]:
-    """Everything inside that is neither a list nor an object, and the keys of objects; a stack,
-    because a row can nest deeper than Python calls.
+    """All keys of objects inside a value, and everything that is neither a list nor an object.
+
+    It keeps a stack of its own, because a row can nest deeper than Python's calls can.
     """
     stack = [value]
     while stack:

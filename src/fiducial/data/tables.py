@@ -18,17 +18,18 @@ from .record import EMPTY, Record, nearest_file, open_bytes
 from .strict_json import shown, strict_json_text
 
 _LIST_KEYS = {"messages", "completions", "labels"}
-
-
 _CONTENT_KEYS = {"prompt", "completion", "chosen", "rejected"}
-
-
 _SCALARS = {"true": True, "True": True, "false": False, "False": False, "1": 1, "0": 0}
 
 
 def csv_records(path: Path, source: str) -> Iterator[Record]:
-    # The limit belongs to the process and is 128 kB by default, less than a long prompt: it is only
-    # ever raised.
+    """One record per row under the header.
+
+    Raises:
+        InputError: a fault that hides where the next row begins, or a header with a name twice.
+    """
+    # The limit is one for the whole process. Its default of 128 kB is less than a long prompt. It
+    # is raised and never lowered, so that other readers in the process keep theirs.
     csv.field_size_limit(max(csv.field_size_limit(), base.MAX_ROW_BYTES))
     with open_bytes(path, source) as file:
         reader = csv.reader(_csv_lines(file, source), strict=True)
@@ -57,8 +58,8 @@ def _csv_lines(file: BinaryIO, source: str) -> Iterator[str]:
             return
         if len(raw) > base.MAX_ROW_BYTES:
             raise too_long(f"{source}:{number}")
-        # Bytes that are not UTF-8 pass as surrogates, so that the quoting stays in step and only
-        # their own row is refused.
+        # Bytes that are not UTF-8 become surrogates, so that quotes are still paired and only the
+        # row with these bytes is refused.
         text = raw.decode(errors="surrogateescape")
         yield text.removeprefix("\ufeff") if number == 1 else text
 
@@ -82,7 +83,9 @@ def _csv_record(where: str, header: list[str], row: list[str]) -> Record:
 
 
 def _cell(key: str, text: str, where: str) -> object:
-    """A cell has no type: only what a row format needs is read as JSON, and only if it looks like it."""
+    """The value of a cell. Cells have no type, so only those are read as JSON that a row format
+    needs so and that look like it.
+    """
     if (nul := text.find("\0")) >= 0:
         raise InputError(f"{where}: key {shown(key)} holds a raw NUL at character {nul}; remove it")
     if not text.isascii() and (byte := re.search("[\udc80-\udcff]", text)):
@@ -101,13 +104,18 @@ def _cell(key: str, text: str, where: str) -> object:
 
 
 def parquet_records(path: Path, source: str) -> Iterator[Record]:
+    """One record per row of the table.
+
+    Raises:
+        InputError: the file cannot be read as Parquet, or two columns have one name.
+    """
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     with open_bytes(path, source) as opened, tempfile.TemporaryFile() as unpacked:
         file: BinaryIO = opened
         if path.suffix.lower() == ".gz":
-            shutil.copyfileobj(opened, unpacked)  # Parquet is read from its end
+            shutil.copyfileobj(opened, unpacked)  # reading Parquet begins at its end
             unpacked.seek(0)
             file = cast(BinaryIO, unpacked)
         try:
@@ -123,7 +131,7 @@ def parquet_records(path: Path, source: str) -> Iterator[Record]:
                 for row in range(batch.num_rows):
                     number += 1
                     yield _parquet_record(f"{source}:row {number}", batch.slice(row, 1), large)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{source}: cannot be read as Parquet "
                 f"({shown(str(error), quote=False, limit=200)}); write it again"
@@ -147,19 +155,22 @@ def _parquet_record(where: str, row: Any, large: bool) -> Record:
 
 
 def hub_records(name: str, split: str, source: str) -> Iterator[Record]:
+    """One record per row of a dataset's split.
+
+    Raises:
+        InputError: the dataset cannot be loaded.
+    """
     from datasets import load_dataset
 
     try:
         dataset = load_dataset(name, split=split)
-    # whatever a download, a cache or a stranger's repository raises, the user can do the same about
-    # it
+    # A download, a cache or a repository can raise anything, and the remedies are always the same.
     except Exception as error:
         reason = shown(str(error).strip().split("\n")[0].rstrip("."), quote=False, limit=300)
         raise InputError(
             f"{source}: there is no such file, and the Hub dataset {name} (split {split}) cannot "
-            f"be loaded ({type(error).__name__}: {reason}); "
-            "check the name and the network, or give a "
-            f"file{'' if '/' in source else nearest_file(Path(source))}"
+            f"be loaded ({type(error).__name__}: {reason}); check the name and the network, or "
+            f"give a file{'' if '/' in source else nearest_file(Path(source))}"
         ) from error
     for number, record in enumerate(dataset, 1):
         yield Record(f"{source}:row {number}", record)

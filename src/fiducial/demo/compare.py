@@ -18,7 +18,7 @@ from ..core import intervals, kl
 from ..core.reductions import select
 from ..data.prepare import split, text_of
 from ..data.row_types import Message
-from ..rewards.load import load_reward
+from ..rewards.load import load_reward_model
 from ..rewards.model import ModelReward
 from ..rollout.sampling import sampling_params
 from ..rollout.trajectory import Trajectory
@@ -112,8 +112,7 @@ class Examiner:
     @staticmethod
     def open(folder: Path, samples: int, max_new_tokens: int) -> Examiner:
         processes = Processes()
-        judge = load_reward(str(folder / "reward" / "model"), RunSettings(), processes)
-        assert isinstance(judge, ModelReward)
+        judge = load_reward_model(str(folder / "reward" / "model"), RunSettings(), processes)
         reference = _open(folder, "sft", processes, max_new_tokens)
         return Examiner(folder, reference, judge, samples, max_new_tokens)
 

@@ -1,4 +1,4 @@
-"""Losses: tensors in, (loss, metrics) out. Nothing here knows a model, a batch, a device or a setting.
+"""Losses: tensors in, (loss, metrics) out, with no model, batch, device or setting.
 
 Each public loss is a mean over real tokens, rows or pairs. Its sum form, `<name>_sum`, returns the
 sum and the metrics' sums with the count left to the caller: a loop adds them over micro-batches and

@@ -1,5 +1,6 @@
-r"""On-policy distillation: the reverse KL to a teacher on the student's own samples. Agarwal et al.
-2023 (GKD), arXiv 2306.13649; Gu et al. 2023 (MiniLLM), arXiv 2306.08543.
+r"""On-policy distillation: the reverse KL to a teacher on the student's own samples.
+
+Agarwal et al. 2023 (GKD), arXiv 2306.13649; Gu et al. 2023 (MiniLLM), arXiv 2306.08543.
 
 With y sampled from the student, the KL of whole responses is the sum over tokens of the KL in the
 states they visit, :math:`KL(\pi\|\pi_T) = E_y\sum_t KL_t`, :math:`KL_t = \sum_v
@@ -8,16 +9,16 @@ that of each :math:`KL_t` itself, and that of how likely its state is,
 
 .. math:: \nabla KL = E_y\sum_t\Big[\nabla KL_t + \nabla\log\pi(y_t)\sum_{k>t} KL_k\Big]
 
-The second part is what `discount` weighs: a token pays :math:`d^{k-t}` of the KL found k - t tokens
-later. At 1 the expected gradient is exactly that of the responses' KL. At 0, as in GKD and in
-Thinking Machines 2025 ("On-policy distillation"), each state pays for itself and the way there is
-taken as given: not the gradient of the responses' KL (19% off in the lab's mild world at one normal
-deviation from the mark, cosine 0.984: exact by enumeration), but it vanishes where the student is
-the teacher, so a student that can be the teacher has the same optimum; and it has far less
-variance.
+`discount` weights the second part: a token pays :math:`d^{k-t}` of the KL that is found k - t
+tokens later. At 1 the expected gradient is exactly that of the responses' KL. At 0, as in GKD and
+in Thinking Machines 2025 ("On-policy distillation"), each state pays for itself alone and the
+states are taken as given. That is not the gradient of the responses' KL: it is 19% off in the lab's
+mild world, one standard normal deviation from the reference (cosine 0.984, exact by enumeration).
+But it vanishes where the student equals the teacher, so a student that can represent the teacher
+has the same optimum, and it has far less variance.
 
-Shapes: [B, T]; column t speaks of token t. Nats, at the sampling temperature. Both divisions by a
-count are the caller's in the sum forms.
+Shapes: [B, T]; column t is about token t. Everything is in nats, at the sampling
+temperature. In the sum forms the caller divides by the count.
 """
 
 from __future__ import annotations
@@ -35,12 +36,11 @@ Metrics = dict[str, Tensor]
 def reverse_kl(
     logits: Tensor, teacher_logits: Tensor, mask: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Metrics]:
-    r"""The exact KL(student || teacher) of each state over the whole vocabulary, differentiated,
-    the states taken as given: `discount` 0.
+    r"""The exact KL(student || teacher) at each state over the whole vocabulary (`discount` 0).
 
-    For a loop of your own. The [B, T, V] of logits is held several times over; the package's own
-    loop goes through hidden states in chunks instead (`Policy(ids, mask, teacher=...)`) and hands
-    what it finds to :func:`reverse_kl_states`.
+    It is meant for a loop of your own. It holds the [B, T, V] logits several times; the package's
+    own loop goes through hidden states in chunks instead (`Policy(ids, mask, teacher=...)`) and
+    passes the result to :func:`reverse_kl_states`.
 
     Args:
         logits: [B, T, V] of the student, with gradient; column t is the distribution from which
@@ -51,7 +51,8 @@ def reverse_kl(
         temperature: of sampling; it divides both.
 
     Returns:
-        The mean over real tokens, and ``kl_teacher``, the same without gradient, in nats a token.
+        The mean over real tokens, and ``kl_teacher``, the same value without a gradient, in nats
+        per token.
 
     Raises:
         ValueError: shapes differ, or the mask is empty.
@@ -75,7 +76,7 @@ def reverse_kl_sum(
 def reverse_kl_states(
     state_kl: Tensor, logprobs: Tensor, mask: Tensor, *, discount: float = 0.0
 ) -> tuple[Tensor, Metrics]:
-    r"""The exact KL of each visited state, and by `discount` what a token costs in the states after it.
+    r"""The exact KL at each visited state, and by `discount` the cost of the states after it.
 
     .. math:: L_t = KL_t + \mathrm{sg}\Big[\sum_{k>t} d^{k-t} KL_k\Big] \log\pi(y_t)
 
@@ -87,7 +88,7 @@ def reverse_kl_states(
 
     Returns:
         The mean over real tokens (of value KL_t only where `discount` is 0), and ``kl_teacher`` in
-        nats a token.
+        nats per token.
 
     Raises:
         ValueError: shapes differ, or the mask is empty.
@@ -113,14 +114,17 @@ def reverse_kl_states_sum(
 def reverse_kl_sampled(
     logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor, *, discount: float = 0.0
 ) -> tuple[Tensor, Metrics]:
-    r"""The same from the sampled tokens alone: what they are to the teacher is their reward.
+    r"""The reverse KL from the sampled tokens alone: the teacher's log-probability is a reward.
+
     Thinking Machines 2025, "On-policy distillation".
 
-    .. math:: L_t = -A_t \log\pi(y_t), \qquad A_t = -\mathrm{sg}\Big[\sum_{k\ge t} d^{k-t} \big(\log\pi(y_k) - \log\pi_T(y_k)\big)\Big]
+    .. math:: L_t = -A_t \log\pi(y_t), \qquad
+              A_t = -\mathrm{sg}\Big[\sum_{k\ge t} d^{k-t}
+              \big(\log\pi(y_k) - \log\pi_T(y_k)\big)\Big]
 
-    Its expectation over the tokens is the gradient of :func:`reverse_kl_states` at the same
-    `discount`; it needs one number a token from the teacher, not its distribution, and has more
-    variance for it.
+    In expectation over the tokens its gradient is that of :func:`reverse_kl_states` at the same
+    `discount`. It needs one number per token from the teacher instead of its distribution, and has
+    more variance.
 
     Args:
         logprobs: [B, T] of the student that sampled, with gradient.
@@ -130,8 +134,8 @@ def reverse_kl_sampled(
             KL.
 
     Returns:
-        The mean over real tokens, whose value says nothing, and ``kl_teacher``, an unbiased
-        estimate (k1) in nats a token.
+        The mean over the student's tokens, whose value means nothing, and ``kl_teacher``, an
+        unbiased estimate (k1) in nats per token.
 
     Raises:
         ValueError: shapes differ, or the mask is empty.

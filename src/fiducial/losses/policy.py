@@ -1,10 +1,10 @@
 """Policy-gradient losses on sampled tokens.
 
-Shapes: [B, T]; column t speaks of token t. Log-probabilities in nats, at the sampling temperature.
+Shapes: [B, T]; column t is about token t. Log-probabilities in nats, at the sampling temperature.
 
-Every loss here grows in proportion to its advantages, so a weight of a token (a mean over
-responses, a correction for another sampler) may be multiplied into its advantage beforehand, as
-long as it is not negative: that is how the loops use the sum forms.
+Every loss here is proportional to its advantages. A token's weight (a mean over responses, a
+correction for another sampler) may therefore be multiplied into its advantage beforehand, as long
+as it is not negative. That is how the training loops use the sum forms.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ Metrics = dict[str, Tensor]
 
 
 def reinforce(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
-    r"""The policy gradient as a loss: Williams 1992. Only for one step on fresh samples; for more,
-    see :func:`ppo_clip`, which it equals at ratio 1.
+    r"""The policy gradient as a loss. Williams 1992.
+
+    It is right for one step on fresh samples alone. For further steps see :func:`ppo_clip`, whose
+    gradient is the same at ratio 1.
 
     .. math:: L_t = -A_t \log\pi(y_t)
 
@@ -29,7 +31,7 @@ def reinforce(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tenso
         mask: [B, T] true at the policy's tokens.
 
     Returns:
-        The mean over real tokens; its value says nothing, only its gradient does.
+        The mean over the policy's tokens. Its value means nothing; its gradient does.
 
     Raises:
         ValueError: shapes differ, or the mask is empty.
@@ -57,7 +59,8 @@ def ppo_clip(
 ) -> tuple[Tensor, Metrics]:
     r"""The clipped surrogate: eq. 7 of Schulman et al. 2017, arXiv 1707.06347, as a loss.
 
-    .. math:: L_t = -\min(\rho_t A_t,\ \mathrm{clip}(\rho_t, 1-\epsilon, 1+\epsilon_{high}) A_t), \qquad \rho_t = \pi(y_t)/\pi_{old}(y_t)
+    .. math:: L_t = -\min(\rho_t A_t,\ \mathrm{clip}(\rho_t, 1-\epsilon, 1+\epsilon_{high}) A_t),
+              \qquad \rho_t = \pi(y_t)/\pi_{old}(y_t)
 
     Args:
         logprobs: [B, T] of the policy, with gradient.
@@ -66,13 +69,13 @@ def ppo_clip(
         advantages: [B, T], no gradient.
         mask: [B, T] true at the policy's tokens.
         clip: epsilon; 0.2 in the paper and in Ziegler et al. 2019.
-        clip_high: above 1, where it is another: DAPO's clip-higher (arXiv 2503.14476, eq. 10)
-            leaves unlikely tokens more room to grow, 0.28.
+        clip_high: epsilon above 1, where it differs from `clip`. DAPO's clip-higher (arXiv
+            2503.14476, eq. 10) takes 0.28, which leaves unlikely tokens more room to grow.
 
     Returns:
-        The mean over real tokens, and ``clip_ratio`` (share of tokens whose gradient the clip has
-        cut), ``approx_kl`` (k3 of old against new, in nats a token), ``ratio``; ``ratio/max`` is
-        the largest.
+        The mean over the policy's tokens, and the metrics ``clip_ratio`` (share of tokens whose
+        gradient the clip removes), ``approx_kl`` (k3 of old against new, in nats per token),
+        ``ratio`` (the mean) and ``ratio/max``.
 
     Raises:
         ValueError: shapes differ, or the mask is empty.
@@ -116,23 +119,26 @@ def gspo(
     clip: float = 3e-4,
     clip_high: float | None = 4e-4,
 ) -> tuple[Tensor, Metrics]:
-    r"""GSPO: one ratio for the whole response, the geometric mean of its tokens'. Zheng et al.
-    2025, arXiv 2507.18071, eq. 5 to 7.
+    r"""GSPO: one ratio for the whole response, the geometric mean of its tokens' ratios.
 
-    .. math:: L_t = -\min(s A_t,\ \mathrm{clip}(s, 1-\epsilon, 1+\epsilon_{high}) A_t), \qquad s = \exp\Big(\frac1{|y|}\sum_t \log\rho_t\Big)
+    Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7.
 
-    Written by tokens (the paper's GSPO-token, eq. 13), which has the same gradient where the
-    advantages of a response are equal, and a response counts once: multiply
-    :func:`~fiducial.core.loss_aggregation.sequence_mean` into the advantages of the sum form. The true
-    ratio of a response is the product, not the geometric mean: off policy s is a surrogate with a
-    bias of its own.
+    .. math:: L_t = -\min(s A_t,\ \mathrm{clip}(s, 1-\epsilon, 1+\epsilon_{high}) A_t),
+              \qquad s = \exp\Big(\frac1{|y|}\sum_t \log\rho_t\Big)
+
+    The loss is written per token (the paper's GSPO-token, eq. 13), which has the same gradient
+    where all tokens of a response have the same advantage. For a response to count once, multiply
+    the weights of :func:`~fiducial.core.loss_aggregation.sequence_mean` into the advantages of the
+    sum form. The true ratio of a response is the product of its tokens' ratios, not their geometric
+    mean: off policy, s is a surrogate with a bias of its own.
 
     Args:
         logprobs, old_logprobs, advantages, mask: as for :func:`ppo_clip`.
-        clip, clip_high: 3e-4 and 4e-4 in the paper: a mean over tokens moves little.
+        clip, clip_high: 3e-4 and 4e-4 in the paper, because a mean over tokens moves little.
 
     Returns:
-        The mean over real tokens, and the metrics of :func:`ppo_clip`, ``ratio`` being s.
+        The mean over real tokens, and the metrics of :func:`ppo_clip`, where
+        ``ratio`` is s.
 
     Raises:
         ValueError: shapes differ, or the mask is empty.
@@ -176,22 +182,23 @@ def gspo_sum(
 def cispo(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, cap: float = 5.0
 ) -> tuple[Tensor, Metrics]:
-    r"""CISPO: the ratio is a detached weight, cut at a cap, so that no token loses its gradient.
+    r"""CISPO: the ratio is a detached, capped weight, so that no token loses its gradient.
+
     MiniMax 2025 (M1), arXiv 2506.13585, eq. 4 and 5.
 
     .. math:: L_t = -\mathrm{sg}[\min(\rho_t, c)]\ A_t \log\pi(y_t)
 
-    Without the cap it has the gradient of the unclipped surrogate; the cap leaves out a part of
-    what tokens should weigh that have become c times as likely.
+    Without the cap it has the gradient of the unclipped surrogate. The cap reduces the weight of
+    tokens that have become more than c times as likely.
 
     Args:
         logprobs, old_logprobs, advantages, mask: as for :func:`ppo_clip`.
-        cap: c, an absolute bound of the weight, as TRL's ``epsilon_high`` is for this loss (5:
-            ScaleRL, arXiv 2510.13786); veRL's is 1 + epsilon.
+        cap: c, an absolute bound of the weight, like TRL's ``epsilon_high`` for this loss (5:
+            ScaleRL, arXiv 2510.13786). In veRL the bound is 1 + epsilon.
 
     Returns:
-        The mean over real tokens, and the metrics of :func:`ppo_clip`, ``clip_ratio`` being the
-        share of capped weights.
+        The mean over real tokens, and the metrics of :func:`ppo_clip`, where
+        ``clip_ratio`` is the share of capped weights.
 
     Raises:
         ValueError: shapes differ, or the mask is empty.
@@ -215,7 +222,7 @@ def cispo_sum(
 
 
 def _cut(ratio: Tensor, advantages: Tensor, clip: float, high: float) -> Tensor:
-    """Where the clip has taken the gradient."""
+    """Where the clip removes the gradient."""
     return ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - clip))
 
 

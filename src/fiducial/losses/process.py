@@ -1,5 +1,5 @@
 """The loss of process reward models: is the solution right so far? Shapes: B solutions, T tokens;
-column t speaks of token t.
+column t is about token t.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def process_reward(scores: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor
     .. math:: L = -\frac1{|M|}\sum_{t\in M} c_t\log\sigma(s_t) + (1-c_t)\log\sigma(-s_t)
 
     Args:
-        scores: [B, T] logits; the chance that the step which ends with token t is right is
+        scores: [B, T] logits; the probability that the step that ends with token t is right is
             sigma(s_t).
         labels: [B, T] whether that step is right, true or 1.
-        mask: [B, T] true where a step ends that has a label. Which steps have one is the caller's:
-            Lightman's stop at the first wrong one.
+        mask: [B, T] true where a labeled step ends. The caller decides which steps are labeled:
+            Lightman et al. stop at the first wrong one.
 
     Returns:
-        The mean over labelled step ends, and ``steps/accuracy`` (a score of 0 counts one half),
+        The mean over labeled step ends, and ``steps/accuracy`` (a score of 0 counts one half),
         ``steps/right`` (the share of labels that say right), ``steps/probability`` (the mean of
         sigma(s)).
 
@@ -42,7 +42,7 @@ def process_reward(scores: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor
 
 
 def process_reward_sum(scores: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
-    """:func:`process_reward` summed over labelled step ends."""
+    """:func:`process_reward` summed over labeled step ends."""
     same_shape(scores=scores, labels=labels, mask=mask)
     scores, right = select(scores, mask), labels.bool()
     loss = select(F.softplus(torch.where(right, -scores, scores)), mask).sum()

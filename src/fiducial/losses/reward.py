@@ -17,7 +17,9 @@ Metrics = dict[str, Tensor]
 def bradley_terry(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, centering: float = 0.0
 ) -> tuple[Tensor, Metrics]:
-    r"""Bradley-Terry negative log-likelihood: eq. 1 of Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155).
+    r"""Bradley-Terry negative log-likelihood.
+
+    Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155), eq. 1.
 
     .. math:: L = -\log\sigma(r_w - r_l - m) + \eta\,(r_w + r_l)^2
 
@@ -85,7 +87,7 @@ def ranking(
     pairs it has.
 
     Args:
-        scores: [R] one score a response.
+        scores: [R] one score per response.
         pairs: [P, 2] indices into scores: winner, loser.
         prompt: [P] id of the prompt of each pair.
         margin: [P] or None.

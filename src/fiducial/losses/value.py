@@ -16,10 +16,12 @@ Metrics = dict[str, Tensor]
 def clipped_value(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = 0.2
 ) -> tuple[Tensor, Metrics]:
-    r"""Squared error to the lambda-return, with the value held near its old one as in Ziegler et
-    al. 2019 (arXiv 1909.08593, their code).
+    r"""Squared error to the lambda-return, with the value kept near its old one.
 
-    .. math:: L_t = \tfrac12\max\big((V_t-\hat R_t)^2,\ (\mathrm{clip}(V_t, V^{old}_t\pm\epsilon)-\hat R_t)^2\big)
+    Ziegler et al. 2019 (arXiv 1909.08593, their code).
+
+    .. math:: L_t = \tfrac12\max\big((V_t-\hat R_t)^2,\
+              (\mathrm{clip}(V_t, V^{old}_t\pm\epsilon)-\hat R_t)^2\big)
 
     Args:
         values: [B, T] of the critic, with gradient.

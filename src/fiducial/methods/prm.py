@@ -24,7 +24,7 @@ from ..core import intervals
 from ..data.batches import pad
 from ..data.prepare import text_of
 from ..data.render import Rendered, Renderer
-from ..data.row_types import LabelledRow, StepsRow
+from ..data.row_types import LabeledRow, StepsRow
 from ..data.steps import Steps
 from ..errors import InputError
 from ..models.save import pick_pad_token, save
@@ -99,13 +99,13 @@ def prepare(settings: PRM, processes: Processes, skipped: Path | None = None) ->
         InputError: a row or the model cannot be used.
     """
 
-    def render(renderer: Renderer) -> Callable[[StepsRow | LabelledRow], Solution]:
+    def render(renderer: Renderer) -> Callable[[StepsRow | LabeledRow], Solution]:
         return solver(renderer, settings.separator)
 
-    def key(row: StepsRow | LabelledRow) -> str:
+    def key(row: StepsRow | LabeledRow) -> str:
         return text_of(row.prompt)
 
-    rows = RowFormat[Solution]((StepsRow, LabelledRow), render, key)
+    rows = RowFormat[Solution]((StepsRow, LabeledRow), render, key)
     return prepare_offline(settings, processes, rows, scorer=True, skipped=skipped)
 
 
@@ -143,8 +143,8 @@ def solver(renderer: Renderer, separator: str) -> Callable[[Any], Solution]:
         columns = [t for t, mine in enumerate(rendered.mask) if mine]
         return [columns[k] for k in steps.ends([rendered.ids[t] for t in columns])]
 
-    def render(row: StepsRow | LabelledRow) -> Solution:
-        if isinstance(row, LabelledRow):
+    def render(row: StepsRow | LabeledRow) -> Solution:
+        if isinstance(row, LabeledRow):
             rendered = renderer.completion(row.prompt, row.completion, row.where)
             found = ends(rendered)
             return Solution(rendered, found, [row.label] * len(found), row.label)

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from ..errors import InputError
+from ..names import check_name
 from ..settings import LoraSettings, RunSettings
 from . import tabular as tabular  # registers its architecture, so that its folders load too
 from .roles import Policy, Reference, Roles, ScoreModel, plain
@@ -296,10 +297,12 @@ def _prepare(model: Any, lora: LoraSettings, run: RunSettings, task: str) -> Any
         return model
     from peft import LoraConfig, get_peft_model
 
+    transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=0.0,
+        fan_in_fan_out=transposed,  # GPT-2 keeps its linear layers as Conv1D
         target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
         task_type=task,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
@@ -341,17 +344,14 @@ def _check_head(policy: Policy, name: str) -> None:
 
 
 def exists(name: str, flag: str) -> None:
-    """Refuse a name that looks like a folder and is none; a Hub name may pass.
+    """Checks that a model's name is a folder or may be a name on the Hub.
 
     Raises:
         InputError: names the setting and the folder.
     """
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if Path(name).is_dir() or not (looks_local or Path(name).exists()):
-        return
-    if Path(name).exists():
+    check_name("model", name, flag)
+    if Path(name).exists() and not Path(name).is_dir():
         raise InputError(f"{flag}: {name} is not a folder")
-    raise InputError(f"{flag}: there is no folder {name}")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What the config.json of a saved scorer says of its scores, beside what transformers keeps there."""
+"""What the config.json of a saved scorer says about its scores."""
 
 from __future__ import annotations
 

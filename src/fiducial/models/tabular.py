@@ -1,10 +1,10 @@
-"""A softmax table as a Hugging Face model: one row of logits (or one value) for each prefix of a
-small tree, nothing shared between prefixes.
+"""A softmax table as a Hugging Face model: each prefix of a small tree has a row of logits (or a
+value) of its own, and prefixes share nothing.
 
-It is what textbooks call the tabular case: any distribution over the tree's sequences can be
-reached, so whatever distance to an optimum remains is the method's and not the model's. Being an
-ordinary `PreTrainedModel` it is trained, sampled from, saved and loaded by the code that serves all
-others.
+This is the tabular case of the textbooks. The model can represent every distribution over the
+sequences of the tree, so any distance from an optimum is due to the method and not to the model. It
+is an ordinary `PreTrainedModel`, so the same code trains, samples, saves and loads it as any other
+model.
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ from transformers.modeling_outputs import (
 
 
 class TabularConfig(PretrainedConfig):  # type: ignore[misc]
-    """The tree: prompts, and behind each at most `horizon` tokens of a vocabulary in which
-    `eos_token_id` ends a response.
+    """The tree: prompts, and responses of at most `horizon` tokens, which `eos_token_id` ends.
+
+    The row of a prefix in the table is `prompt * states_per_prompt(...) + state`. The states of a
+    prompt are ordered by length and then by their tokens.
 
     Args:
         prompts: token ids of each prompt; none may be the beginning of another.
-
-    The row of a prefix is `prompt * states_behind(...) + state`, the states of a prompt by length,
-    then in the order of their tokens.
     """
 
     model_type = "fiducial_tabular"
@@ -51,26 +50,27 @@ class TabularConfig(PretrainedConfig):  # type: ignore[misc]
         eos_token_id: int = 0,
         **keywords: Any,
     ) -> None:
-        self.vocab_size, self.prompts, self.horizon = (
-            vocab_size,
-            [list(p) for p in prompts],
-            horizon,
-        )
+        self.vocab_size, self.horizon = vocab_size, horizon
+        self.prompts = [list(p) for p in prompts]
         self.num_hidden_layers = 1
         self.max_position_embeddings = max(len(p) for p in self.prompts) + horizon
         keywords.setdefault("tie_word_embeddings", False)
         super().__init__(eos_token_id=eos_token_id, **keywords)
-        self.hidden_size = len(self.prompts) * states_behind(vocab_size, horizon)
+        self.hidden_size = len(self.prompts) * states_per_prompt(vocab_size, horizon)
 
 
-def states_behind(vocab_size: int, horizon: int) -> int:
-    """Prefixes of a prompt's responses in which a token is chosen: 1 + (V - 1) + ... + (V - 1)^(T - 1)."""
+def states_per_prompt(vocab_size: int, horizon: int) -> int:
+    """Number of prefixes of a prompt's responses after which a token is chosen.
+
+    It is 1 + (V - 1) + ... + (V - 1)^(T - 1).
+    """
     return sum((vocab_size - 1) ** k for k in range(horizon))
 
 
 class _Vocabulary(nn.Module):
-    """Stands where others keep their embeddings and tells device, type and vocabulary. A buffer:
-    loading a folder makes every parameter a trained one.
+    """Takes the place of the embeddings, and has their device, dtype and vocabulary size.
+
+    Its weight is a buffer, because a parameter would be trained.
     """
 
     def __init__(self, size: int) -> None:
@@ -80,13 +80,13 @@ class _Vocabulary(nn.Module):
 
 
 class _Tree(PreTrainedModel):  # type: ignore[misc]
-    """Which row of the table a prefix stands in, one-hot. Prefixes outside the tree get zeros:
-    logits 0, value 0.
+    """The row of the table that belongs to each prefix, one-hot.
+
+    Prefixes outside the tree are all zeros, so their logits and values are 0.
     """
 
     config_class = TabularConfig
     base_model_prefix = "model"
-    _supports_cache_class = True
 
     def __init__(self, config: TabularConfig) -> None:
         super().__init__(config)
@@ -95,8 +95,11 @@ class _Tree(PreTrainedModel):  # type: ignore[misc]
         self._following: Tensor | None = None
 
     def following(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """[nodes, V] the node behind each node and token (node 0: the empty text; the last:
-        outside), and [nodes] its row or -1.
+        """The tree as two tables.
+
+        Returns:
+            [nodes, V] the node after each node and token (node 0 is the empty text, the last node
+            is outside the tree), and [nodes] the row of each node, or -1.
         """
         if self._following is None or self._following[0].device != device:
             self._following = tuple(x.to(device) for x in _tree(self.config))  # type: ignore[assignment]
@@ -114,8 +117,9 @@ class _Tree(PreTrainedModel):  # type: ignore[misc]
         use_cache: bool = False,
         **_: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states [B, T, rows]. The walk begins anew wherever a position is 0, so padding on
-        the left changes nothing.
+        """Hidden states [B, T, rows].
+
+        The walk begins again wherever a position is 0, so padding on the left changes nothing.
         """
         following, row = self.following(input_ids.device)
         batch, length = input_ids.shape
@@ -182,15 +186,14 @@ class TabularForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         self.post_init()
 
     def resize_token_embeddings(self, *_: Any, **__: Any) -> _Vocabulary:
-        """Nothing to do: a token that is new to the vocabulary, a pad token for one, leads out of
-        the tree, and no row of the table changes.
+        """Does nothing, because a new token, such as a pad token, leads out of the tree.
+
+        The rows of the table stay as they are.
         """
         return self.model.embed_tokens
 
     def forward(self, input_ids: Tensor, **keywords: Any) -> SequenceClassifierOutputWithPast:
-        """Logits [B, 1] at the last token that is not padding on the right, as transformers'
-        classifiers read them.
-        """
+        """Logits [B, 1] at the last token that is not padding, as in transformers' classifiers."""
         scores = self.score(self.model(input_ids, **keywords).last_hidden_state)
         real = input_ids != (
             self.config.pad_token_id if self.config.pad_token_id is not None else -1
@@ -202,10 +205,11 @@ class TabularForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
 
 
 def _tree(config: TabularConfig) -> tuple[Tensor, Tensor]:
+    """The tables that `_Tree.following` returns."""
     words: dict[tuple[int, ...], int] = {(): 0}
     row: dict[tuple[int, ...], int] = {}
     letters = [v for v in range(config.vocab_size) if v != config.eos_token_id]
-    states = states_behind(config.vocab_size, config.horizon)
+    states = states_per_prompt(config.vocab_size, config.horizon)
     for p, prompt in enumerate(map(tuple, config.prompts)):
         for k in range(1, len(prompt) + 1):
             words.setdefault(prompt[:k], len(words))

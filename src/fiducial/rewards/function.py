@@ -1,4 +1,4 @@
-"""Rewards from Python functions: `file.py:function`, `module:function`, or one of the package."""
+"""Rewards from Python functions: `file.py:function`, `module:function`, or a verifiable reward."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .verifiable import VERIFIABLE, ColumnFault
 
 
 class FunctionReward:
-    """A function with TRL's signature: `def reward(prompts, completions, **columns) -> list[float]`.
+    """A function with TRL's signature, called once per batch, on the main process.
 
-    It is called once per batch, on the main process.
+    The signature is `def reward(prompts, completions, **columns) -> list[float]`.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], processes: Processes) -> None:
@@ -37,7 +37,7 @@ class FunctionReward:
         return {"first", "second"} <= self.takes
 
     def score(self, responses: Responses) -> Scored:
-        """The function's numbers, on every process."""
+        """The scores that the function returns, on every process."""
         mine = self._call(responses) if self.processes.main else []
         scores = self.processes.gather(mine)
         return Scored(scores, {self.name: scores})
@@ -75,8 +75,9 @@ class FunctionReward:
         return {n: [row.get(n) for row in rows] for n in sorted(names)}
 
     def check_rows(self, rows: Sequence[PromptRow]) -> None:
-        """That a function of the package finds in each prompt row the columns that it needs; users'
-        functions are not called for this.
+        """Checks that each row has the columns that a verifiable reward needs.
+
+        Users' functions are not called for this.
 
         Raises:
             InputError: names the row's file:line, the function and the column.
@@ -93,7 +94,11 @@ class FunctionReward:
             raise InputError(f"{rows[fault.row].where}: {fault.sentence}") from fault
 
     def check(self, out: Any, expected: int) -> list[float]:
-        """Exactly one finite number a response."""
+        """The returned value as a list with one finite number per response.
+
+        Raises:
+            RunError: the function returned something else.
+        """
         if not isinstance(out, (list, tuple)) and not hasattr(out, "tolist"):
             raise RunError(
                 f"the reward function {self.name} returned a {type(out).__name__} where a list of "
@@ -106,13 +111,7 @@ class FunctionReward:
                 f"{len(values) if isinstance(values, list) else 1} numbers for {expected} responses"
             )
         for i, value in enumerate(values):
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not math.isfinite(value)
-            ):
-                if isinstance(value, bool):
-                    continue
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise RunError(
                     f"the reward function {self.name} returned {value!r} for response {i}: a "
                     "finite number is expected"
@@ -121,7 +120,11 @@ class FunctionReward:
 
 
 def load_function(name: str, flag: str) -> Callable[..., Any]:
-    """`file.py:function` or `module:function`."""
+    """The function that `file.py:function` or `module:function` names.
+
+    Raises:
+        InputError: there is no such file, module or function, or the file cannot be run.
+    """
     where, _, attribute = name.rpartition(":")
     if where.endswith(".py"):
         path = Path(where)
@@ -140,6 +143,11 @@ def load_function(name: str, flag: str) -> Callable[..., Any]:
         finally:
             sys.path.pop(0)
     else:
+        if not where or where.startswith("."):
+            raise InputError(
+                f"{flag}: {name} names neither a file that ends in .py nor a module: give "
+                "file.py:function or module:function"
+            )
         try:
             module = importlib.import_module(where)
         except ImportError as error:
@@ -162,6 +170,7 @@ def load_function(name: str, flag: str) -> Callable[..., Any]:
 
 
 def _line_of(error: Exception, function: Callable[..., Any]) -> str:
+    """The line of the function's file where the error arose, in parentheses, or nothing."""
     trace, line = error.__traceback__, None
     file = inspect.getsourcefile(function)
     while trace is not None:

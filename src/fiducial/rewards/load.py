@@ -17,6 +17,7 @@ from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..errors import InputError
 from ..models.load import exists, load_scorer
+from ..names import check_name
 from ..settings import LoraSettings, RowSettings, RunSettings
 from ..train.processes import Processes
 from ..train.renderer import load_renderer
@@ -96,10 +97,8 @@ def check_names(names: Sequence[str], weights: Sequence[float] | None) -> None:
     if weights is not None and len(weights) != len(names):
         raise InputError(f"--reward-weights: {len(weights)} weights for {len(names)} rewards")
     for name in names:
-        where = name.rpartition(":")[0]
-        if where and not Path(name).is_dir():
-            if where.endswith(".py") and not Path(where).is_file():
-                raise InputError(f"--reward: there is no file {where}")
+        if _is_function(name):
+            check_name("scorer", name, "--reward")
         elif name not in VERIFIABLE:
             _check_folder(name, "--reward")
 
@@ -138,10 +137,22 @@ def load_reward(
     return scorer
 
 
+def load_reward_model(folder: str, run: RunSettings, processes: Processes) -> ModelReward:
+    """The reward model in a folder, for whoever needs its raw scores.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    scorer = load_reward(folder, run, processes)
+    if not isinstance(scorer, ModelReward):
+        raise InputError(f"--reward: {folder} is not the folder of a reward model of responses")
+    return scorer
+
+
 def _load(
     name: str, run: RunSettings, processes: Processes, flag: str
 ) -> FunctionReward | ModelReward | ProcessReward:
-    if ":" in name and not Path(name).is_dir():
+    if _is_function(name):
         return FunctionReward(name, load_function(name, flag), processes)
     if not Path(name).is_dir():
         if name in VERIFIABLE:
@@ -152,6 +163,11 @@ def _load(
     renderer = load_renderer(name, RowSettings(), flag=flag)
     kind = ProcessReward if model.facts.steps else ModelReward
     return kind(name, model, renderer, run.tokens, processes)
+
+
+def _is_function(name: str) -> bool:
+    """Whether a name is that of a user's function: `file.py:function` or `module:function`."""
+    return ":" in name and not Path(name).is_dir()
 
 
 def _check_folder(name: str, flag: str) -> None:

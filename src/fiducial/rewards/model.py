@@ -14,7 +14,7 @@ from .types import Responses, Scored
 
 
 class ModelReward:
-    """The score of a reward model at the last token, less the mean score of its reference
+    """The score of a reward model at the last token, minus the mean score of its reference
     completions (`reward_mean` in its config).
     """
 
@@ -32,18 +32,19 @@ class ModelReward:
         self._compared: tuple[Renderer, bool] | None = None
 
     def same_tokens(self, renderer: Renderer) -> bool:
-        """The policy's tokens are this model's: nothing needs to be decoded and encoded again. A
-        pad token of this model's own is no difference.
+        """Whether the policy has the same tokens as this model, so that nothing is encoded again.
+
+        A pad token that only this model has does not count as a difference.
         """
         if self._compared is None or self._compared[0] is not renderer:
             self._compared = renderer, same_tokens(self.renderer, renderer)
         return self._compared[1]
 
     def check_rows(self, rows: Sequence[PromptRow]) -> None:
-        """A model reads nothing but the prompt."""
+        """A model needs no columns, so there is nothing to check."""
 
     def score(self, responses: Responses) -> Scored:
-        """The model's score of each response, on every process."""
+        """The model's score for each response, on every process."""
         if self.same_tokens(responses.renderer):
             trajectory = responses.trajectory
             both = zip(trajectory.ids.tolist(), trajectory.lengths.tolist(), strict=True)

@@ -1,9 +1,13 @@
-r"""Process rewards: a score for each step of a response, read where the step ends. Lightman et al.
-2023 (arXiv 2305.20050).
+r"""Process rewards: a score for each step of a response, read at the end of the step. Lightman et
+al. 2023 (arXiv 2305.20050).
 
-In reinforcement learning a step earns what it adds, :math:`r_t = PRM(x, y_{\le t}) - PRM(x, y_{\le
-t-1})` at its last token, where PRM of nothing is 0: the rewards of a response add up to the score
-of the whole. Paying the scores themselves would pay for many steps.
+In reinforcement learning a step is rewarded at its last token, with the amount by which it changes
+the score, where the score of no steps is 0:
+
+.. math:: r_t = PRM(x, y_{\le t}) - PRM(x, y_{\le t-1})
+
+The rewards of a response therefore add up to the score of the whole response. If the scores
+themselves were the rewards, responses with many steps would be rewarded for their number.
 """
 
 from __future__ import annotations
@@ -27,14 +31,16 @@ AGGREGATES: tuple[Aggregate, ...] = ("last", "min", "product")
 
 
 def aggregate(steps: Sequence[float], how: Aggregate) -> float:
-    """One score from those of the steps, each the chance that it is right, in (0, 1).
+    """The score of a solution, from the probabilities (in (0, 1)) that each step is right.
 
-    product: the chance that every step is right if they were independent, Lightman et al. 2023;
-    long solutions have more factors and score lower. min: the weakest step; about as good in their
-    comparison. last: the last step's, which alone is an outcome model's question.
+    Args:
+        how: "product": the probability that all steps are right if they are independent, as in
+            Lightman et al. 2023; solutions with many steps score lower. "min": the score of the
+            weakest step, about as good in their comparison. "last": the score of the last step,
+            as an outcome reward model would give.
 
     Raises:
-        ValueError: there is no step, or no such way.
+        ValueError: there is no step, or `how` is none of these.
     """
     if not steps:
         raise ValueError("a solution without steps has no score")
@@ -48,16 +54,19 @@ def aggregate(steps: Sequence[float], how: Aggregate) -> float:
 
 
 def differences(steps: Sequence[float], how: Aggregate = "last") -> list[float]:
-    """What each step adds to the score of what was said before it; nothing said scores 0. They add
-    up to `aggregate(steps, how)`.
+    """The amount that each step adds to the score of the steps before it; no steps score 0.
+
+    The amounts add up to `aggregate(steps, how)`.
     """
     totals = [aggregate(steps[: k + 1], how) for k in range(len(steps))]
     return [now - before for now, before in zip(totals, [0.0, *totals[:-1]], strict=True)]
 
 
 class ProcessReward:
-    """A process reward model: sigma(score) at the end of each step, and for the whole what
-    `aggregate` in its config makes of them.
+    """A process reward model.
+
+    The score of a step is sigma(logit) at its end. The score of a response combines those of its
+    steps, as `aggregate` in the model's config says.
     """
 
     def __init__(
@@ -77,10 +86,10 @@ class ProcessReward:
         self._policy: tuple[Renderer, bool, Steps] | None = None
 
     def check_rows(self, rows: Sequence[PromptRow]) -> None:
-        """A model reads nothing but the prompt."""
+        """A model needs no columns, so there is nothing to check."""
 
     def steps(self, batch: Responses) -> list[list[float]]:
-        """The scores of the steps of each response, each in (0, 1)."""
+        """For each response the scores of its steps, each in (0, 1)."""
         rows: list[list[int]] = []
         ends: list[list[int]] = []
         if self._of(batch.renderer)[0]:
@@ -106,7 +115,7 @@ class ProcessReward:
     def score_ids(
         self, rows: Sequence[Sequence[int]], ends: Sequence[Sequence[int]]
     ) -> list[list[float]]:
-        """sigma(score) of token sequences after the tokens numbered in `ends`."""
+        """sigma(logit) of token sequences at the tokens whose numbers are in `ends`."""
         width = max(len(r) for r in rows)
 
         def compute(chosen: list[int]) -> tuple[Tensor, ...]:
@@ -126,12 +135,14 @@ class ProcessReward:
         return [scores[i, list(e)].double().sigmoid().tolist() for i, e in enumerate(ends)]
 
     def score(self, responses: Responses) -> Scored:
-        """The score of each whole response, in (0, 1), and what its steps add to it.
+        """The score of each response, in (0, 1), and the amount that each of its steps adds to it.
 
-        A step earns its part at its last token; where that token was given to the policy, at the
-        last one before it that the policy chose. The parts of a row add up to its score. Another
-        tokenizer finds the ends of the same steps at other tokens: they are matched by number, and
-        where the policy's tokens show fewer ends, the last one earns the rest.
+        The amount of a step is placed at its last token. If the policy did not choose that token,
+        it is placed at the last token before it that the policy chose. The amounts of a response
+        add up to its score.
+
+        If the policy has another tokenizer, the steps end at other tokens and are matched by their
+        number. If fewer ends are found among the policy's tokens, the last one gets the rest.
         """
         scored, trajectory = self.steps(responses), responses.trajectory
         earned = torch.zeros(trajectory.ids.shape, dtype=torch.float64)
@@ -147,7 +158,7 @@ class ProcessReward:
         return Scored(scores, {self.name: scores}, earned)
 
     def _of(self, renderer: Renderer) -> tuple[bool, Steps]:
-        """Whether the policy's tokens are this model's, and the finder of steps among them."""
+        """Whether the policy has the same tokens as this model, and a finder of steps in them."""
         if self._policy is None or self._policy[0] is not renderer:
             self._policy = (
                 renderer,
@@ -158,6 +169,6 @@ class ProcessReward:
 
 
 def _chosen_column(mask: Sequence[bool], column: int) -> int:
-    """The last column up to `column` that the policy chose; the first one it chose if none is."""
+    """The last column up to `column` that the policy chose, or else the first that it chose."""
     before = [t for t in range(column + 1) if mask[t]]
     return before[-1] if before else mask.index(True)

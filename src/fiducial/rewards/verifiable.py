@@ -1,18 +1,19 @@
-r"""Rewards that anyone can verify: the text against what the row says is right. On the command line
-by their bare names, `--reward numeric_answer`.
+r"""Verifiable rewards: a response is compared with what its row says is right. On the command line
+they have bare names, as in `--reward numeric_answer`.
 
-Each has TRL's signature, so that it may be given to TRL too: `(prompts, completions, **columns) ->
-list[float]`, completions as text or as messages, of which the last one's content counts; 1 where
-the response is right and 0 where it is not. Rewards by running code do not come with the package.
+Each function has TRL's signature, so that it works there too: `(prompts, completions, **columns) ->
+list[float]`. Completions are text, or messages, of which the content of the last one counts. The
+reward is 1 if the response is right, and else 0. No reward runs code.
 
-===============  =======================  ======================================================================================
-function         columns of the row       1 where
-===============  =======================  ======================================================================================
-exact_match      answer                   the text is the answer, white space aside, upper and lower case not
-numeric_answer   answer                   the final number of the text is the answer's, exactly
-format           pattern (optional)       the whole text matches; without a pattern it is `<think>...</think><answer>...</answer>`
-length           min_words, max_words     the number of words is in the range, either end of which may be missing
-===============  =======================  ======================================================================================
+==============  ====================  =========================================================
+function        columns of the row    the reward is 1 if
+==============  ====================  =========================================================
+exact_match     answer                the text equals the answer, apart from white space
+numeric_answer  answer                the final number of the text equals that of the answer
+format          pattern (optional)    the whole text matches; the default pattern is
+                                      `<think>...</think><answer>...</answer>`
+length          min_words, max_words  the number of words is in the range; one end is optional
+==============  ====================  =========================================================
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from typing import Any
 
 
 class ColumnFault(ValueError):
-    """A row's column that a function cannot use. `row` is its place in the batch, `sentence` the
-    fault without the place.
+    """A row has a column that a function cannot use.
+
+    `row` is the row's place in the batch, and `sentence` is the fault without the place.
     """
 
     def __init__(self, row: int, sentence: str) -> None:
@@ -40,12 +42,12 @@ def exact_match(
     answer: Sequence[Any] | None = None,
     **columns: Any,
 ) -> list[float]:
-    """1 where the response is the row's `answer`: stripped, runs of white space (line ends too)
-    taken for one space, then equal character by character.
+    """1 if the response equals the row's `answer`, apart from white space.
 
-    Case counts, punctuation counts, and nothing is normalised: an é written as one character is not
-    an é written as two. An answer that is a number in the file is compared as Python writes it, 18
-    or 0.5; for numbers take `numeric_answer`.
+    Both are stripped, and each run of white space (line ends included) counts as one space. Case
+    and punctuation count. Unicode is not normalized: an é of one character does not equal an é of
+    two. An answer that is a number in the file is compared as Python writes it, such as 18 or 0.5;
+    for numbers use `numeric_answer`.
 
     Raises:
         ColumnFault: a row has no `answer`, or one that is neither text nor a number.
@@ -68,13 +70,14 @@ def numeric_answer(
     answer: Sequence[Any] | None = None,
     **columns: Any,
 ) -> list[float]:
-    r"""1 where the final number of the response (see `final_number`) is that of the row's `answer`.
-    They are compared as fractions: 0.5, 1/2 and .50 are
-    equal, 0.333 and 1/3 are not, and no float is ever formed. A response without a number gets 0.
+    r"""1 if the final number of the response equals that of the row's `answer`.
 
-    `answer` is a number, or text with one: "1,234", "$18", or a whole solution that ends in a
-    marker, as GSM8K has it (`... #### 18`). Of text without a marker the first number counts, of
-    "72 cm^2" the 72.
+    For what a number is, see `final_number`. Numbers are compared as fractions, without floats:
+    0.5, 1/2 and .50 are equal, 0.333 and 1/3 are not. A response without a number gets 0.
+
+    `answer` is a number, or text with a number, such as "1,234" or "$18". It may be a whole
+    solution with a marker before the number, as in GSM8K (`... #### 18`). In text without a marker
+    the first number counts: in "72 cm^2" the 72.
 
     Raises:
         ColumnFault: a row has no `answer`, or one without a number.
@@ -85,8 +88,8 @@ def numeric_answer(
         if number is None:
             raise ColumnFault(
                 row,
-                f"numeric_answer: the column 'answer' holds {_shown(value)}, which is no number; "
-                "write one, or take exact_match",
+                f"numeric_answer: the column 'answer' holds {_shown(value)}, which is not a "
+                "number; write one, or use exact_match",
             )
         wanted.append(number)
     return [float(final_number(_text(c)) == w) for c, w in zip(completions, wanted, strict=True)]
@@ -98,16 +101,17 @@ def format(
     pattern: Sequence[str | None] | None = None,
     **columns: Any,
 ) -> list[float]:
-    """1 where the whole response matches the row's `pattern` (a regular expression of Python's
-    `re`, in which a dot is any character, a line end too).
+    """1 if the whole response matches the row's `pattern`.
 
-    A row without a pattern asks for the form of DeepSeek-R1 (arXiv 2501.12948):
-    `<think>...</think><answer>...</answer>`, each tag once, white space around and between them.
-    Where the chat template itself writes `<think>` at the end of the prompt, say so with a pattern.
-    A pattern that takes exponential time does so here too: it is the user's own.
+    The pattern is a regular expression of Python's `re`, in which a dot is any character, line ends
+    included. Nothing protects from a pattern that takes exponential time.
+
+    The pattern of a row without one is the form of DeepSeek-R1 (arXiv 2501.12948):
+    `<think>...</think><answer>...</answer>`, each tag once, with white space around and between the
+    two parts. If the chat template ends the prompt with `<think>`, give a pattern without it.
 
     Raises:
-        ColumnFault: a pattern is no regular expression.
+        ColumnFault: a pattern is not a regular expression.
     """
     out = []
     for row, (completion, wanted) in enumerate(
@@ -118,7 +122,7 @@ def format(
         except (re.error, TypeError, OverflowError, RecursionError) as error:
             raise ColumnFault(
                 row,
-                f"format: the column 'pattern' holds {_shown(wanted)}, which is no regular "
+                f"format: the column 'pattern' holds {_shown(wanted)}, which is not a regular "
                 f"expression: {error}",
             ) from error
         out.append(float(compiled.fullmatch(_text(completion)) is not None))
@@ -132,14 +136,13 @@ def length(
     max_words: Sequence[int | None] | None = None,
     **columns: Any,
 ) -> list[float]:
-    """1 where the response has at least `min_words` and at most `max_words` words (what white space
-    parts), 0 outside.
+    """1 if the response has at least `min_words` and at most `max_words` words.
 
-    A row may leave one of the two out, not both.
+    Words are separated by white space. A row must have at least one of the two columns.
 
     Raises:
-        ColumnFault: a row has neither, or one that is no whole number, or a range that nothing can
-            be in.
+        ColumnFault: a row has neither, or one that is not a whole number, or `min_words` is larger
+            than `max_words`.
     """
     none = [None] * len(completions)
     out = []
@@ -178,40 +181,42 @@ VERIFIABLE: dict[str, Callable[..., list[float]]] = {
     "format": format,
     "length": length,
 }
-"""By their names on the command line."""
+"""The verifiable rewards by their names on the command line."""
 
 
 def final_number(text: str) -> Fraction | None:
-    r"""The number that a solution ends with, exactly; None where there is none.
+    r"""The number with which a solution ends, exactly; None if there is none.
 
-    Where it stands: behind the last of the markers `A:`, `####`, `\boxed{`, `<answer>`, "answer is"
-    and "answer:" (these two in any case) that has a number on its line, or on the next one where
-    its own ends; there the first number counts, of an equation (`9 * 2 = 18`) what is behind its
-    last equals sign. Without such a marker, the last number of the text.
+    Where it is found: after a marker, which is `A:`, `####`, `\boxed{`, `<answer>`, "answer is" or
+    "answer:" (the last two in any case). The number must be on the marker's line, or on the next
+    one if nothing follows the marker. The last marker with such a number counts, and after it the
+    first number. In an equation (`9 * 2 = 18`) only the right side counts. If no marker has a
+    number, the last number of the text counts.
 
-    What a number is: `1,234.50` (commas part groups of three, otherwise they part numbers), `.5`,
-    `-3` and `−3` (a sign directly before the digits or the currency, and not behind a digit, letter
-    or bracket: in 16-3 the 3 is positive), `1.5e-3`, `1.5 × 10^3`, `3/4`, `1 3/4`, `\frac{3}{4}`;
-    digits of any script. A currency in front and what follows, percent and units included, is
-    dropped: 50% is 50. Digits glued behind a Latin letter (CO2) are none.
+    What a number is: `1,234.50` (commas separate groups of three digits, otherwise they separate
+    numbers), `.5`, `-3`, `−3`, `1.5e-3`, `1.5 × 10^3`, `3/4`, `1 3/4` and `\frac{3}{4}`, with
+    digits of any script. A sign must be directly before the digits or the currency, and not after a
+    digit, letter or bracket: in 16-3 the 3 is positive. A currency sign before the number and
+    everything after it (percent, units) are ignored: 50% is 50. Digits after a Latin letter (CO2)
+    are not a number.
 
-    What is not worked out: sums, powers and roots (of `10^2` the 10 counts), number words, decimal
-    commas. `1/0`, and more than 1,000 digits or an exponent beyond 1,000, have no value: what ends
-    with them has no final number.
+    What is not computed: sums, powers and roots (in `10^2` the 10 counts), number words and decimal
+    commas. `1/0`, more than 1,000 digits and exponents beyond 1,000 have no value. A solution that
+    ends with one of these has no final number.
     """
     end = len(text)
     for marker in reversed(list(_MARKER.finditer(text))):
-        if found := _FORM.search(_behind(marker[0], text[marker.end() : end])):
+        if found := _FORM.search(_pointed_to(marker[0], text[marker.end() : end])):
             return _value(found)
         end = marker.start()
     *_, last = [None, *_FORM.finditer(_plain(text))]
     return _value(last) if last else None
 
 
-# ---- how it is read ----
+# ---- how numbers are read ----
 
-# no class of one overlaps with the next, and what may be long is possessive (++): time is linear in
-# the text whatever it is
+# Neighboring character classes do not overlap, and everything that may be long is possessive (++),
+# so that the time is linear in the length of any text.
 _NO_TAG = r"[^<]*+(?:<(?!/?(?:think|answer)>)[^<]*+)*+"
 _THINK_ANSWER = re.compile(rf"\s*<think>{_NO_TAG}</think>\s*<answer>{_NO_TAG}</answer>\s*")
 
@@ -223,7 +228,8 @@ _NUMBER = rf"(?:{_DIGITS}){_POWER}?"
 _FORM = re.compile(
     rf"""
     (?P<sign> (?<![A-Za-z\d_)\]}}\-]) [-+] )?  [$£€¥₹]?  (?<![A-Za-z\d_])
-    (?: (?: (?P<whole>\d++) \s? )? \\[dt]?frac \{{ \s? (?P<top>[-+]?{_NUMBER}) \s? \}} \{{ \s? (?P<bottom>[-+]?{_NUMBER}) \s? \}}
+    (?: (?: (?P<whole>\d++) \s? )? \\[dt]?frac
+        \{{ \s? (?P<top>[-+]?{_NUMBER}) \s? \}} \{{ \s? (?P<bottom>[-+]?{_NUMBER}) \s? \}}
       | (?P<whole2>\d++) [ \u00a0] (?P<top2>\d++) \s? / \s? (?P<bottom2>\d++)
       | (?P<top3>{_NUMBER}) (?: [ ]?/[ ]? (?P<bottom3>{_NUMBER}) )?
     )""",
@@ -233,13 +239,14 @@ _LONGEST = 1000
 
 
 def _plain(text: str) -> str:
-    """With the minus of typography, and without what LaTeX puts between or before digits."""
+    """The text with hyphens for minus signs, and without LaTeX's marks before or between digits."""
     return re.sub(r"\\[,!;]|\\(?=[$%])", "", text.replace("\u2212", "-").replace("{,}", ","))
 
 
-def _behind(marker: str, rest: str) -> str:
-    """What a marker points to: its braces, or its line, or the next where its own is empty; of an
-    equation the right side.
+def _pointed_to(marker: str, rest: str) -> str:
+    """The text that a marker points to, without the left side of an equation.
+
+    It is the text in the marker's braces, or else the first line after it that is not empty.
     """
     rest = rest.lstrip()
     if marker == "\\boxed" and rest.startswith("{"):
@@ -255,6 +262,7 @@ def _behind(marker: str, rest: str) -> str:
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
+    """The value of what `_FORM` matched."""
     whole = _exactly(found["whole"] or found["whole2"] or "0")
     top = _exactly(found["top"] or found["top2"] or found["top3"])
     bottom = _exactly(found["bottom"] or found["bottom2"] or found["bottom3"] or "1")
@@ -264,9 +272,7 @@ def _value(found: re.Match[str]) -> Fraction | None:
 
 
 def _exactly(text: str) -> Fraction | None:
-    """The value of what `_NUMBER` matched, without ever forming a power of ten that does not fit
-    into memory.
-    """
+    """The value of what `_NUMBER` matched, or None if it would be too large to compute."""
     power = re.search(_POWER, text)
     digits, exponent = (
         (text[: power.start()], re.sub(r".*10\^\{?|[eE}]", "", power[0])) if power else (text, "0")
@@ -277,6 +283,7 @@ def _exactly(text: str) -> Fraction | None:
 
 
 def _answer_number(value: Any) -> Fraction | None:
+    """The number in a row's `answer`, or None."""
     if isinstance(value, str):
         if _MARKER.search(value):
             return final_number(value)
@@ -284,13 +291,16 @@ def _answer_number(value: Any) -> Fraction | None:
         return _value(found) if found else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
-    return (
-        Fraction(value) if isinstance(value, int) else Fraction(repr(value))
-    )  # as the file writes it: 0.1 is one tenth
+    # A float is read as the file writes it, so that 0.1 is one tenth.
+    return Fraction(value) if isinstance(value, int) else Fraction(repr(value))
 
 
 def _column(function: str, name: str, values: Sequence[Any] | None, rows: int) -> Sequence[Any]:
-    """One value a row; a row without one is a fault."""
+    """The column's values, one per row.
+
+    Raises:
+        ColumnFault: a row has no value.
+    """
     values = [None] * rows if values is None else values
     for row, value in enumerate(values):
         if value is None:
@@ -303,7 +313,7 @@ def _column(function: str, name: str, values: Sequence[Any] | None, rows: int) -
 
 
 def _text(completion: Any) -> str:
-    """A completion's text: itself, or the content of its last message."""
+    """A completion that is text, or the content of its last message."""
     if isinstance(completion, str):
         return completion
     content = completion[-1].get("content") if completion else None
@@ -311,6 +321,7 @@ def _text(completion: Any) -> str:
 
 
 def _folded(text: str) -> str:
+    """The text, stripped, with one space for each run of white space."""
     return " ".join(text.split())
 
 

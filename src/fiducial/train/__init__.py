@@ -1,3 +1,1 @@
-"""Plumbing that knows no algorithm: processes, optimizer steps, metrics, checkpoints, the run
-folder.
-"""
+"""What all methods share: processes, optimizer steps, meters, checkpoints and the run folder."""

@@ -1,5 +1,5 @@
-"""Checkpoints that are whole or not there: written aside, synced, renamed, and refused by name when
-a byte has changed.
+"""Checkpoints that are complete or absent. A checkpoint is written beside its final place, synced
+and renamed, and it is refused if a byte of it has changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def digest(path: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of what is in the folder, and sync all of it to the disk."""
+    """Writes a manifest of all files in the folder, and syncs everything to the disk."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     for path in files:
         _sync(path)
@@ -33,7 +33,7 @@ def seal(folder: Path) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """One sentence on what is wrong with a checkpoint, or None."""
     try:
         manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -48,7 +48,7 @@ def fault(folder: Path) -> str | None:
 
 
 def publish(aside: Path, final: Path, keep: int) -> None:
-    """Rename the finished folder into place and remove all but the newest `keep`."""
+    """Renames the finished folder to its final name, and removes all but the `keep` newest ones."""
     if final.exists():
         shutil.rmtree(final)
     os.rename(aside, final)
@@ -58,13 +58,13 @@ def publish(aside: Path, final: Path, keep: int) -> None:
 
 
 def numbered(folder: Path) -> list[Path]:
-    """`checkpoint-<step>` folders, oldest first."""
+    """The `checkpoint-<step>` folders, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with the newer ones."""
+    """The newest checkpoint without a fault, and the faults of the newer ones."""
     faults: list[str] = []
     for path in reversed(numbered(folder)):
         wrong = fault(path)
@@ -75,7 +75,7 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write the whole file or none of it."""
+    """Writes the file completely or not at all."""
     aside = path.with_name(path.name + ".aside")
     aside.write_text(text, encoding="utf-8")
     _sync(aside)
@@ -83,7 +83,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write the whole file or none of it."""
+    """Writes the file completely or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 

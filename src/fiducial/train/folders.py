@@ -1,4 +1,4 @@
-"""Folders that commands write to, and the records that a resumed run cuts back."""
+"""Files and folders that commands write to, and the records that a resumed run cuts back."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from ..errors import InputError
 
 
 def open_folder(out: str | None, default: str, resume: bool) -> Path:
-    """The folder of a command that makes several runs: `out`, or the first of default, default-2,
-    ... that does not exist.
+    """The folder of a command that makes several runs.
+
+    It is `out`, or else the first of default, default-2, ... that does not exist.
 
     Raises:
-        InputError: it is in use and is not to be gone on with, or it cannot be made.
+        InputError: it holds something and `resume` is false, or it cannot be made.
     """
     number, path = 1, Path(out or default)
     while out is None and path.exists():
@@ -31,6 +32,7 @@ def open_folder(out: str | None, default: str, resume: bool) -> Path:
 
 
 def next_folder(method: str) -> Path:
+    """The first of runs/<method>-1, runs/<method>-2, ... that does not exist."""
     number = 1
     while Path(f"runs/{method}-{number}").exists():
         number += 1
@@ -38,13 +40,12 @@ def next_folder(method: str) -> Path:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Drop the lines that a killed run wrote after the checkpoint, a torn last one too."""
+    """Removes the lines that an interrupted run wrote after `step`, and a torn last line."""
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n")[
-        :-1
-    ]:  # not splitlines: U+2028 may stand in a sample
+    # splitlines() would also split at U+2028, which samples may contain
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
@@ -54,7 +55,7 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def new_file(out: str, suffix: str = "") -> Path:
-    """The path of a file that a command is to write.
+    """The path of the file that a command will write.
 
     Raises:
         InputError: it exists already, or does not end in `suffix`.

@@ -1,4 +1,4 @@
-"""SHA-256 of what a run began with: its models, data and reward functions."""
+"""SHA-256 of what a run starts from: its models, data and reward functions."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ FILES = ("data", "reference_data", "rows.eval_data", "ptx.data")
 
 
 def inputs(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a run's settings (as plain values) name, for its summary.
+    """The hashes of all files and folders that a run's settings name, for its summary.
+
+    Args:
+        settings: the settings as plain values.
 
     Returns:
-        "model": {"name", "sha256"}, and "data": {flag: {"source", "sha256"}} for everything else
-        that is a local file or folder.
+        "model": {"name", "sha256"}, and "data": {flag: {"source", "sha256"}} for every other
+        setting that names a local file or folder.
     """
     data = {}
     for flag, source in _named(settings):
@@ -34,7 +37,7 @@ def inputs(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes; of a folder, over the names and digests of the files in it."""
+    """SHA-256 of a file's bytes, or of the names and digests of all files in a folder."""
     if path.is_file():
         return digest(path)
     state = hashlib.sha256()
@@ -44,6 +47,7 @@ def sha256(path: Path) -> str:
 
 
 def _named(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every flag that names an input other than the model, with its value."""
     for name in (*MODELS[1:], *FILES):
         value: Any = settings
         for part in name.split("."):
@@ -56,7 +60,7 @@ def _named(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _local(source: str) -> Path | None:
-    """The file or folder that a setting names; of file.py:function, the file."""
+    """The file or folder that a setting names (for file.py:function the file), or None."""
     for candidate in (source, source.rpartition(":")[0]):
         if candidate and Path(candidate).exists():
             return Path(candidate)

@@ -13,9 +13,9 @@ import torch
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory since `reset_peak_memory`, in bytes.
+    """The largest amount of memory in use since `reset_peak_memory`, in bytes.
 
-    It is the accelerator's where there is one, else that of this process.
+    It is the memory of the accelerator, or of this process if there is no accelerator.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
@@ -30,11 +30,11 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory() -> None:
-    """Measure from here, so that several runs in one process each get a peak of their own."""
+    """Begins a new measurement, so that each of several runs in one process has its own peak."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; Linux only
 
 
 def describe(device: torch.device) -> str:
@@ -43,7 +43,7 @@ def describe(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide a result."""
+    """Versions of Python and of the packages that results depend on."""
     packages = ("fiducial", "torch", "transformers")
     return {"python": platform.python_version(), **{p: version(p) for p in packages}}
 

@@ -1,6 +1,4 @@
-"""Metrics of a step, added up over micro-batches and processes and divided once by the global
-count.
-"""
+"""Metrics of a step: sums over micro-batches and processes, divided once by the global count."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from .processes import Processes
 
 
 class Meter:
-    """Sums with the count they are divided by; names that end in `/max` are maxima."""
+    """Sums of metrics, each with its count. Metrics whose names end in `/max` are maxima."""
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
@@ -21,7 +19,7 @@ class Meter:
         self._counts: dict[str, float] = {}
 
     def add(self, sums: Mapping[str, Tensor], count: float) -> None:
-        """Add a micro-batch: sums over `count` tokens, rows or pairs."""
+        """Adds the sums of a micro-batch over `count` tokens, rows or pairs."""
         for name, value in sums.items():
             value = value.detach().double()
             if name.endswith("/max"):
@@ -33,7 +31,7 @@ class Meter:
                 self._counts[name] = self._counts.get(name, 0.0) + count
 
     def take(self) -> dict[str, float]:
-        """Means (and maxima) over all processes; empties the meter."""
+        """Means (or maxima) over all processes. The meter is then empty."""
         mine = {name: (float(v), self._counts.get(name)) for name, v in self._sums.items()}
         self._sums, self._counts = {}, {}
         out: dict[str, float] = {}

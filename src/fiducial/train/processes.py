@@ -1,4 +1,4 @@
-"""The processes of one run, through Accelerate. One process is the case of a world of size one: no
+"""The processes of one run, through Accelerate. A single process is a group of size one and has no
 code path of its own.
 """
 
@@ -23,8 +23,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch of this process. `weight` is 0 for one that only keeps step with the other
-    processes; its rows are then a filler.
+    """A micro-batch of this process.
+
+    `weight` is 0 if this process has no rows left and only takes part in the collectives. Its row
+    is then a filler that must not count.
     """
 
     rows: list[int]
@@ -32,7 +34,7 @@ class Micro:
 
 
 class Processes:
-    """What a method needs of a process group: who am I, my share, sums over all."""
+    """What a method needs from its process group: the index and share of this process, and sums."""
 
     def __init__(self, timeout_minutes: float = 10.0) -> None:
         self.dirty = False  # an optimizer has stepped since the last recorded step
@@ -58,44 +60,43 @@ class Processes:
         return device
 
     def plan(self, costs: Sequence[Sequence[int]], tokens: int) -> list[Micro]:
-        """This process's micro-batches of a step whose elements have the given sequence lengths; as
-        many on every process.
+        """This process's micro-batches of a step; every process has the same number of them.
+
+        Args:
+            costs: for each element of the step the lengths of its sequences.
+            tokens: padded tokens per micro-batch.
         """
         mine = micro_batches(costs, tokens, self.count)[self.index]
         return [Micro(rows or [0], 1.0 if rows else 0.0) for rows in mine]
 
     def sum(self, x: Tensor) -> Tensor:
-        """Element-wise sum over the processes. With rows that one process each has filled and zeros
-        elsewhere it puts a batch together.
+        """Element-wise sum over the processes.
+
+        It also joins a batch in which each row was filled by one process and is 0 on the others.
         """
         return (
             x if self.count == 1 else self.accelerator.reduce(x.to(self.device), "sum").to(x.device)
         )
 
     def gather(self, items: list[T]) -> list[T]:
-        """The lists of all processes, joined in their order."""
+        """The lists of all processes, joined in the order of the processes."""
         return items if self.count == 1 else gather_object(items)
 
     def share(self, n: int) -> range:
-        """The numbers below n that are this process's."""
+        """The numbers below n that belong to this process."""
         return range(self.index, n, self.count)
 
     def wait(self) -> None:
+        """Waits until every process has come here."""
         self.accelerator.wait_for_everyone()
 
     def any(self, flag: bool) -> bool:
-        """True if it is on any process."""
+        """Whether the flag is true on any process."""
         return (
             flag
             if self.count == 1
             else bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
         )
-
-    @contextlib.contextmanager
-    def first(self) -> Iterator[None]:
-        """The main process goes through the block before the others."""
-        with self.accelerator.main_process_first():
-            yield
 
     def map_rows(
         self,
@@ -105,17 +106,19 @@ class Processes:
         compute: Callable[[list[int]], tuple[Tensor, ...]],
         title: str | None = None,
     ) -> tuple[Tensor, ...]:
-        """`compute(rows)` for all rows, without gradients, cut into micro-batches and shared by the processes.
+        """The results of `compute` for all rows, in micro-batches that the processes share.
 
         Args:
-            costs: lengths of each row's sequences.
-            width: of the results' second dimension, [rows, width]; None for results [rows].
-                `compute` may return narrower ones.
-            compute: row numbers -> values [rows, at most width] or [rows], in nats, tokens, scores.
-            title: what to call it on the screen; None shows nothing.
+            costs: the lengths of each row's sequences.
+            tokens: padded tokens per micro-batch.
+            width: the second dimension of the results, [rows, width]; None for results [rows].
+            compute: takes row numbers and returns tensors [rows, at most width] or [rows]. It runs
+                without gradients.
+            title: the title of the progress bar; None shows no bar.
 
         Returns:
-            The values of all rows, on the CPU, on every process; what was not computed is 0.
+            The tensors for all rows, on the CPU of every process. Columns that `compute` did not
+            return are 0.
         """
         n = len(costs)
         outs: list[Tensor] = []
@@ -142,7 +145,7 @@ class Processes:
 
 
 def accumulate(items: Iterable[T], processes: Processes, *modules: Any) -> Iterator[T]:
-    """Micro-batches of one step; gradients cross the processes with the last one only."""
+    """Yields the micro-batches of one step; gradients are exchanged with the last one only."""
     items = list(items)
     for i, item in enumerate(items):
         with contextlib.ExitStack() as stack:

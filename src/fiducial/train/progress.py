@@ -1,6 +1,4 @@
-"""What a person sees while a run goes on: a bar with the time left in a terminal, plain lines
-elsewhere.
-"""
+"""What is shown during a run: a bar with the time left in a terminal, and else plain lines."""
 
 from __future__ import annotations
 
@@ -13,7 +11,12 @@ LINE_SECONDS = 15.0
 
 
 class Progress:
-    """`with Progress("dpo", total) as p: p.advance({...})`. Silent on all processes but the first."""
+    """A progress bar: `with Progress("dpo", total) as bar: bar.advance({"loss": 0.5})`.
+
+    Args:
+        start: how much was already done before, in a run that is resumed.
+        show: false shows nothing, as on all processes but the main one.
+    """
 
     def __init__(self, title: str, total: int, *, start: int = 0, show: bool = True) -> None:
         self.title, self.total, self.done, self.first, self.show = title, total, start, start, show
@@ -49,7 +52,7 @@ class Progress:
         return self
 
     def advance(self, metrics: Mapping[str, float] | None = None, by: int = 1) -> None:
-        """`by` more are done; a few numbers to show beside."""
+        """Moves the bar by `by`, and shows a few numbers beside it."""
         self.done += by
         numbers = "  ".join(f"{k} {v:.4g}" for k, v in (metrics or {}).items())
         if self.live:
@@ -76,5 +79,5 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """One line to the terminal, beside any bar."""
+    """Prints one line to the terminal."""
     print(text, file=sys.stderr, flush=True)

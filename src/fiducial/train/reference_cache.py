@@ -1,5 +1,5 @@
-"""Log-probabilities of the reference, computed once and kept on disk under a hash of model, data
-and rendering.
+"""Log-probabilities of the reference, computed once and kept on disk under a hash of the model, the
+data and the rendering.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 
 
 def folder() -> Path:
-    """FIDUCIAL_CACHE, or `fiducial` in the user's cache folder."""
+    """The folder named by FIDUCIAL_CACHE, or else `fiducial` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("FIDUCIAL_CACHE") or Path(base) / "fiducial")
 
 
 @torch.no_grad()
 def fingerprint(policy: Policy, rows: Any) -> str:
-    """SHA-256 over the configuration, every weight (adapters aside, for they are off in a
-    reference) and the token ids and masks themselves.
+    """SHA-256 of the model's configuration and weights, and of the token ids and masks in `rows`.
+
+    The weights of adapters are left out, because a reference is computed without them.
     """
     config = plain(policy.lm).config.to_dict()
     settings = {
@@ -50,8 +51,9 @@ def fingerprint(policy: Policy, rows: Any) -> str:
 
 
 def cached(key: str, compute: Callable[[], Tensor], processes: Processes) -> Tensor:
-    """The tensor stored under `key`, or computed and stored. A folder that cannot be written costs
-    the cache, not the run.
+    """The tensor stored under `key`, or else computed and stored.
+
+    If the folder cannot be written, the tensor is not stored and the run goes on.
     """
     path = folder() / f"reference-{key}.safetensors"
     stored = _read(path)
@@ -71,7 +73,7 @@ def cached(key: str, compute: Callable[[], Tensor], processes: Processes) -> Ten
 
 
 def _read(path: Path) -> Tensor | None:
-    """The stored tensor, or None where there is none or a byte of it has changed."""
+    """The stored tensor, or None if there is none or a byte of it has changed."""
     try:
         with safe_open(path, "pt") as file:
             value: Tensor = file.get_tensor("logprobs")

@@ -1,4 +1,4 @@
-"""The renderer of a model: its tokenizer with the limits of its context."""
+"""The renderer of a model: its tokenizer, limited to its context."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..settings import RowSettings
 
 
 def load_renderer(name: str, rows: RowSettings, *, flag: str = "--model") -> Renderer:
-    """The tokenizer of a model folder or Hub name, with the limits of the model.
+    """The renderer for the model in a folder or on the Hub.
 
     Raises:
-        InputError: there is no tokenizer, the EOS token is unknown, or max_length exceeds the
+        InputError: there is no tokenizer, it has no such EOS token, or `max_length` exceeds the
             model's context.
     """
     tokenizer = load_tokenizer(name, flag=flag)
@@ -20,12 +20,14 @@ def load_renderer(name: str, rows: RowSettings, *, flag: str = "--model") -> Ren
     if rows.eos_token is not None:
         if tokenizer.convert_tokens_to_ids(rows.eos_token) in (None, tokenizer.unk_token_id):
             raise InputError(
-                f"--rows.eos-token: the tokenizer of {name} has no token {rows.eos_token!r}"
+                f"--rows.eos-token: the tokenizer of {name} has no token {rows.eos_token!r}; "
+                "name one of its tokens"
             )
         tokenizer.eos_token = rows.eos_token
     limit = context(load_config(name, flag=flag))
     if rows.max_length is not None and rows.max_length > limit:
         raise InputError(
-            f"--rows.max-length: {rows.max_length} exceeds the context of {name}, {limit} tokens"
+            f"--rows.max-length: {rows.max_length} exceeds the context of {name}, {limit} tokens; "
+            f"give at most {limit}"
         )
     return Renderer(tokenizer, rows.max_length or limit, rows.on_long, rows.train_on)

@@ -10,21 +10,22 @@ import yaml
 from ..errors import InputError
 
 FREE = {"steps", "epochs", "resume", "out", "run"}
-"""Settings that may differ when a run is resumed, because they do not change what was computed;
-`run.precision` does, and may not.
+"""Settings that may differ when a run is resumed, because no result depends on them. The exception
+is `run.precision`, which may not differ.
 """
 OF_COMMAND = {"resume", "out"}
-"""Settings that say something about one command, not about the run."""
+"""Settings that belong to one command and not to the run."""
 
 
 def changed_settings(folder: Path, method: str, config: str) -> dict[str, Any]:
-    """The free settings that differ from those of the run in `folder`, with both values.
+    """The settings that differ from those of the run in `folder`, with their old and new values.
 
     Args:
-        config: the settings of now, as config.yaml would have them.
+        config: the present settings, as text of a config.yaml.
 
     Raises:
-        InputError: the folder holds no run or another method's, or settings differ that may not.
+        InputError: the folder holds no run or a run of another method, or settings differ that may
+            not.
     """
     path = folder / "config.yaml"
     if not path.is_file():

@@ -1,5 +1,5 @@
-"""One optimizer step: accumulate, check, clip, update. The learning rate is a function of the step
-number, so there is no scheduler to save.
+"""One optimizer step: accumulate, check, clip and update. The learning rate is a function of the
+step number, so no scheduler has to be saved.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .processes import Processes
 
 
 def learning_rate(step: int, total: int, peak: float, settings: OptimizerSettings) -> float:
-    """The rate of step `step` (from 0) of `total`."""
+    """The learning rate of step `step` (counted from 0) of `total`."""
     if step < settings.warmup_steps:
         return peak * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
@@ -28,8 +28,9 @@ def learning_rate(step: int, total: int, peak: float, settings: OptimizerSetting
 
 
 class Stepper:
-    """A module and its optimizer. Call the module through `stepper.module`, so that gradients cross
-    the processes.
+    """A module and its optimizer.
+
+    The module must be called as `stepper.module`, so that gradients are summed over the processes.
     """
 
     def __init__(
@@ -54,18 +55,21 @@ class Stepper:
         self.peak, self.settings, self.total, self.processes = peak, settings, total, processes
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch's share of the loss: its sum over the global count.
+        """Adds the gradient of a micro-batch's part of the loss: its sum over the global count.
 
-        The launcher's wrappers average gradients over processes where a sum is wanted, hence the
-        factor.
+        Wrapped modules average gradients over the processes. The loss is multiplied by the number
+        of processes, so that the average becomes the sum.
         """
         self.processes.accelerator.backward(loss * self.processes.count)
 
     def step(self, number: int) -> dict[str, float]:
-        """Update the weights; the gradient's norm before clipping and the rate.
+        """Updates the weights.
+
+        Returns:
+            the norm of the gradient before clipping, and the learning rate.
 
         Raises:
-            RunError: the gradient is not finite. The weights are as they were.
+            RunError: the gradient is not finite. The weights are unchanged.
         """
         lr = learning_rate(number, self.total, self.peak, self.settings)
         for group in self.optimizer.param_groups:
@@ -83,7 +87,8 @@ class Stepper:
             ]
             raise RunError(
                 f"the gradient is not finite in {len(bad)} tensors, first "
-                f"{bad[0] if bad else 'none'}: lower --learning-rate, or look for the row"
+                f"{bad[0] if bad else 'none'}: lower --learning-rate, or look for a faulty row "
+                "among those of this step"
             )
         self.processes.dirty = True
         self.optimizer.step()

@@ -1,6 +1,6 @@
 """Best of n: sample n responses for each answer and keep the one with the highest score.
 
-Nothing is trained, and how far it moves from the model is known.
+Nothing is trained, and a bound on the KL divergence from the model is known.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from ..train.processes import Processes
 
 
 def best_rows(scores: Sequence[float], n: int) -> list[int]:
-    """Of each n scores in a row the place of the highest; of equal ones the first drawn, so that
-    among them the model's own proportions stay.
+    """For each n consecutive scores the place of the highest.
+
+    Among equal scores the first drawn wins, which keeps the model's own proportions among them.
     """
     return [
         max(range(start, start + n), key=scores.__getitem__) for start in range(0, len(scores), n)
@@ -31,7 +32,7 @@ def best_rows(scores: Sequence[float], n: int) -> list[int]:
 
 @dataclass
 class BestOf:
-    """Keeps the best of n by a score, and remembers the scores of all that were drawn."""
+    """Keeps the best of each n responses, and the scores of all that were drawn."""
 
     n: int
     name: str
@@ -40,7 +41,7 @@ class BestOf:
     drawn: list[float] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
-    """The prompt's number of each that was kept."""
+    """The number of the prompt of each response that was kept."""
 
     @staticmethod
     def open(
@@ -50,11 +51,11 @@ class BestOf:
         temperature: float,
         processes: Processes,
     ) -> BestOf | None:
-        """What --best-of, --score and --aggregate ask for; None where none of them is given.
+        """The choice that --best-of, --score and --aggregate ask for; None if none is given.
 
         Raises:
-            InputError: one is given without the other, the score only compares, or the n would all
-                be the same.
+            InputError: one of the settings needs another, the score only compares responses, or all
+                n responses would be the same.
         """
         if n is None and score is None and aggregate is None:
             return None
@@ -63,27 +64,31 @@ class BestOf:
             raise InputError(f"{flag} needs --score, by which the best is chosen: {FORMS}")
         if n is None:
             raise InputError(
-                "--score chooses the best of several and needs --best-of N: how many are drawn for "
-                "each answer"
+                "--score chooses the best of several responses and needs --best-of N, the number "
+                "drawn for each answer"
             )
         if n > 1 and temperature == 0:
             raise InputError(
-                f"--best-of {n} with --temperature 0: all {n} would be the one most likely "
-                "response; sample, at --temperature 1 say"
+                f"--best-of {n} with --temperature 0: all {n} responses would be the same, the "
+                "most likely one; give a temperature above 0, such as --temperature 1"
             )
         scorer = load_reward(score, RunSettings(), processes, "--score", aggregate)
         return BestOf(n, score, scorer, temperature)
 
     def keep(self, numbers: list[int], responses: Responses) -> tuple[list[int], Responses]:
-        """The best of each n responses in a row; their scores are the last of `kept`.
+        """The best of each n consecutive responses. Their scores are added to `kept`.
+
+        Args:
+            numbers: for each response the number of its prompt.
 
         Raises:
-            RunError: a score is no finite number.
+            RunError: a score is not finite.
         """
         scores = self.scorer.score(responses).scores
         if any(not math.isfinite(s) for s in scores):
             raise RunError(
-                f"{self.name} gave a score that is not finite: there is no best among such"
+                f"{self.name} gave a score that is not finite, so there is no best response: mend "
+                "the reward, or give another one with --score"
             )
         best = best_rows(scores, self.n)
         self.drawn += scores
@@ -92,7 +97,7 @@ class BestOf:
         return chosen, responses.take(best)
 
     def means(self) -> dict[str, dict[str, float]]:
-        """Mean score with its interval, of all that were drawn and of those that were kept."""
+        """The mean score, with its interval, of all responses drawn and of those kept."""
         return {
             "drawn_score": intervals.mean(
                 self.drawn, [p for p in self.prompts for _ in range(self.n)]
@@ -101,7 +106,7 @@ class BestOf:
         }
 
     def bound(self) -> str:
-        """The KL that the choice costs, as a clause."""
+        """The bound on the KL divergence from the model, as a clause."""
         at = "" if self.temperature == 1 else f" at temperature {self.temperature:g}"
         return (
             f"the best of {self.n} is at most {kl_bound(self.n):.3g} nats per response from the "
@@ -109,7 +114,7 @@ class BestOf:
         )
 
     def summary(self) -> str:
-        """One line for the terminal."""
+        """The mean scores and the bound, as one line for the terminal."""
 
         def shown(m: dict[str, Any]) -> str:
             return f"{m['value']:.4g} [{m['low']:.4g}, {m['high']:.4g}]"

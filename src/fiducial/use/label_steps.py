@@ -101,8 +101,8 @@ def label_steps(settings: LabelSteps) -> dict[str, Any]:
             f"label-steps: {counts['steps']:,} steps of {counts['responses']:,} responses to "
             f"{counts['prompts']:,} prompts in {out}{left if unsplit else ''}; "
             f"{counts['recoverable'] / counts['steps']:.1%} are labeled right: from there the "
-            f"model ended right at least once in {settings.completions} completions, so right means "
-            "recoverable, not valid"
+            f"model ended right at least once in {settings.completions} completions, so right "
+            "means recoverable, not valid"
         )
     return counts
 

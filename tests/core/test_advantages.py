@@ -1,0 +1,56 @@
+"""Generalized advantage estimation, against numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fiducial.core.advantages import gae
+
+NAN, INF = math.nan, math.inf
+
+
+def tensor(x, dtype=torch.float64) -> torch.Tensor:
+    return torch.tensor(x, dtype=dtype)
+
+
+def noisy(seed: int = 0, rows: int = 4, width: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values with NaN and infinities where the mask is false, and the mask."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((rows, width)) < 0.6
+    mask[0, 0], mask[1] = True, False
+    x = rng.normal(loc=3, scale=2, size=(rows, width))
+    x[~mask] = rng.choice([NAN, INF, -INF], size=(~mask).sum())
+    return tensor(x), torch.tensor(mask)
+
+
+def test_advantages_by_hand():
+    # deltas 1 + 2 - 1 = 2, 0 + 4 - 2 = 2, 5 + 0 - 4 = 1; with gamma 1, lambda 1/2: 1, 2 + 1/2, 2 +
+    # 5/4
+    advantages, returns = gae(
+        tensor([[1.0, 0.0, 5.0]]), tensor([[1.0, 2.0, 4.0]]), torch.ones(1, 3), gamma=1.0, lam=0.5
+    )
+    assert advantages[0].tolist() == [3.25, 2.5, 1.0]
+    assert returns[0].tolist() == [4.25, 4.5, 5.0]
+
+
+def test_advantages_keep_their_rows_and_their_type_and_do_not_touch_their_inputs():
+    x, mask = noisy()
+    v = x.flip(1).nan_to_num(0, 0, 0)
+    before = x.clone(), v.clone()
+    advantages, _ = gae(x, v, mask)
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(
+        gae(x[order], v[order], mask[order])[0], advantages[order], rtol=0, atol=0
+    )
+    wide = gae(*(F.pad(t, (2, 3), value=NAN) for t in (x, v)), F.pad(mask, (2, 3)))[0]
+    torch.testing.assert_close(wide[:, 2:-3], advantages, rtol=0, atol=0)
+    torch.testing.assert_close((x, v), before, equal_nan=True)
+    assert gae(x.float(), v.float(), mask)[0].dtype == torch.float32
+
+
+def test_advantages_of_shapes_that_would_broadcast_are_refused():
+    with pytest.raises(ValueError, match="broadcast"):
+        gae(torch.ones(2, 3), torch.ones(2, 1), torch.ones(2, 3))
