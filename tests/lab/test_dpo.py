@@ -48,15 +48,6 @@ def test_a_table_ends_within_a_hundredth_of_the_optimum(short_epochs, tmp_path, 
     assert found.result.relative_gap < 0.001
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_transformer_ends_within_a_twentieth_of_the_optimum(folders, tmp_path, seed):
-    found = run(
-        Plan("dpo", "transformer", 1e-3, 1500, seed=seed, points=2), folders[seed], tmp_path / "run"
-    )
-    assert found.result.path[0].total_variation > 0.4
-    assert found.result.total_variation < 0.05
-
-
 def test_labels_that_no_reward_explains_lead_elsewhere(tmp_path):
     world, model = policies.mild(0)
     folder = write_world(
