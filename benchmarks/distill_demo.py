@@ -221,7 +221,7 @@ def table(teacher: Path, students: dict[str, Path], renderer: Any, seed: int) ->
         return f"{found['value']:.4f} ± {(found['high'] - found['low']) / 2:.4f}"
 
     print(
-        f"\nnats a token, {len(told)} responses to held-out prompts\n{'student':<10}"
+        f"\nnats per token, {len(told)} responses to held-out prompts\n{'student':<10}"
         f"{'own samples: student':>24}{'teacher':>20}{'KL':>20}{'off':>8}   "
         f"{'demonstrations: student':>24}{'teacher':>20}{'off':>8}"
     )

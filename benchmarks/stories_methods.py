@@ -132,7 +132,7 @@ def main() -> None:
         rows = Path(folder) / "prompts.jsonl"
         rows.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
         print(
-            f"{'':<24} reward                 KL, nats a response    responses sampled   training"
+            f"{'':<24} reward                 KL, nats per response   responses sampled   training"
         )
         for name in arguments.only:
             out = Path(folder) / name.replace(" ", "-")
