@@ -21,7 +21,7 @@ from fiducial.lab.worlds import exact, policies
 from fiducial.lab.worlds.files import write_rows, write_world
 from fiducial.metrics import known
 from fiducial.models.load import load_policy, load_teacher
-from fiducial.models.roles import plain
+from fiducial.models.trunk import plain
 from fiducial.report.answer import answer
 from fiducial.report.folder import read_run
 from fiducial.settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings

@@ -19,9 +19,9 @@ from fiducial.models.load import (
     load_scorer,
     load_tokenizer,
 )
-from fiducial.models.roles import plain
 from fiducial.models.save import pick_pad_token, save
 from fiducial.models.scores import ScoreFacts
+from fiducial.models.trunk import plain
 from fiducial.rollout.local import local_sampler
 from fiducial.rollout.sampling import SamplingParams, sampling_params, stop_id
 from fiducial.settings import LoraSettings, RowSettings, RunSettings

@@ -31,13 +31,14 @@ from .. import losses
 from ..core import intervals
 from ..core.reductions import select
 from ..data.batches import stream
+from ..data.elements import Elements, RowFormat, read
 from ..data.prepare import text_of
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..models.load import load_policy, load_teacher
 from ..models.roles import Roles, TokenOutputs
 from ..models.save import save
-from ..rollout.local import local_sampler
+from ..rollout.agreement import check_online
 from ..rollout.samples import show_samples
 from ..rollout.sampling import (
     Keys,
@@ -54,7 +55,7 @@ from ..train.progress import say
 from ..train.renderer import load_renderer
 from ..train.step import Stepper
 from .settings.distill import Distill
-from .setup import Elements, RowFormat, check_names, read
+from .setup import check_names, notes
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,9 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
 
     check_names(settings)
     renderer = load_renderer(settings.model, settings.rows)
-    rows = RowFormat[list[int]]((PromptRow,), render, lambda row: text_of(row.prompt))
+    rows = RowFormat[list[int]](
+        (PromptRow,), render, lambda row: text_of(row.prompt), lambda ids: [ids]
+    )
     train, held_out, note = read(settings.data, settings.rows, rows, renderer, settings.seed)
     policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
     policy = policy.to(processes.device)
@@ -182,7 +185,10 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
     )
     roles = Roles(policy=policy, teacher=teacher.to(processes.device))
     params = sampling_params(renderer, settings.max_new_tokens, settings.temperature, settings.stop)
-    return Ready(renderer, train, held_out, roles, sampler or local_sampler(policy), params, note)
+    names = {"model": settings.model, "teacher": settings.teacher}
+    prompts = train.items + held_out.items
+    sampler, checked = check_online(roles, prompts, params, sampler, names)
+    return Ready(renderer, train, held_out, roles, sampler, params, notes(note, checked))
 
 
 def announce(ready: Ready, settings: Distill, run: Run[None]) -> None:
@@ -203,6 +209,7 @@ def answers(ready: Ready, settings: Distill, run: Run[None]) -> list[dict[str, A
         run.processes,
         seed=settings.seed,
         params=ready.params,
+        sampler=ready.sampler,
     )
 
 

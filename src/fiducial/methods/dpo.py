@@ -20,6 +20,7 @@ from ..core import intervals
 from ..core.reductions import select
 from ..core.shared_prefix import SharedPrefix, common_length, shared_prefix
 from ..data.batches import pad
+from ..data.elements import RowFormat
 from ..data.prepare import text_of
 from ..data.render import Rendered, Renderer
 from ..data.row_types import PreferenceRow
@@ -33,7 +34,7 @@ from ..train.progress import say
 from ..train.reference_cache import cached, fingerprint
 from ..train.step import Stepper
 from .settings.dpo import DPO
-from .setup import Prepared, RowFormat, prepare_offline
+from .setup import Prepared, prepare_offline
 
 
 class Pair(NamedTuple):
@@ -114,7 +115,12 @@ def prepare(settings: DPO, processes: Processes, skipped: Path | None = None) ->
             renderer.completion(row.prompt, row.rejected, row.where),
         )
 
-    rows = RowFormat[Pair]((PreferenceRow,), render, lambda row: text_of(row.prompt))
+    rows = RowFormat[Pair](
+        (PreferenceRow,),
+        render,
+        lambda row: text_of(row.prompt),
+        lambda pair: [pair.chosen.ids, pair.rejected.ids],
+    )
     return prepare_offline(settings, processes, rows, skipped=skipped)
 
 

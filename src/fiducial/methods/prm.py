@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import losses
 from ..core import intervals
 from ..data.batches import pad
+from ..data.elements import RowFormat
 from ..data.prepare import text_of
 from ..data.render import Rendered, Renderer
 from ..data.row_types import LabeledRow, StepsRow
@@ -35,7 +36,7 @@ from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from ..train.step import Stepper
 from .settings.prm import PRM
-from .setup import Prepared, RowFormat, prepare_offline
+from .setup import Prepared, prepare_offline
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def prepare(settings: PRM, processes: Processes, skipped: Path | None = None) ->
     def key(row: StepsRow | LabeledRow) -> str:
         return text_of(row.prompt)
 
-    rows = RowFormat[Solution]((StepsRow, LabeledRow), render, key)
+    rows = RowFormat[Solution]((StepsRow, LabeledRow), render, key, lambda s: [s.rendered.ids])
     return prepare_offline(settings, processes, rows, scorer=True, skipped=skipped)
 
 

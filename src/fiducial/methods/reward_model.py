@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import losses
 from ..core import intervals
 from ..data.batches import pad
+from ..data.elements import RowFormat
 from ..data.prepare import load, text_of
 from ..data.render import Rendered, Renderer
 from ..data.row_types import CompletionRow, PreferenceRow
@@ -30,7 +31,7 @@ from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from ..train.step import Stepper
 from .settings.reward_model import RewardModel
-from .setup import Prepared, RowFormat, prepare_offline
+from .setup import Prepared, prepare_offline
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ def prepare(
     def key(row: PreferenceRow) -> str:
         return text_of(row.prompt)
 
-    rows = RowFormat((PreferenceRow,), render, key, rankings)
+    def ids(ranking: Ranking) -> list[list[int]]:
+        return [r.ids for r in ranking.responses]
+
+    rows = RowFormat((PreferenceRow,), render, key, ids, rankings)
     return prepare_offline(settings, processes, rows, scorer=True, skipped=skipped)
 
 

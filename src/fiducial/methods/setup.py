@@ -7,23 +7,25 @@ InputError for everything that can be known before training.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from ..data.batches import Batches
-from ..data.prepare import load, split
+from ..data.elements import Elements, RowFormat, read
+from ..data.prepare import load
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..data.sources import records
 from ..errors import InputError, RunError
+from ..models.contract import check_roles
 from ..models.load import SHARED, exists, load_policy, load_roles, load_scorer
 from ..models.roles import Roles
 from ..rewards.load import check_names as check_rewards
 from ..rewards.load import load_rewards
 from ..rewards.types import Responses, Scored, Scorer
-from ..rollout.local import local_sampler
+from ..rollout.agreement import check_online
 from ..rollout.samples import show_samples
 from ..rollout.sampling import (
     Keys,
@@ -96,42 +98,6 @@ class OnlineSettings(_Common, Protocol):
 
 
 @dataclass(frozen=True)
-class RowFormat(Generic[T]):
-    """Which rows a method reads, and what it makes of them.
-
-    accept: the formats of rows. render: from a renderer to a function of one row.
-    key: what must not stand in both training and evaluation, usually the prompt.
-    join: from rendered rows and the rows themselves to elements with a key each, for a method whose
-        elements are made of several rows; None: a row is an element.
-    """
-
-    accept: tuple[type, ...]
-    render: Callable[[Renderer], Callable[[Any], Any]]
-    key: Callable[[Any], str]
-    join: Callable[[list[Any], list[Any]], tuple[list[str], list[T]]] | None = None
-
-
-@dataclass(frozen=True)
-class Elements(Generic[T]):
-    """Elements to train on or to evaluate with: what was rendered, their keys, and their rows.
-
-    `rows` has one row per element, or is empty where elements are made of several rows.
-    """
-
-    items: list[T]
-    keys: list[str]
-    rows: list[Any]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def take(self, numbers: Sequence[int]) -> Elements[T]:
-        """Only these elements, in this order."""
-        rows = [self.rows[i] for i in numbers] if self.rows else []
-        return Elements([self.items[i] for i in numbers], [self.keys[i] for i in numbers], rows)
-
-
-@dataclass(frozen=True)
 class Prepared(Generic[T]):
     """What a method that learns from rows needs for its loop.
 
@@ -197,6 +163,7 @@ class PreparedOnline:
             seed=self.seed,
             params=self.params,
             score=score,
+            sampler=self.sampler,
         )
 
 
@@ -235,9 +202,11 @@ def prepare_offline(
     else:
         policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
         roles = Roles(policy=policy.to(processes.device))
+    sequences = [ids for item in [*train.items, *held_out.items] for ids in rows.ids(item)]
+    checked = check_roles(roles, sequences, max(map(len, sequences)), {"model": settings.model})
     batches = Batches(len(train), settings.batch_size, settings.seed)
     total = settings.steps or max(1, round(settings.epochs * batches.per_epoch))
-    return Prepared(renderer, train, held_out, roles, batches, total, note)
+    return Prepared(renderer, train, held_out, roles, batches, total, notes(note, checked))
 
 
 def prepare_online(
@@ -281,19 +250,32 @@ def prepare_online(
         critic=None if critic is None else start,
         seed=settings.seed,
     )
+    params = sampling_params(renderer, settings.max_new_tokens, settings.temperature, settings.stop)
+    sampler, checked = check_online(
+        roles,
+        prompts,
+        params,
+        sampler,
+        {"model": settings.model, "critic": settings.model if start in (None, SHARED) else start},
+    )
     return PreparedOnline(
         renderer,
         rows,
         prompts,
         roles,
-        sampler or local_sampler(roles.policy),
-        sampling_params(renderer, settings.max_new_tokens, settings.temperature, settings.stop),
+        sampler,
+        params,
         rewards,
         processes,
         settings.seed,
         settings.run.samples,
-        note,
+        notes(note, checked),
     )
+
+
+def notes(note: str, checked: str) -> str:
+    """What is said at the beginning of a run: rows that were skipped, and what was checked."""
+    return "; ".join(part for part in (note, f"checked: {checked}") if part)
 
 
 def check_names(settings: _Common) -> None:
@@ -320,36 +302,6 @@ def _sources(settings: Any) -> Iterator[tuple[str, str]]:
             value = getattr(value, part, None)
         if value is not None:
             yield f"--{name.replace('_', '-')}", value
-
-
-def read(
-    source: str,
-    settings: RowSettings,
-    rows: RowFormat[T],
-    renderer: Renderer,
-    seed: int,
-    skipped: Path | None = None,
-) -> tuple[Elements[T], Elements[T], str]:
-    """Rendered elements for training and for evaluation, with no key in both; and a note.
-
-    Raises:
-        InputError: a row cannot be used, with its file:line.
-    """
-
-    def elements(name: str, file: Path | None) -> tuple[Elements[T], str]:
-        rendered, kept, note = load(
-            name, settings, rows.accept, rows.render(renderer), skipped=file
-        )
-        if rows.join is None:
-            return Elements(rendered, [rows.key(r) for r in kept], kept), note
-        keys, items = rows.join(rendered, kept)
-        return Elements(items, keys, []), note
-
-    train, note = elements(source, skipped)
-    if settings.eval_data:
-        return train, elements(settings.eval_data, None)[0], note
-    here, there = split(train.keys, settings.held_out, seed)
-    return train.take(here), train.take(there), note
 
 
 def read_prompts(

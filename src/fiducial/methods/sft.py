@@ -12,6 +12,7 @@ import torch
 
 from .. import losses
 from ..data.batches import pad
+from ..data.elements import RowFormat
 from ..data.language import LANGUAGE_ROWS, language_prompt, language_rows
 from ..data.render import Rendered
 from ..data.row_types import ChatRow, CompletionRow, TextRow
@@ -24,7 +25,7 @@ from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from ..train.step import Stepper
 from .settings.sft import SFT
-from .setup import Prepared, RowFormat, prepare_offline
+from .setup import Prepared, prepare_offline
 
 
 def sft(settings: SFT) -> Run[None]:
@@ -71,7 +72,7 @@ def prepare(settings: SFT, processes: Processes, skipped: Path | None = None) ->
     Raises:
         InputError: a row or the model cannot be used.
     """
-    rows = RowFormat[Rendered](LANGUAGE_ROWS, language_rows, _key)
+    rows = RowFormat[Rendered](LANGUAGE_ROWS, language_rows, _key, lambda row: [row.ids])
     return prepare_offline(settings, processes, rows, skipped=skipped)
 
 

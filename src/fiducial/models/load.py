@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,20 @@ from ..errors import InputError
 from ..names import check_name
 from ..settings import LoraSettings, RunSettings
 from . import tabular as tabular  # registers its architecture, so that its folders load too
-from .roles import Policy, Reference, Roles, ScoreModel, plain
+from .roles import Policy, Reference, Roles, ScoreModel
 from .scores import ScoreFacts
+from .trunk import context, plain
+from .weights import adapters_merged, check_adapter, pretrained
 
 hf_logging.disable_progress_bar()
 hf_logging.set_verbosity_error()  # it would warn about a new head, which is meant to be new
 
 SHARED = "shared"
 """In place of a critic's folder: a value head on the policy's own trunk."""
+
+
+HEADS = ("score.", "classifier.", "classification_head.", "pre_classifier.", "dense.")
+"""Beginnings of the names of a new scalar head."""
 
 
 def load_tokenizer(name: str, *, flag: str = "--model") -> Any:
@@ -120,15 +127,22 @@ def load_policy(
     """
     model, on_disk = _pretrained(AutoModelForCausalLM, name, flag)
     _check_vocabulary(model, tokenizer, name)
-    policy = Policy(_prepare(model, lora, run, "CAUSAL_LM"), _precision(run), base_on_disk=on_disk)
-    _check_head(policy, name)
-    return policy
+    return Policy(_prepare(model, lora, run, "CAUSAL_LM"), _precision(run), base_on_disk=on_disk)
 
 
 def load_frozen(name: str, run: RunSettings, *, flag: str = "--model") -> Policy:
-    """A causal language model that is never trained, with weights in the precision of the run."""
+    """A causal language model that is never trained, and computes exactly as the policy does.
+
+    In bfloat16 only the weights that are multiplied in bfloat16 anyway are kept in it. Rounding
+    embeddings and norms too would make the KL to an equal policy differ from 0.
+    """
     own = load_policy(name, LoraSettings(), run, flag=flag).requires_grad_(False)
-    return own.to(torch.bfloat16) if run.precision == "bfloat16" else own
+    if run.precision == "bfloat16":
+        tied = plain(own.lm).get_input_embeddings().weight
+        for module in own.modules():
+            if isinstance(module, nn.Linear) and module.weight is not tied:
+                module.to(torch.bfloat16)
+    return own
 
 
 def load_teacher(
@@ -205,7 +219,10 @@ def load_scorer(
             "sequence classifier with one label"
         )
     try:
-        model, _ = _pretrained(AutoModelForSequenceClassification, name, flag, num_labels=1)
+        new = () if has_head else HEADS
+        model, _ = _pretrained(
+            AutoModelForSequenceClassification, name, flag, new=new, num_labels=1
+        )
     except InputError:
         raise
     except Exception as error:
@@ -234,19 +251,13 @@ def load_scorer(
     return ScoreModel(_prepare(model, lora, run, "SEQ_CLS"), _precision(run), facts)
 
 
-def context(config: Any) -> int:
-    """Number of positions that the model has."""
-    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
-        if isinstance(value := getattr(config, name, None), int):
-            return value
-    return 2**30
-
-
 def _precision(run: RunSettings) -> torch.dtype | None:
     return torch.bfloat16 if run.precision == "bfloat16" else None
 
 
-def _pretrained(auto: Any, name: str, flag: str, **keywords: Any) -> tuple[Any, bool]:
+def _pretrained(
+    auto: Any, name: str, flag: str, *, new: Sequence[str] = (), **keywords: Any
+) -> tuple[Any, bool]:
     """The model in float32, and whether a folder holds it as it is."""
     exists(name, flag)
     folder = Path(name)
@@ -261,35 +272,36 @@ def _pretrained(auto: Any, name: str, flag: str, **keywords: Any) -> tuple[Any, 
     options = {"dtype": torch.float32, "use_safetensors": True, **keywords}
     try:
         if (folder / "adapter_config.json").is_file():
-            from peft import PeftConfig, PeftModel
-
-            adapter = PeftConfig.from_pretrained(name)
-            adapter.task_type = None  # the adapter of a policy also fits the trunk of a scorer
-            base = auto.from_pretrained(str(adapter.base_model_name_or_path), **options)
-            return PeftModel.from_pretrained(base, name, config=adapter).merge_and_unload(), False
-        return auto.from_pretrained(name, **options), True
+            return _merged(auto, name, flag, new, options), False
+        return pretrained(auto, name, flag, new=new, **options), True
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"{flag}: {name} cannot be loaded as a model: {_first_line(error)}"
         ) from error
 
 
+def _merged(auto: Any, name: str, flag: str, new: Sequence[str], options: dict[str, Any]) -> Any:
+    """The base of an adapter folder with the adapter added to its weights."""
+    from peft import PeftConfig, PeftModel
+
+    adapter = PeftConfig.from_pretrained(name)
+    adapter.task_type = None  # the adapter of a policy also fits the trunk of a scorer
+    base = pretrained(auto, str(adapter.base_model_name_or_path), flag, new=new, **options)
+    model = PeftModel.from_pretrained(base, name, config=adapter)
+    check_adapter(model, name, flag, unused=("lm_head", "embed_out") if new else ())
+    return adapters_merged(model)
+
+
 def _prepare(model: Any, lora: LoraSettings, run: RunSettings, task: str) -> Any:
     model.config.use_cache = True
-    for module in model.modules():  # dropout would make every forward pass another policy
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    for key in list(vars(model.config)):
-        if key.endswith(("dropout", "pdrop")) and isinstance(getattr(model.config, key), float):
-            setattr(model.config, key, 0.0)
+    _without_noise(model)
     model.eval()
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # transformers checkpoints in training mode only; with every dropout at 0 that mode changes
-        # nothing else
-        for module in model.modules():
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
+        # transformers checkpoints in training mode only; without dropout that mode changes nothing
+        # else, which the contract compares
         model.train()
         if lora.r > 0:
             model.enable_input_require_grads()
@@ -311,6 +323,20 @@ def _prepare(model: Any, lora: LoraSettings, run: RunSettings, task: str) -> Any
     return get_peft_model(model, config)
 
 
+def _without_noise(model: Any) -> None:
+    """Switch off what is random in training mode: dropout would make every forward pass another
+    policy.
+    """
+    noisy = ("dropout", "pdrop", "layerdrop", "jitter_noise", "jitter_eps", "drop_path_rate")
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for owner in (module, getattr(module, "config", None)):
+            for key, value in list(vars(owner).items()) if owner is not None else []:
+                if key.endswith(noisy) and isinstance(value, float):
+                    setattr(owner, key, 0.0)
+
+
 def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     if tokenizer is None:
         return
@@ -320,26 +346,6 @@ def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
         raise InputError(
             f"{name}: the tokenizer has token id {largest} and the model has {rows} embeddings: "
             "they do not belong together"
-        )
-
-
-@torch.no_grad()
-def _check_head(policy: Policy, name: str) -> None:
-    """Compare our log-probabilities with the model's own logits, once.
-
-    An architecture that does something to its logits that is not known here is refused.
-    """
-    model = plain(policy.lm)
-    ids = torch.arange(1, 9)[None] % model.get_input_embeddings().weight.shape[0]
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[:, 0] = False
-    ours = policy(ids, mask).logprobs[:, 1:]
-    theirs = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
-    theirs = theirs.gather(-1, ids[:, 1:, None])[..., 0]
-    if not torch.allclose(ours, theirs, atol=1e-3 if policy.precision is None else 0.2):
-        raise InputError(
-            f"{name}: {type(model).__name__} does something to its logits that is not known here, "
-            "so its log-probabilities would be wrong"
         )
 
 

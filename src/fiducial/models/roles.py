@@ -22,52 +22,7 @@ from ..core.logprobs import chosen_logprobs, compared
 from ..core.reductions import select
 from ..core.shared_prefix import SharedPrefix
 from .scores import ScoreFacts
-
-
-def plain(model: Any) -> Any:
-    """The Hugging Face model itself; with LoRA it is inside the adapters' wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def autocast(precision: torch.dtype | None, device: torch.device) -> Any:
-    """The context in which a forward pass runs; None leaves float32 as it is."""
-    return torch.autocast(device.type, dtype=precision, enabled=precision is not None)
-
-
-def hidden_states(
-    model: Any, ids: Tensor, precision: torch.dtype | None, layout: SharedPrefix | None = None
-) -> Tensor:
-    """Hidden states [B, T, H] of a right-padded batch of `ids` [B, T], before any head.
-
-    Args:
-        layout: given where a row holds several sequences with a common beginning.
-    """
-    if layout is None:
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        attention = {}
-    else:
-        positions, attention = layout.positions, {"attention_mask": layout.attention()}
-    with autocast(precision, ids.device):
-        out: Tensor = (
-            plain(model)
-            .base_model(input_ids=ids, position_ids=positions, use_cache=False, **attention)
-            .last_hidden_state
-        )
-    return out
-
-
-def logits(model: Any, hidden: Tensor, precision: torch.dtype | None) -> Tensor:
-    """Logits [n, V] of hidden states [n, H], with the scaling that the architecture applies."""
-    model = plain(model)
-    with autocast(precision, hidden.device):
-        out: Tensor = model.get_output_embeddings()(hidden)
-    config = model.config
-    if getattr(config, "logit_scale", None) is not None:  # Cohere
-        out = out * config.logit_scale
-    if getattr(config, "logits_scaling", None) is not None:  # Granite
-        out = out / config.logits_scaling
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return out if cap is None else cap * torch.tanh(out / cap)
+from .trunk import accepts, hidden_states, logits, plain, text_config, trunk, windowed
 
 
 class TokenOutputs(NamedTuple):
@@ -116,9 +71,11 @@ class Policy(nn.Module):
         It is tried once on a short row: an architecture that ignores the mask fails the comparison.
         """
         config = plain(self.lm).config
+        body = trunk(self.lm)
         if (
-            getattr(config, "_attn_implementation", None) != "sdpa"
-            or getattr(config, "sliding_window", None) is not None
+            text_config(config)._attn_implementation != "sdpa"
+            or windowed(config)
+            or not (accepts(body, "position_ids") and accepts(body, "attention_mask"))
         ):
             return False
         weight = plain(self.lm).get_input_embeddings().weight
@@ -133,7 +90,10 @@ class Policy(nn.Module):
         ids = torch.tensor([rows[0] + rows[1][3:]], device=device)
         mask = torch.tensor([[False, False, False, True, True, True, True]], device=device)
         with torch.no_grad():
-            together = self(ids, mask, shared_prefix=layout).logprobs[mask]
+            try:
+                together = self(ids, mask, shared_prefix=layout).logprobs[mask]
+            except Exception:  # an architecture that wants its mask in another form
+                return False
             alone = self(torch.tensor(rows, device=device), labels).logprobs[labels]
         tolerance = 1e-4 if self.precision is None else 0.1
         return bool(torch.allclose(together, alone, atol=tolerance))
@@ -307,6 +267,21 @@ class Roles:
         """The frozen model that a student learns from."""
         assert self._teacher is not None, "this run has no teacher"
         return self._teacher
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether a policy is trained, and not a scorer."""
+        return self._policy is not None
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a frozen reference."""
+        return self._reference is not None
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher."""
+        return self._teacher is not None
 
     def trained(self) -> dict[str, nn.Module]:
         """The modules with weights that are trained, by role, in a fixed order."""

@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ..errors import RunError
-from .roles import Policy, ScoreModel, plain
+from .roles import Policy, ScoreModel
+from .trunk import plain
+from .weights import adapters_merged
 
 
 def pick_pad_token(tokenizer: Any, model: Any) -> str | None:
@@ -67,11 +69,6 @@ def save(module: Policy | ScoreModel, tokenizer: Any, path: Path, probe: Tensor)
             f"the model saved in {path} answers differently when it is loaded again: the largest "
             f"difference is {worst:.3g}"
         )
-
-
-def adapters_merged(model: Any) -> Any:
-    """The plain model with its adapters added to the weights."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
 def _compared(module: Policy | ScoreModel, path: Path, probe: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,8 @@
 """Sampling from any causal language model in this process: batched, with a key-value cache, and
 padded on the left.
 
-Each response draws from a random stream of its own, and a token is the inverse of the cumulative
-distribution at the next number of that stream. What is sampled therefore does not depend on the
-rest of the batch, up to rounding. Only the log-probability of the chosen token is kept at each
-step, never the stack of scores.
+Each response draws from a random stream of its own (`draw.py`). Only the log-probability of the
+chosen token is kept at each step, never the stack of scores.
 """
 
 from __future__ import annotations
@@ -21,8 +19,18 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..errors import InputError
-from ..models.load import context
-from ..models.roles import Policy, autocast, logits, plain
+from ..models.roles import Policy
+from ..models.trunk import (
+    autocast,
+    context,
+    evaluating,
+    logits,
+    plain,
+    text_config,
+    trunk,
+    windowed,
+)
+from .draw import choose, stream
 from .sampling import Keys, Sampler, SamplingParams
 from .trajectory import Trajectory
 
@@ -78,17 +86,7 @@ class LocalSampler:
         Raises:
             InputError: a prompt and its response would not fit the model's context.
         """
-        longest = max(len(p) for p in prompts)
-        if longest + params.max_new_tokens > self.context:
-            raise InputError(
-                f"a prompt of {longest} tokens and --max-new-tokens {params.max_new_tokens} exceed "
-                f"the model's context of {self.context}: sample fewer tokens or shorten the prompts"
-            )
-        if min(len(p) for p in prompts) == 0:
-            raise InputError(
-                "a prompt is empty: this tokenizer has no BOS token to start from, so give at "
-                "least one token"
-            )
+        refuse_unfit(prompts, params.max_new_tokens, self.context)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         responses: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
@@ -97,8 +95,8 @@ class LocalSampler:
         while start < len(order):
             width = len(prompts[order[start]]) + params.max_new_tokens
             rows = order[start : start + max(1, self.tokens // width)]
-            uniforms = np.stack([_stream(keys, i, params.max_new_tokens) for i in rows])
-            with autocast(precision, device), _threads(plain(lm), len(rows)):
+            uniforms = np.stack([stream(keys, i, params.max_new_tokens) for i in rows])
+            with autocast(precision, device), evaluating(lm), _threads(plain(lm), len(rows)):
                 ids, lps = self._batch(
                     [prompts[i] for i in rows], params, torch.from_numpy(uniforms)
                 )
@@ -140,8 +138,9 @@ class LocalSampler:
         padded = not bool(real[:, :width].all())
         real[:, width:] = True
 
-        cache = DynamicCache(config=model.config)
-        hidden = model.base_model(
+        body, config = trunk(model), text_config(model.config)
+        cache = DynamicCache(config=config)
+        hidden = body(
             input_ids=ids,
             attention_mask=real[:, :width].long() if padded else None,
             position_ids=positions,
@@ -159,7 +158,8 @@ class LocalSampler:
         kept = torch.zeros((n, max_new_tokens), device=device)
         done = torch.zeros(n, dtype=torch.bool, device=device)
         for t in range(max_new_tokens):
-            chosen, logprob = self._choose(hidden, uniforms[:, t], params.temperature)
+            z = logits(self.policy.lm, hidden, self.policy.precision).float()
+            chosen, logprob = choose(z, uniforms[:, t], params.temperature)
             tokens[active, t] = torch.where(done, -1, chosen)
             kept[active, t] = logprob
             done = done | torch.isin(chosen, stops)
@@ -173,9 +173,9 @@ class LocalSampler:
                     x[stay] for x in (active, chosen, real, position, uniforms, done)
                 )
             position = position + 1
-            hidden = model.base_model(
+            hidden = body(
                 input_ids=chosen[:, None],
-                attention_mask=self._mask(model, real[:, : width + t + 1]) if padded else None,
+                attention_mask=self._mask(config, real[:, : width + t + 1]) if padded else None,
                 position_ids=position,
                 past_key_values=cache,
                 use_cache=True,
@@ -187,31 +187,28 @@ class LocalSampler:
         ]
 
     @staticmethod
-    def _mask(model: Any, real: Tensor) -> Tensor:
+    def _mask(config: Any, real: Tensor) -> Tensor:
         """For one new token the mask is the row of real keys; said in four dimensions it is taken
         as it is, which spares building it a step.
         """
-        config = model.config
-        everywhere = (
-            getattr(config, "sliding_window", None) is None
-            and config._attn_implementation == "sdpa"
-        )
+        everywhere = not windowed(config) and config._attn_implementation == "sdpa"
         return real[:, None, None, :] if everywhere else real.long()
 
-    def _choose(self, hidden: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        z = logits(self.policy.lm, hidden, self.policy.precision).float()
-        if temperature == 0:
-            return z.argmax(-1), torch.zeros_like(z[:, 0])
-        logp = (z / temperature if temperature != 1 else z).log_softmax(-1)
-        cumulative = logp.exp().cumsum(-1, dtype=torch.float64)
-        # scaled to the sum as rounded, so that no number lies beyond the last token with any
-        # probability
-        chosen = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[
-            :, 0
-        ].clamp(max=logp.shape[-1] - 1)
-        return chosen, logp.gather(-1, chosen[:, None])[:, 0]
 
+def refuse_unfit(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> None:
+    """Checks that each prompt has a token and leaves room for its response.
 
-def _stream(keys: Keys, row: int, length: int) -> np.ndarray:
-    seed = np.random.SeedSequence([keys.seed, keys.step, keys.prompt[row], keys.sample[row]])
-    return np.random.Generator(np.random.Philox(seed)).random(length)
+    Raises:
+        InputError: one does not.
+    """
+    longest = max(len(p) for p in prompts)
+    if longest + max_new_tokens > context:
+        raise InputError(
+            f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens} exceed "
+            f"the model's context of {context}: sample fewer tokens or shorten the prompts"
+        )
+    if min(len(p) for p in prompts) == 0:
+        raise InputError(
+            "a prompt is empty: this tokenizer has no BOS token to start from, so give at "
+            "least one token"
+        )

@@ -9,11 +9,11 @@ from typing import Any
 from ..data.prepare import text_of
 from ..data.render import Renderer
 from ..data.row_types import Content
-from ..models.load import context
-from ..models.roles import Policy, plain
+from ..models.roles import Policy
+from ..models.trunk import context, plain
 from ..train.processes import Processes
-from .local import local_sampler
-from .sampling import Keys, SamplingParams, sample_all
+from .agreement import agreeing_sampler
+from .sampling import Keys, Sampler, SamplingParams, sample_all
 from .trajectory import Trajectory
 
 
@@ -26,6 +26,7 @@ def show_samples(
     seed: int,
     params: SamplingParams,
     score: Callable[[Trajectory], Sequence[float]] | None = None,
+    sampler: Sampler | None = None,
 ) -> list[dict[str, Any]]:
     """Lines for samples.jsonl.
 
@@ -36,6 +37,7 @@ def show_samples(
         prompts: each with its file:line.
         params: a response has fewer tokens at most where the context leaves less room.
         score: gives one score per response.
+        sampler: of the policy's responses; None picks one in this process.
     """
     limit = context(plain(policy.lm).config)
     kept = [(p, ids) for p, where in prompts if 0 < len(ids := renderer.prompt(p, where)) < limit]
@@ -45,7 +47,9 @@ def show_samples(
     params = replace(params, max_new_tokens=min(params.max_new_tokens, room))
     numbers = list(range(len(kept)))
     keys = Keys(seed, 0, numbers, [0] * len(kept))
-    sampled = sample_all(local_sampler(policy), [ids for _, ids in kept], params, keys, processes)
+    asked = [ids for _, ids in kept]
+    sampler = sampler or agreeing_sampler(policy, asked, params)[0]
+    sampled = sample_all(sampler, asked, params, keys, processes)
     scores = score(sampled) if score else [None] * len(kept)
     return [
         {

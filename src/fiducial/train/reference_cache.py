@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..models.roles import Policy, plain
+from ..models.roles import Policy
+from ..models.trunk import plain
 
 if TYPE_CHECKING:
     from .processes import Processes

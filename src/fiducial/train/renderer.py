@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..data.render import Renderer, set_chat_template
 from ..errors import InputError
-from ..models.load import context, load_config, load_tokenizer
+from ..models.load import load_config, load_tokenizer
+from ..models.trunk import context
 from ..settings import RowSettings
 
 

@@ -11,9 +11,9 @@ from ..data.row_types import PromptRow
 from ..data.sources import records
 from ..errors import InputError
 from ..models.load import exists, load_policy
-from ..models.roles import Policy
+from ..models.roles import Policy, Roles
 from ..rewards.types import Responses
-from ..rollout.local import local_sampler
+from ..rollout.agreement import check_online
 from ..rollout.sampling import Keys, Sampler, SamplingParams, fitting_prompt, sample_all
 from ..settings import LoraSettings, RowSettings, RunSettings
 from ..train.processes import Processes
@@ -67,7 +67,10 @@ class Model:
         ids, kept, _ = load(prompts, rows, (PromptRow,), render)
         policy = load_policy(name, LoraSettings(), RunSettings(), renderer.tokenizer, flag=flag)
         policy = policy.to(processes.device)
-        return Model(name, renderer, policy, local_sampler(policy), processes, kept, ids)
+        params = SamplingParams(max_new_tokens)
+        roles, names = Roles(policy=policy), {"model": name}
+        sampler, _ = check_online(roles, ids, params, None, names, flag)
+        return Model(name, renderer, policy, sampler, processes, kept, ids)
 
     def answer(
         self, samples: int, params: SamplingParams, *, seed: int, title: str

@@ -18,8 +18,7 @@ from typing import Any
 from ..data.prepare import messages_of
 from ..data.steps import Steps, split
 from ..errors import InputError
-from ..models.load import context
-from ..models.roles import plain
+from ..models.trunk import context, plain
 from ..rewards.judge import Judge
 from ..rewards.types import Responses
 from ..rollout.sampling import Keys, SamplingParams, sample_all, sampling_params
