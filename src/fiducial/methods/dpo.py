@@ -9,6 +9,7 @@ Bradley-Terry likelihood of the labels is its loss.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from ..data.elements import RowFormat
 from ..data.prepare import text_of
 from ..data.render import Rendered, Renderer
 from ..data.row_types import PreferenceRow
+from ..models.contract import FLOAT32
 from ..models.roles import Policy
 from ..models.save import save
 from ..rollout.samples import show_samples
@@ -121,7 +123,27 @@ def prepare(settings: DPO, processes: Processes, skipped: Path | None = None) ->
         lambda row: text_of(row.prompt),
         lambda pair: [pair.chosen.ids, pair.rejected.ids],
     )
-    return prepare_offline(settings, processes, rows, skipped=skipped)
+    ready = prepare_offline(settings, processes, rows, skipped=skipped)
+    policy = ready.roles.policy
+    longest = max(ready.train.items, key=lambda pair: sum(map(len, pair)))
+    if not policy.supports_shared_prefix or agree_when_shared(policy, longest, processes.device):
+        return ready
+    policy.supports_shared_prefix = False
+    note = "a prompt is read for each response anew: read once for both, log-probabilities differ"
+    return replace(ready, note=f"{ready.note}; {note}")
+
+
+@torch.no_grad()
+def agree_when_shared(policy: Policy, pair: Pair, device: torch.device) -> bool:
+    """Whether both responses to a prompt that is read once have the log-probabilities that they
+    have alone.
+    """
+    shared = torch.cat(pair_logprobs(policy, [pair], device))
+    batches = [pad([r]).to(device) for r in pair]
+    alone = torch.cat([policy(b.ids, b.mask).logprobs.sum(1) for b in batches])
+    tokens = max(r.num_labels for r in pair)
+    tolerance = FLOAT32 if policy.precision is None else 0.1
+    return bool(((shared - alone).abs() <= tolerance * max(1, tokens)).all())
 
 
 def announce(ready: Prepared[Pair], run: Run[None]) -> None:

@@ -56,10 +56,24 @@ def check_roles(
     if roles.has_teacher:
         gaps.append(check_policy(roles.teacher, probed, names["teacher"], "--teacher"))
     what = "log-probabilities" if roles.trains_policy else "scores"
-    return (
+    said = (
         f"{what} equal plain transformers' to {max(gaps):.1g} "
         f"(rows of {len(probed[0]):,} and {len(probed[1]):,} tokens)"
     )
+    model = plain(roles.policy.lm if roles.trains_policy else roles.scorer.model)
+    return "; ".join([said, *unheeded(model)])
+
+
+def unheeded(model: Any) -> list[str]:
+    """What the makers of a model ask for in training and this package does not do, in sentences."""
+    config, found = text_config(model.config), []
+    if getattr(config, "output_router_logits", False):
+        weight = getattr(config, "router_aux_loss_coef", None)
+        found.append(f"the router's auxiliary loss (weight {weight}) is not trained")
+    adapted = any("lora_" in name for name, _ in model.named_parameters())
+    if adapted and any(p.dim() == 3 for name, p in model.named_parameters() if "expert" in name):
+        found.append("the experts are one fused tensor and have no adapters")
+    return found
 
 
 def probe_rows(rows: Sequence[Sequence[int]], longest: int) -> list[list[int]]:

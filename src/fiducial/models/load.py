@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ hf_logging.set_verbosity_error()  # it would warn about a new head, which is mea
 SHARED = "shared"
 """In place of a critic's folder: a value head on the policy's own trunk."""
 
+
+LINEAR = ("Linear", "Conv1D")
+"""Classes of layers that an adapter can be put on."""
 
 HEADS = ("score.", "classifier.", "classification_head.", "pre_classifier.", "dense.")
 """Beginnings of the names of a new scalar head."""
@@ -289,7 +293,9 @@ def _merged(auto: Any, name: str, flag: str, new: Sequence[str], options: dict[s
     adapter = PeftConfig.from_pretrained(name)
     adapter.task_type = None  # the adapter of a policy also fits the trunk of a scorer
     base = pretrained(auto, str(adapter.base_model_name_or_path), flag, new=new, **options)
-    model = PeftModel.from_pretrained(base, name, config=adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is missing is refused by name below
+        model = PeftModel.from_pretrained(base, name, config=adapter)
     check_adapter(model, name, flag, unused=("lm_head", "embed_out") if new else ())
     return adapters_merged(model)
 
@@ -309,6 +315,7 @@ def _prepare(model: Any, lora: LoraSettings, run: RunSettings, task: str) -> Any
         return model
     from peft import LoraConfig, get_peft_model
 
+    _check_targets(model, lora)
     transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
     config = LoraConfig(
         r=lora.r,
@@ -320,7 +327,26 @@ def _prepare(model: Any, lora: LoraSettings, run: RunSettings, task: str) -> Any
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
         exclude_modules=["score"] if task == "SEQ_CLS" else None,
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():  # tied weights are parted when adapters are merged
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        return get_peft_model(model, config)
+
+
+def _check_targets(model: Any, lora: LoraSettings) -> None:
+    """Checks that each name of --lora.target-modules is that of a layer.
+
+    Raises:
+        InputError: one is not; the message names the layers that there are.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for target in lora.target_modules or ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            linear = [n for n, m in model.named_modules() if type(m).__name__ in LINEAR]
+            there = sorted({name.rpartition(".")[2] for name in linear})
+            raise InputError(
+                f"--lora.target-modules: the model has no layer {target!r}: it has "
+                f"{', '.join(there)}"
+            )
 
 
 def _without_noise(model: Any) -> None:

@@ -195,9 +195,8 @@ class TabularForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
     def forward(self, input_ids: Tensor, **keywords: Any) -> SequenceClassifierOutputWithPast:
         """Logits [B, 1] at the last token that is not padding, as in transformers' classifiers."""
         scores = self.score(self.model(input_ids, **keywords).last_hidden_state)
-        real = input_ids != (
-            self.config.pad_token_id if self.config.pad_token_id is not None else -1
-        )
+        pad = getattr(self.config, "pad_token_id", None)
+        real = input_ids != (-1 if pad is None else pad)
         last = (real * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).argmax(1)
         return SequenceClassifierOutputWithPast(
             logits=scores[torch.arange(len(scores), device=scores.device), last]

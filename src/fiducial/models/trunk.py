@@ -32,10 +32,11 @@ def text_config(config: Any) -> Any:
 def trunk(model: Any) -> Any:
     """The module from ids to hidden states; of a multimodal model, its language model."""
     model = plain(model)
+    if model.base_model is model:  # Llama 4 names its own prefix wrongly
+        return model.model
     if text_config(model.config) is model.config:
         return model.base_model
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return model.base_model if decoder is None else decoder
+    return model.get_decoder()
 
 
 @functools.cache

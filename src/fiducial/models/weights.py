@@ -31,12 +31,19 @@ def pretrained(auto: Any, name: str, flag: str, *, new: Sequence[str] = (), **op
     Raises:
         InputError: a weight is missing, unused, of another type or not finite; it is named.
     """
-    model, info = auto.from_pretrained(name, output_loading_info=True, **options)
+    model, info = auto.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
     if getattr(model.config, "quantization_config", None) is not None:
         raise InputError(
             f"{flag}: {name} is quantized, and only weights in floating point can be used: give "
             "the model that it was made from"
         )
+    if wrong := [
+        f"{key} ({_shape(there)} in the folder, {_shape(here)} in the model)"
+        for key, there, here in sorted(info["mismatched_keys"])
+    ]:
+        raise InputError(f"{flag}: {name} holds weights of another shape: {_some(wrong)}")
     missing = [key for key in info["missing_keys"] if not key.startswith(tuple(new))]
     unused = list(info["unexpected_keys"])
     if unused and new:  # a scorer has no use for the head of the language model it starts from
@@ -131,6 +138,10 @@ def _difference(missing: Collection[str], unused: Collection[str], kind: str) ->
         f"{', and '.join(parts)}. Nothing is filled in at random: give a complete folder of this "
         "architecture"
     )
+
+
+def _shape(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
 
 
 def _some(names: Sequence[str]) -> str:
