@@ -97,7 +97,7 @@ class LocalSampler:
         while start < len(order):
             width = len(prompts[order[start]]) + params.max_new_tokens
             rows = order[start : start + max(1, self.tokens // width)]
-            uniforms = np.stack([_stream(keys, i, params.max_new_tokens) for i in rows])
+            uniforms = _streams(keys, rows, params.max_new_tokens)
             with autocast(precision, device), _threads(plain(lm), len(rows)):
                 ids, lps = self._batch(
                     [prompts[i] for i in rows], params, torch.from_numpy(uniforms)
@@ -212,6 +212,21 @@ class LocalSampler:
         return chosen, logp.gather(-1, chosen[:, None])[:, 0]
 
 
-def _stream(keys: Keys, row: int, length: int) -> np.ndarray:
-    seed = np.random.SeedSequence([keys.seed, keys.step, keys.prompt[row], keys.sample[row]])
-    return np.random.Generator(np.random.Philox(seed)).random(length)
+def _streams(keys: Keys, rows: Sequence[int], length: int) -> np.ndarray:
+    """[rows, length] the first numbers of each row's stream: Philox with a counter of 0 and the key
+    that NumPy derives from the row's four numbers. One generator is set to each key in turn: making
+    one takes longer than a token of a small model.
+    """
+    philox = np.random.Philox(0)
+    fresh: Any = philox.state
+    generator = np.random.Generator(philox)
+    out = np.empty((len(rows), length))
+    numbers = [[keys.seed, keys.step, keys.prompt[row], keys.sample[row]] for row in rows]
+    # the very words that NumPy makes of such numbers, without a search of each for its length
+    words = np.array(numbers, np.uint32) if max(map(max, numbers)) < 2**32 else numbers
+    for k, each in enumerate(words):
+        seed = np.random.SeedSequence(each)
+        fresh["state"]["key"] = seed.generate_state(2, np.uint64)
+        philox.state = fresh
+        generator.random(out=out[k])
+    return out
