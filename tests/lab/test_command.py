@@ -18,10 +18,11 @@ from fiducial import verbs
 from fiducial.errors import InputError, RunError
 from fiducial.lab import command
 from fiducial.lab.command import as_lines, lab
+from fiducial.lab.command import studies as command_studies
 from fiducial.lab.runs.folders import WORLDS
 from fiducial.lab.runs.jobs import Job, jobs
 from fiducial.lab.runs.plan import METHODS, Plan, verb_of
-from fiducial.lab.runs.results import LabResults, MeasuredRun, PathPoint, RunResult
+from fiducial.lab.runs.results import LabResults, MeasuredRun, PathPoint, RunResult, Studies
 from fiducial.lab.runs.rows import cause
 from fiducial.lab.settings import Lab
 from fiducial.lab.study import decision_process
@@ -61,12 +62,23 @@ FEW = [
 ]
 
 
+COMPUTED: list[Studies] = []
+
+
+def studies(world, form, times):
+    """The sections that need no run, which take most of the time: computed once for this file."""
+    if not COMPUTED:
+        COMPUTED.append(command_studies(world, form, times))
+    return COMPUTED[0]
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The lab with a few short runs, and its data."""
     folder = tmp_path_factory.mktemp("lab") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "jobs", lambda form, seed: FEW)
+        patch.setattr(command, "studies", studies)
         finished = lab(Lab(out=str(folder), processes=2))
     return folder, finished, json.loads((folder / "lab.json").read_text())
 
@@ -190,6 +202,7 @@ def test_resume_keeps_what_is_finished_and_makes_what_is_not(small, monkeypatch)
     gone = folder / "runs" / f"{FEW[1].name}.json"
     gone.unlink()
     monkeypatch.setattr(command, "jobs", lambda form, seed: FEW)
+    monkeypatch.setattr(command, "studies", studies)
     lab(Lab(out=str(folder), processes=1, resume=True))
     again = {p.name: p.stat().st_mtime_ns for p in (folder / "runs").glob("*.json")}
     assert {k for k in results if again[k] != results[k]} == {gone.name}
@@ -219,6 +232,7 @@ def test_a_run_that_fails_is_named_with_its_log_and_the_way_on(small, monkeypatc
         "mild", Plan("dpo", "table", 1.0, 5, settings={"label_smoothing": 2.0}), "methods", 1.0
     )
     monkeypatch.setattr(command, "jobs", lambda form, seed: [bad])
+    monkeypatch.setattr(command, "studies", studies)
     with pytest.raises(
         RunError, match=rf"(?s)the run {bad.name} failed: .*label.smoothing.*\.log.*--resume"
     ):

@@ -4,6 +4,7 @@ metrics number for number.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -382,13 +383,21 @@ def test_a_run_with_fewer_steps_can_be_made_longer(settings_of, tmp_path):
 # ------------------------------------------------------------
 
 
-@pytest.fixture
-def stopped(settings_of, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def interrupted(settings_of, tmp_path_factory):
     """A PPO run with two checkpoints, at 4 and 5."""
-    stop_at(monkeypatch, 5)
-    with pytest.raises(RunError):
-        fd.ppo(settings_of("ppo", tmp_path / "run"))
-    return tmp_path / "run"
+    out = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(RunError):
+            fd.ppo(settings_of("ppo", out))
+    return out
+
+
+@pytest.fixture
+def stopped(interrupted, tmp_path):
+    """A copy of it, to be damaged."""
+    return Path(shutil.copytree(interrupted, tmp_path / "run"))
 
 
 def flip(path):

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -21,8 +22,9 @@ from fiducial.models.load import (
 from fiducial.models.save import pick_pad_token, save
 from fiducial.models.scores import ScoreFacts
 from fiducial.models.trunk import plain
+from fiducial.rollout.draw import streams
 from fiducial.rollout.local import local_sampler
-from fiducial.rollout.sampling import SamplingParams, sampling_params, stop_id
+from fiducial.rollout.sampling import Keys, SamplingParams, sampling_params, stop_id
 from fiducial.settings import LoraSettings, RowSettings, RunSettings
 from fiducial.train.renderer import load_renderer
 from support import ARCHITECTURES, ROOT, make_tokenizer
@@ -215,6 +217,15 @@ def test_each_key_has_its_own_random_stream(policies):
     assert one() == one()
     many = sample(policy, same, [0] * 6, list(range(6)))
     assert many.responses(ending=True)[0] == one() and len({tuple(r) for r in many.responses()}) > 4
+
+
+@pytest.mark.parametrize("seed", [5, 2**40 + 3])
+def test_a_rows_stream_is_numpys_philox_of_its_four_numbers(seed):
+    keys = Keys(seed, 7, [4, 0, 9], [1, 2, 3])
+    for length in (1, 4, 9):
+        for found, row in zip(streams(keys, [2, 0], length), (2, 0), strict=True):
+            words = np.random.SeedSequence([seed, 7, keys.prompt[row], keys.sample[row]])
+            assert (found == np.random.Generator(np.random.Philox(words)).random(length)).all()
 
 
 @each

@@ -83,7 +83,5 @@ def expected_best_of(
     _, place, count = torch.unique(scores, return_inverse=True, return_counts=True)
     zero = torch.zeros(len(count), dtype=torch.float64)
     mean = zero.index_add(0, place, values) / count
-    weight = zero.index_add(
-        0, count.new_tensor(range(len(count))).repeat_interleave(count), weights
-    )
+    weight = zero.index_add(0, torch.arange(len(count)).repeat_interleave(count), weights)
     return float(weight @ mean)

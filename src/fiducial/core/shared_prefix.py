@@ -49,9 +49,35 @@ def common_length(rows: Sequence[Labelled]) -> int:
     """Tokens that the rows begin with alike and that are no labels."""
     shortest = min(row.mask.index(True) if True in row.mask else len(row) for row in rows)
     first = rows[0].ids
-    return next(
-        (i for i in range(shortest) if any(row.ids[i] != first[i] for row in rows[1:])), shortest
+    if all(row.ids[:shortest] == first[:shortest] for row in rows[1:]):
+        return shortest
+    return next(i for i in range(shortest) if any(row.ids[i] != first[i] for row in rows[1:]))
+
+
+class _Columns(NamedTuple):
+    """One row of the batch, column by column."""
+
+    ids: list[int]
+    mask: list[bool]
+    positions: list[int]
+    branch: list[int]
+    previous: list[int]
+
+
+def _columns(rows: Sequence[Labelled]) -> _Columns:
+    """The row that holds one group."""
+    start = common_length(rows)
+    out = _Columns(
+        rows[0].ids[:start], [False] * start, list(range(start)), [0] * start, [0] * start
     )
+    for number, row in enumerate(rows, start=1):
+        at, count = len(out.ids), len(row) - start
+        out.ids.extend(row.ids[start:])
+        out.mask.extend(row.mask[start:])
+        out.positions.extend(range(start, len(row)))
+        out.branch.extend([number] * count)
+        out.previous.extend([max(0, start - 1), *range(at, at + count - 1)][:count])
+    return out
 
 
 def shared_prefix(groups: Sequence[Sequence[Labelled]]) -> tuple[Tensor, Tensor, SharedPrefix]:
@@ -60,26 +86,18 @@ def shared_prefix(groups: Sequence[Sequence[Labelled]]) -> tuple[Tensor, Tensor,
     Returns:
         ids and mask [B, T], and the layout of the rows.
     """
-    shared = [common_length(rows) for rows in groups]
-    lengths = [
-        start + sum(len(r) - start for r in rows)
-        for start, rows in zip(shared, groups, strict=True)
-    ]
-    shape = (len(groups), max(lengths))
-    ids, positions, previous = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
-    mask, branch = torch.zeros(shape, dtype=torch.bool), torch.full(shape, -1)
-    for i, (start, rows) in enumerate(zip(shared, groups, strict=True)):
-        ids[i, :start] = torch.tensor(rows[0].ids[:start], dtype=torch.long)
-        positions[i, :start] = torch.arange(start)
-        branch[i, :start] = 0
-        at = start
-        for number, row in enumerate(rows, start=1):
-            end = at + len(row) - start
-            ids[i, at:end] = torch.tensor(row.ids[start:])
-            mask[i, at:end] = torch.tensor(row.mask[start:])
-            positions[i, at:end] = torch.arange(start, len(row))
-            branch[i, at:end] = number
-            previous[i, at:end] = torch.arange(at - 1, end - 1)
-            previous[i, at : min(at + 1, end)] = max(0, start - 1)
-            at = end
+    rows = [_columns(group) for group in groups]
+    width = max(len(row.ids) for row in rows)
+    # one tensor of a whole field: one for each row would cost more than a small model's pass
+    ids, positions, previous, branch = (
+        torch.tensor([x + [fill] * (width - len(x)) for x in field], dtype=torch.long)
+        for field, fill in (
+            ([row.ids for row in rows], 0),
+            ([row.positions for row in rows], 0),
+            ([row.previous for row in rows], 0),
+            ([row.branch for row in rows], -1),
+        )
+    )
+    masks = [row.mask + [False] * (width - len(row.mask)) for row in rows]
+    mask = torch.tensor(masks, dtype=torch.bool)
     return ids, mask, SharedPrefix(positions, branch, previous)

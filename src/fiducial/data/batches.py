@@ -125,9 +125,6 @@ def pad(rows: Sequence[Rendered]) -> Padded:
     It does not matter that 0 is also a token: the mask is carried and never inferred from the ids.
     """
     width = max(len(r) for r in rows)
-    ids = torch.zeros((len(rows), width), dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row.ids)
-        mask[i, : len(row)] = torch.tensor(row.mask)
+    ids = torch.tensor([r.ids + [0] * (width - len(r)) for r in rows], dtype=torch.long)
+    mask = torch.tensor([r.mask + [False] * (width - len(r)) for r in rows], dtype=torch.bool)
     return Padded(ids, mask, torch.tensor([len(r) for r in rows]))

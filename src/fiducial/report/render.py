@@ -7,6 +7,7 @@ and a Content-Security-Policy with the hash of that one script refuses everythin
 """
 
 import base64
+import functools
 import hashlib
 import json
 import math
@@ -21,9 +22,10 @@ from markupsafe import Markup
 PLOTLY = "plotly.min.js"
 
 
+@functools.cache
 def environment(templates: Path | None = None) -> Environment:
     """The templates of this package and, before them, those of another folder; every value is
-    escaped.
+    escaped. It is kept, with the templates that it has compiled.
     """
     own = PackageLoader("fiducial.report", "templates")
     loader = own if templates is None else ChoiceLoader([FileSystemLoader(templates), own])

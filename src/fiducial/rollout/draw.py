@@ -6,6 +6,9 @@ so what is sampled does not depend on the rest of the batch, up to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,10 +16,24 @@ from torch import Tensor
 from .sampling import Keys
 
 
-def stream(keys: Keys, row: int, length: int) -> np.ndarray:
-    """[length] numbers in [0, 1) for one response."""
-    seed = np.random.SeedSequence([keys.seed, keys.step, keys.prompt[row], keys.sample[row]])
-    return np.random.Generator(np.random.Philox(seed)).random(length)
+def streams(keys: Keys, rows: Sequence[int], length: int) -> np.ndarray:
+    """[rows, length] the first numbers of each row's stream: Philox with a counter of 0 and the key
+    that NumPy derives from the row's four numbers. One generator is set to each key in turn: making
+    one takes longer than a token of a small model.
+    """
+    philox = np.random.Philox(0)
+    fresh: Any = philox.state
+    generator = np.random.Generator(philox)
+    out = np.empty((len(rows), length))
+    numbers = [[keys.seed, keys.step, keys.prompt[row], keys.sample[row]] for row in rows]
+    # the very words that NumPy makes of such numbers, without a search of each for its length
+    words = np.array(numbers, np.uint32) if max(map(max, numbers)) < 2**32 else numbers
+    for k, each in enumerate(words):
+        seed = np.random.SeedSequence(each)
+        fresh["state"]["key"] = seed.generate_state(2, np.uint64)
+        philox.state = fresh
+        generator.random(out=out[k])
+    return out
 
 
 def choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from ..models.roles import Policy
 from ..models.trunk import autocast, evaluating, plain
-from .draw import choose, stream
+from .draw import choose, streams
 from .local import refuse_unfit
 from .sampling import Keys, SamplingParams
 from .trajectory import Trajectory
@@ -63,7 +62,7 @@ class GenerateSampler:
         for length, same in itertools.groupby(order, key=lambda i: len(prompts[i])):
             size = max(1, self.tokens // (length + params.max_new_tokens))
             for rows in _pieces(list(same), size):
-                uniforms = np.stack([stream(keys, i, params.max_new_tokens) for i in rows])
+                uniforms = streams(keys, rows, params.max_new_tokens)
                 ids, lps = self._group(
                     [prompts[i] for i in rows], params, torch.from_numpy(uniforms)
                 )

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -30,7 +29,7 @@ from ..models.trunk import (
     trunk,
     windowed,
 )
-from .draw import choose, stream
+from .draw import choose, streams
 from .sampling import Keys, Sampler, SamplingParams
 from .trajectory import Trajectory
 
@@ -95,7 +94,7 @@ class LocalSampler:
         while start < len(order):
             width = len(prompts[order[start]]) + params.max_new_tokens
             rows = order[start : start + max(1, self.tokens // width)]
-            uniforms = np.stack([stream(keys, i, params.max_new_tokens) for i in rows])
+            uniforms = streams(keys, rows, params.max_new_tokens)
             with autocast(precision, device), evaluating(lm), _threads(plain(lm), len(rows)):
                 ids, lps = self._batch(
                     [prompts[i] for i in rows], params, torch.from_numpy(uniforms)

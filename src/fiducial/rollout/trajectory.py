@@ -133,22 +133,18 @@ class Trajectory:
             if any(s.logprobs is not None and len(s.logprobs) != len(s.ids) for s in row):
                 raise ValueError("a segment needs one log-probability per token")
         lengths = [sum(len(s.ids) for s in row) for row in rows]
-        shape = (len(rows), max(lengths))
-        ids = torch.full(shape, pad_id, dtype=torch.long)
-        mask, logprobs = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
-        for i, row in enumerate(rows):
-            start = 0
-            for segment in row:
-                end = start + len(segment.ids)
-                ids[i, start:end] = torch.tensor(segment.ids, dtype=torch.long)
-                if segment.logprobs is not None:
-                    mask[i, start:end] = True
-                    logprobs[i, start:end] = torch.tensor(segment.logprobs)
-                start = end
+        width = max(lengths)
+        ids, mask, logprobs = [], [], []
+        for row, length in zip(rows, lengths, strict=True):
+            pad = width - length
+            ids.append([i for s in row for i in s.ids] + [pad_id] * pad)
+            mask.append([s.logprobs is not None for s in row for _ in s.ids] + [False] * pad)
+            each = [s.logprobs if s.logprobs is not None else [0.0] * len(s.ids) for s in row]
+            logprobs.append([lp for some in each for lp in some] + [0.0] * pad)
         return Trajectory(
-            ids,
-            mask,
-            logprobs,
+            torch.tensor(ids, dtype=torch.long),
+            torch.tensor(mask, dtype=torch.bool),
+            torch.tensor(logprobs, dtype=torch.float32),
             torch.tensor([len(row[0].ids) for row in rows]),
             torch.tensor(lengths),
             torch.tensor(finished),

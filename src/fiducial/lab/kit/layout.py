@@ -90,8 +90,10 @@ def layout(
     )
 
 
+@functools.cache
 def filler(fill: Filler, rows: int, kind: Kind, *trailing: int) -> Array:
-    """[rows, ...] numbers for the rows of a table that belong to no token of the policy."""
+    """[rows, ...] numbers for the rows of a table that belong to no token of the policy. They are
+    kept: a caller copies them."""
     if fill == "nan":
         return np.full((rows, *trailing), np.nan)
     seed = [get_args(Kind).index(kind), int(fill == "other"), 13]

@@ -28,9 +28,10 @@ from ..worlds import exact
 # ---- the losses ----
 
 
+@functools.lru_cache(maxsize=1)
 def paid(batch: Batch) -> Tensor:
     """Rewards of tokens [N, W] as the methods shape them: k1 at every token, the score at the last
-    one.
+    one. Those of the last batch are kept, because several losses are asked about each batch.
     """
     logprobs = RolloutLogprobs(
         batch.logprobs.detach(),

@@ -83,7 +83,9 @@ def comparisons(world: World, preference: Array, copies: int) -> Iterator[dict[s
             "all prompts must have the same length: --rows.max-length decides whether a response "
             "was truncated or ended"
         )
+    texts = [world.response_text(y) for y in range(len(world.responses))]
     for p in range(len(world.prompts)):
+        prompt = world.prompt_text(p)
         # The optimum depends on each response's total number of wins, so the rounding error of one
         # comparison is carried over to the next.
         owed = [0.0] * len(world.responses)
@@ -94,8 +96,6 @@ def comparisons(world: World, preference: Array, copies: int) -> Iterator[dict[s
                 wanted = exact_wins + owed[i] / i + over
                 wins = min(copies, max(0, round(wanted)))
                 over, owed[j] = wanted - wins, owed[j] + wins - exact_wins
-                a, b = world.response_text(i), world.response_text(j)
-                yield from [{"prompt": world.prompt_text(p), "chosen": a, "rejected": b}] * wins
-                yield from [{"prompt": world.prompt_text(p), "chosen": b, "rejected": a}] * (
-                    copies - wins
-                )
+                a, b = texts[i], texts[j]
+                yield from [{"prompt": prompt, "chosen": a, "rejected": b}] * wins
+                yield from [{"prompt": prompt, "chosen": b, "rejected": a}] * (copies - wins)

@@ -64,8 +64,7 @@ def preference_gradient(
     ratio = (weight * (t.logp - other)).sum(-1) + given
     slope = pair_weights(population) * SLOPES[kind](beta * (ratio[:, :, None] - ratio[:, None, :]))
     each = beta * (slope.sum(2) - slope.sum(1))
-    out: Array = np.einsum("py,pyt,pytsv->psv", each, weight, t.score_functions, optimize=True)
-    return out
+    return t.weighted(each[..., None] * weight)
 
 
 def _padding(population: Population) -> tuple[Array, Array]:

@@ -119,10 +119,17 @@ class Terms:
     def gradient(self, c: Array) -> Array:
         """[P, S, V] E sum_t c_t grad log pi."""
         weights = np.broadcast_to(c, self.mask.shape) * self.mask
-        out: Array = np.einsum(
-            "py,pyt,pytsv->psv", self.probability, weights, self.score_functions, optimize=True
+        return self.weighted(self.probability[..., None] * weights)
+
+    def weighted(self, weights: Array) -> Array:
+        """[P, S, V] the sum of grad log pi over tokens and responses with weights [P, Y, T]."""
+        scores = self.score_functions
+        prompts, states = len(scores), scores.shape[3:]
+        # a product of matrices: einsum would look for the best order each time, which takes longer
+        out: Array = weights.reshape(prompts, 1, -1) @ scores.reshape(
+            prompts, -1, states[0] * states[1]
         )
-        return out
+        return out.reshape(prompts, *states)
 
     def value_gradient(self, c: Array, *, late: bool = False) -> Array:
         """[P, S] E sum_t c_t at each token's state, or with `late` at the state after the token."""
