@@ -32,6 +32,7 @@ from ..methods.settings.sft import SFT
 from ..methods.sft import sft
 from ..settings import OptimizerSettings, RowSettings, RunSettings
 from ..train.folders import open_folder
+from ..train.launch import alone
 from ..train.machine import command_line, versions
 from ..train.progress import say
 from ..use.collect import collect
@@ -124,6 +125,7 @@ class Stages:
 
 def demo(settings: Demo) -> Path:
     """The path of the page."""
+    alone("demo")
     folder = open_folder(settings.out, "demo-run", settings.resume)
     world, stage = StoryWorld(settings.seed), Stages()
     train(folder, world, settings, stage)
