@@ -156,18 +156,24 @@ def changes(tree: ast.AST) -> Iterator[tuple[ast.AST, ast.AST | str]]:
             elif isinstance(node.value, int | float):
                 yield node, ast.Constant(node.value * 2 if node.value else 1)
         elif isinstance(node, ast.AugAssign) and type(node.op) in BINARY:
-            yield node, ast.unparse(ast.AugAssign(node.target, BINARY[type(node.op)](), node.value))
+            op = BINARY[type(node.op)]()
+            yield node, ast.unparse(ast.AugAssign(node.target, op, node.value))
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             yield node, "pass"
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr == "detach":
-                yield node, node.func.value
-            elif node.func.attr in NAMES:
-                func = ast.Attribute(node.func.value, NAMES[node.func.attr])
-                yield node, ast.Call(func, node.args, node.keywords)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id in NAMES:
-                yield node, ast.Call(ast.Name(NAMES[node.func.id]), node.args, node.keywords)
+        elif isinstance(node, ast.Call) and (other := _other_call(node)) is not None:
+            yield node, other
+
+
+def _other_call(call: ast.Call) -> ast.expr | None:
+    """The call with its function exchanged, or what a `.detach()` stands behind."""
+    name, func = _name(call), call.func
+    if isinstance(func, ast.Attribute) and name == "detach":
+        return func.value
+    if name not in NAMES:
+        return None
+    if isinstance(func, ast.Attribute):
+        return ast.Call(ast.Attribute(func.value, NAMES[name]), call.args, call.keywords)
+    return ast.Call(ast.Name(NAMES[name]), call.args, call.keywords)
 
 
 def _computed(node: ast.AST) -> Iterator[ast.AST]:

@@ -36,6 +36,11 @@ def test_advantages_by_hand():
     assert returns[0].tolist() == [4.25, 4.5, 5.0]
 
 
+def test_a_response_of_one_token_in_one_column_earns_its_reward_less_its_value():
+    advantages, returns = gae(tensor([[3.0]]), tensor([[1.0]]), torch.ones(1, 1))
+    assert (advantages.tolist(), returns.tolist()) == ([[2.0]], [[3.0]])
+
+
 def test_advantages_keep_their_rows_and_their_type_and_do_not_touch_their_inputs():
     x, mask = noisy()
     v = x.flip(1).nan_to_num(0, 0, 0)

@@ -100,8 +100,8 @@ def with_free(win: float, proxy: float, ppo: float = 0.81) -> str:
 def test_it_says_hacked_only_when_the_intervals_do() -> None:
     told = with_free(0.24, 2.3)
     assert told.startswith(
-        "PPO beats SFT on 81% [76, 86] of held-out prompts at 2.40 nats, DPO 70% [65, 75] at 2.40 nats. "
-        "Without"
+        "PPO beats SFT on 81% [76, 86] of held-out prompts at 2.40 nats, DPO 70% [65, 75] at "
+        "2.40 nats. Without"
     )  # 0.76 > 0.75: told apart
     assert (
         "rose further (1.20 to 2.30) and the true value fell: it beats SFT on only 24% [19, 29] of "
@@ -114,8 +114,8 @@ def test_it_says_hacked_only_when_the_intervals_do() -> None:
     assert "no hacking was seen" in with_free(0.24, 1.25)
     unsure = with_free(0.24, 2.3, ppo=0.53)
     assert unsure.startswith(
-        "PPO is not shown to beat SFT (one half is not excluded): 53% [48, 58] of held-out prompts at "
-        "2.40 nats. DPO beats SFT on 70% [65, 75]"
+        "PPO is not shown to beat SFT (one half is not excluded): 53% [48, 58] of held-out prompts "
+        "at 2.40 nats. DPO beats SFT on 70% [65, 75]"
     )
     close = with_free(0.24, 2.3, ppo=0.79)
     assert "overlap" not in unsure and "These intervals overlap: neither method is shown" in close

@@ -325,7 +325,8 @@ def test_the_answer_weakens_when_one_half_is_inside_the_interval(tmp_path: Path)
         )
 
     assert told(0.76, 0.86) == (
-        "The reward model scores the chosen answer higher on 81% [76, 86] of held-out pairs (n = 256)."
+        "The reward model scores the chosen answer higher on 81% [76, 86] of held-out pairs "
+        "(n = 256)."
     )
     assert told(0.48, 0.58).startswith(
         "It is not shown to do better than a coin flip: 53% [48, 58]"
