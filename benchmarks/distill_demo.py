@@ -218,7 +218,7 @@ def table(teacher: Path, students: dict[str, Path], renderer: Any, seed: int) ->
         return intervals.ratio(nats, [len(ids) - p for ids, p in rows], clusters)
 
     def words(found: dict[str, float]) -> str:
-        return f"{found['value']:.4f} ± {(found['high'] - found['low']) / 2:.4f}"
+        return f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
 
     print(
         f"\nnats per token, {len(told)} responses to held-out prompts\n{'student':<10}"

@@ -30,7 +30,7 @@ def test_bad_python_settings_raise_a_value_error():
 def test_a_section_that_is_built_keeps_the_defaults_of_its_method():
     built = build(DPO, {"model": "m", "data": "d", "optimizer": {"eps": 1e-6}})
     assert built.optimizer == DPO(model="m", data="d").optimizer.model_copy(update={"eps": 1e-6})
-    assert built.optimizer.warmup_steps == 150
+    assert built.optimizer.schedule == "constant"
     assert built.run == RunSettings()
 
 

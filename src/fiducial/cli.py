@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from . import verbs
-from .errors import InputError, RunError
+from .errors import InputError, LaunchError, RunError
 
 HELP = """\
 fiducial: align language models on one machine
@@ -106,6 +106,8 @@ def _print_result(verb: verbs.Verb, result: Any) -> None:
 def _fail(error: BaseException, code: int, debug: bool) -> int:
     if debug:
         raise error
-    if int(os.environ.get("RANK", "0")) == 0 or code == 1:
+    # what is refused is refused by all processes, and said once on each machine
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if first or code == 1 or isinstance(error, LaunchError):
         print(f"fiducial: {error}", file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""The two errors that a command reports in one sentence. Any other is a bug, with its traceback."""
+"""The errors that a command reports in one sentence. Any other is a bug, with its traceback."""
 
 
 class InputError(ValueError):
@@ -6,6 +6,10 @@ class InputError(ValueError):
 
     The message is one sentence that names the place, the reason and the remedy.
     """
+
+
+class LaunchError(InputError):
+    """Several processes were asked for in a way that cannot be given; every process prints it."""
 
 
 class RunError(RuntimeError):

@@ -88,13 +88,17 @@ class OptimizerSettings(Settings):
     eps: float = Field(default=1e-8, gt=0)
     """Added to the square root of AdamW's second moment. 1e-8: PyTorch's default."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay. 0: InstructGPT."""
+    """Decoupled weight decay of matrices (embeddings and linear layers), not of norms and biases.
+    0: InstructGPT.
+    """
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after warm-up: constant, linear to zero, or a cosine to a tenth of the peak
     (InstructGPT).
     """
-    warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps over which the learning rate rises linearly to its peak."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Optimizer steps over which the learning rate rises linearly to its peak. None: 0; for dpo
+    150 (the paper), but at most a tenth of the run.
+    """
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; a larger gradient is scaled down to it. 1: the usual value."""
 
@@ -122,6 +126,19 @@ class RunSettings(Settings):
     """How long one process waits for the others before all of them stop with an error."""
 
 
+def check_minibatches(minibatches: int, batch_size: int) -> None:
+    """Refuse more optimizer steps over a batch than it has responses.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if minibatches > batch_size:
+        raise ValueError(
+            f"--minibatches {minibatches} of a --batch-size of {batch_size}: every minibatch needs "
+            f"a response of its own; give at most {batch_size}"
+        )
+
+
 class KLSettings(Settings):
     """The KL penalty to the reference: where it acts, its estimator, and how beta adapts."""
 
@@ -131,7 +148,8 @@ class KLSettings(Settings):
     """
     estimator: Penalty | None = None
     """k1 in the reward and k2 in the loss are exact. k2_tokens, weighted_k3 and forward_k3 are
-    losses of known bias; k3 is refused. None: k1; for the grpo variant forward_k3.
+    losses of known bias; k3 is refused. None: k1; for the grpo variant forward_k3. With a beta of
+    0, an estimator that is given measures the KL and adds no penalty.
     """
     target: float | None = Field(default=None, gt=0)
     """KL in nats per response that beta is adapted to hold. None: beta stays. Ziegler et al. 2019:
@@ -159,16 +177,21 @@ class KLSettings(Settings):
                 "beta, so give a --beta above 0 to start from"
             )
 
+    def reads_reference(self, beta: float) -> bool:
+        """Whether a run with this beta needs the reference: for a penalty, or to measure the KL."""
+        return beta > 0 or self.estimator is not None
+
     def resolve(self, default: Penalty = "k1") -> tuple[Placement, Penalty]:
         """Placement and estimator; `default` is the method's own estimator."""
         return kl_choice.resolve(self.placement, self.estimator, default)
 
-    def next_beta(self, beta: float, nats: float, responses: int) -> float:
+    def next_beta(self, beta: float, nats: float | None, responses: int) -> float:
         """The coefficient for the next iteration, after `responses` with a mean KL of `nats`.
 
-        Without a target it is `beta` itself.
+        Without a target it is `beta` itself, and so it is without a reference, where `nats` is
+        None.
         """
-        if self.target is None:
+        if self.target is None or nats is None:
             return beta
         return kl_choice.adapt(
             beta, nats, target=self.target, episodes=responses, horizon=self.horizon

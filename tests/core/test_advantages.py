@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fiducial.core.advantages import gae
+from fiducial.core.advantages import gae, nonzero_std
 
 NAN, INF = math.nan, math.inf
 
@@ -36,6 +36,11 @@ def test_advantages_by_hand():
     assert returns[0].tolist() == [4.25, 4.5, 5.0]
 
 
+def test_a_response_of_one_token_in_one_column_earns_its_reward_less_its_value():
+    advantages, returns = gae(tensor([[3.0]]), tensor([[1.0]]), torch.ones(1, 1))
+    assert (advantages.tolist(), returns.tolist()) == ([[2.0]], [[3.0]])
+
+
 def test_advantages_keep_their_rows_and_their_type_and_do_not_touch_their_inputs():
     x, mask = noisy()
     v = x.flip(1).nan_to_num(0, 0, 0)
@@ -54,3 +59,12 @@ def test_advantages_keep_their_rows_and_their_type_and_do_not_touch_their_inputs
 def test_advantages_of_shapes_that_would_broadcast_are_refused():
     with pytest.raises(ValueError, match="broadcast"):
         gae(torch.ones(2, 3), torch.ones(2, 1), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, -40.0, 1e4])
+def test_any_difference_beyond_rounding_is_spread(level):
+    """A thousandth of the level is spread, a rounding error in float32 is none."""
+    step = 1e-3 * max(1.0, abs(level))
+    returns = tensor([level, level + step, level, level, level, level * (1 + 1e-7)])
+    groups = torch.tensor([5, 5, 2, 2, 7, 7])
+    assert nonzero_std(returns, groups).tolist() == [True, True, False, False, False, False]

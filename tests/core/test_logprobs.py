@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fiducial.core.logprobs import chosen_logprobs
+from fiducial.core import kl
+from fiducial.core.logprobs import chosen_logprobs, compared
 
 
 def tensor(x, dtype=torch.float64) -> torch.Tensor:
@@ -102,3 +103,37 @@ def test_nothing_is_computed_twice_without_gradients():
     with torch.no_grad():
         chosen_logprobs(hidden, labels, head, V, chunk_bytes=4 * V * 4)
     assert calls == [4, 4, 2]
+
+
+def test_tokens_that_cannot_be_chosen_have_no_part_in_entropy_kl_and_gradient():
+    """A logit of minus infinity: p log p is 0, so the numbers are those of the other tokens."""
+    hidden, weight, labels = problem()
+    other = hidden.detach().flip(0)
+    banned = torch.tensor([2, 11, V - 1])
+    kept = torch.tensor([v for v in range(V) if v not in banned.tolist()])
+    labels = kept[labels % len(kept)]
+    few = torch.searchsorted(kept, labels)  # the same tokens in a vocabulary without the banned
+
+    def masked(h: torch.Tensor) -> torch.Tensor:
+        return (h @ weight.T).index_fill(-1, banned, -math.inf)
+
+    def small(h: torch.Tensor) -> torch.Tensor:
+        return h @ weight[kept].T
+
+    found = chosen_logprobs(hidden, labels, masked, V, temperature=0.7, entropy=True)
+    slow = chosen_logprobs(hidden, few, small, len(kept), temperature=0.7, entropy=True)
+    both = compared(hidden, other, labels, masked, masked, V, temperature=0.7)
+    slow_both = compared(hidden, other, few, small, small, len(kept), temperature=0.7)
+    for one, two in (*zip(found, slow, strict=True), *zip(both, slow_both, strict=True)):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    p = np.exp((hidden @ weight[kept].T / 0.7).log_softmax(-1).detach().numpy())
+    np.testing.assert_allclose(found[1], -(p * np.log(p)).sum(-1), rtol=1e-12)
+    exact = kl.exact(masked(hidden), masked(other).detach(), temperature=0.7)
+    torch.testing.assert_close(exact, slow_both.kl, rtol=1e-12, atol=1e-12)
+    for one, two in ((found[0], slow[0]), (both.kl, slow_both.kl), (exact, slow_both.kl)):
+        mine, theirs = (
+            torch.autograd.grad(x.sum(), [hidden, weight], retain_graph=True) for x in (one, two)
+        )
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -26,6 +26,23 @@ def test_every_row_comes_once_an_epoch(rows, size, seed):
         assert len(steps) == -(-rows // size)
 
 
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 9))
+def test_an_epoch_is_cut_into_as_many_parts_as_asked(rows, parts, seed):
+    parts = min(rows, parts)
+    batches = Batches.cut(rows, parts, seed)
+    epoch = list(batches.epochs(1, 1))
+    assert len(epoch) == parts == batches.per_epoch
+    assert sorted(row for step in epoch for row in step) == list(range(rows))
+    lengths = [len(step) for step in epoch]
+    assert max(lengths) - min(lengths) <= 1 <= min(lengths)
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 40), st.integers(0, 9))
+def test_the_rows_of_the_first_steps_are_those_that_they_read(rows, size, steps, seed):
+    batches = Batches(rows, size, seed)
+    assert batches.rows(steps) == sorted({row for step in range(steps) for row in batches[step]})
+
+
 def test_the_step_number_is_the_whole_cursor():
     batches, again = Batches(10, 4, 3), Batches(10, 4, 3)
     seen = [batches[i] for i in range(9)]

@@ -100,27 +100,27 @@ def with_free(win: float, proxy: float, ppo: float = 0.81) -> str:
 def test_it_says_hacked_only_when_the_intervals_do() -> None:
     told = with_free(0.24, 2.3)
     assert told.startswith(
-        "PPO beats SFT on 81% ± 5 of held-out prompts at 2.40 nats, DPO 70% ± 5 at 2.40 nats. "
-        "Without"
+        "PPO beats SFT on 81% [76, 86] of held-out prompts at 2.40 nats, DPO 70% [65, 75] at "
+        "2.40 nats. Without"
     )  # 0.76 > 0.75: told apart
     assert (
-        "rose further (1.20 to 2.30) and the true value fell: it beats SFT on only 24% ± 5 of "
+        "rose further (1.20 to 2.30) and the true value fell: it beats SFT on only 24% [19, 29] of "
         "held-out prompts. The reward was hacked." in told
     )
     assert "over-optimized" in with_free(0.6, 2.3) and "still beats SFT" in with_free(0.6, 2.3)
-    assert "not shown to beat SFT (47% ± 5" in with_free(0.47, 2.3)
+    assert "not shown to beat SFT (47% [42, 52]" in with_free(0.47, 2.3)
     assert "was hacked" not in with_free(0.47, 2.3)
     assert "does not show that the reward was hacked" in with_free(0.8, 2.3)
     assert "no hacking was seen" in with_free(0.24, 1.25)
     unsure = with_free(0.24, 2.3, ppo=0.53)
     assert unsure.startswith(
-        "PPO is not shown to beat SFT (one half is not excluded): 53% ± 5 of held-out prompts at "
-        "2.40 nats. DPO beats SFT on 70% ± 5"
+        "PPO is not shown to beat SFT (one half is not excluded): 53% [48, 58] of held-out prompts "
+        "at 2.40 nats. DPO beats SFT on 70% [65, 75]"
     )
     close = with_free(0.24, 2.3, ppo=0.79)
     assert "overlap" not in unsure and "These intervals overlap: neither method is shown" in close
     assert "DPO loses to SFT, winning on only 70%" not in unsure
-    assert "PPO loses to SFT, winning on only 30% ± 5" in with_free(0.24, 2.3, ppo=0.3)
+    assert "PPO loses to SFT, winning on only 30% [25, 35]" in with_free(0.24, 2.3, ppo=0.3)
     assert "overlap" in with_free(0.24, 2.3, ppo=0.75) and "overlap" not in with_free(0.24, 2.3)
 
 

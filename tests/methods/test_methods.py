@@ -785,27 +785,30 @@ def test_another_model_or_other_rows_have_another_reference(
 ):
     monkeypatch.setenv("FIDUCIAL_CACHE", str(tmp_path / "cache"))
 
+    def train(kind, **changes):
+        go("dpo", kind, steps=3, **changes)  # a whole epoch, which reads every row
+
     def references():
         return len(list((tmp_path / "cache").iterdir()))
 
-    go("dpo", "llama")
+    train("llama")
     assert references() == 1
     text = Path(data["pairs"]).read_text()
     changed = tmp_path / "changed.jsonl"
     changed.write_text(text.replace(BAD[0], " xyz zz"))
-    go("dpo", "llama", data=str(changed))
+    train("llama", data=str(changed))
     assert references() == 2
     other = Path(make("llama"))
     state = weights(other)
     state["model.norm.weight"][3] += 1e-3
     save_file(state, other / "model.safetensors", metadata={"format": "pt"})
-    go("dpo", str(other))
+    train(str(other))
     assert references() == 3
-    go(
-        "dpo", str(make("llama", rope_parameters={"rope_type": "default", "rope_theta": 50.0}))
+    train(
+        str(make("llama", rope_parameters={"rope_type": "default", "rope_theta": 50.0}))
     )  # the same weights, other positions
     assert references() == 4
-    go("dpo", "llama", rows=RowSettings(max_length=19))
+    train("llama", rows=RowSettings(max_length=19))
     assert references() == 5
-    go("dpo", str(make("llama")))  # the same model in another folder
+    train(str(make("llama")))  # the same model in another folder
     assert references() == 5

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 import fiducial as fd
 from fiducial.methods.settings.ppo import CriticSettings, PtxSettings
@@ -16,26 +17,30 @@ from fiducial.settings import LoraSettings, OptimizerSettings, RunSettings
 from support import BAD, GOOD, PROMPTS, write_jsonl
 
 DRIVER = """
-import json, os, sys
+import json, runpy, sys
 import torch
 torch.set_num_threads(1)
-import fiducial as fd
 from pydantic import TypeAdapter
-from fiducial.settings import build
-from fiducial.methods import distill, dpo, grpo, ppo, prm, reinforce, reward_model, sft
+from fiducial.run import Run
 from fiducial.train.step import Stepper
 
-CLASSES = {"sft": fd.SFT, "reward": fd.RewardModel, "dpo": fd.DPO, "ppo": fd.PPO,
-           "reinforce": fd.Reinforce, "grpo": fd.GRPO, "distill": fd.Distill, "prm": fd.PRM}
-whole, gradients = Stepper.step, []
+step, finish, gradients = Stepper.step, Run.finish, []
 
-def step(self, number):
+def watched_step(self, number):
     trained = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
     named = ((n.removeprefix("module."), p.grad) for n, p in trained)
     gradients.append({n: torch.zeros(0) if g is None else g.clone() for n, g in named})
-    return whole(self, number)
+    return step(self, number)
 
-Stepper.step = step
+def watched_finish(self, **keywords):
+    found = {
+        "gradients": list(gradients),
+        "weights": {n: p.detach() for n, p in self.model.named_parameters()},
+        "state": state_of(self),
+    }
+    for name, value in found.items():
+        torch.save(value, f"{self.path}/{name}-{self.processes.index}.pt")
+    return finish(self, **keywords)
 
 def state_of(run):
     # its numbers by name; what is not set yet has none
@@ -45,17 +50,19 @@ def state_of(run):
         flat |= {f"{name}.{k}": v for k, v in part.items()} if isinstance(part, dict) else {}
     return {k: v for k, v in flat.items() if v is not None}
 
-jobs, failures = json.load(open(sys.argv[1])), []
-for name, method, settings in jobs:
+Stepper.step, Run.finish = watched_step, watched_finish
+for config in json.load(open(sys.argv[1])):  # `python -m fiducial METHOD --config FILE`
     gradients.clear()
-    run = getattr(fd, method)(build(CLASSES[method], settings))
-    torch.save(list(gradients), f"{run.path}/gradients-{run.processes.index}.pt")
-    weights = {n: p.detach() for n, p in run.model.named_parameters()}
-    torch.save(weights, f"{run.path}/weights-{run.processes.index}.pt")
-    torch.save(state_of(run), f"{run.path}/state-{run.processes.index}.pt")
+    sys.argv = ["fiducial", *config]
+    try:
+        runpy.run_module("fiducial", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, f"{config}: exit code {end.code}"
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "OMP_")
+"""How the names of variables begin that a launcher sets, none of which a user has to."""
 
 GENTLE = OptimizerSettings(eps=1e-2, schedule="constant", max_grad_norm=1e9)
 """Close to plain gradient descent: Adam would make a large step of a rounding error's sign."""
@@ -141,24 +148,26 @@ def plain(settings):
 
 
 def torchrun(jobs, folder, processes):
+    """The jobs one after the other, in a group that was started with nothing but torchrun."""
     script, listed = folder / "driver.py", folder / f"jobs-{processes}.json"
     script.write_text(DRIVER)
-    listed.write_text(json.dumps(jobs))
+    commands = []
+    for name, method, settings in jobs:
+        config = folder / f"{name}-{processes}.yaml"
+        config.write_text(yaml.safe_dump(settings))
+        commands.append([method, "--config", str(config)])
+    listed.write_text(json.dumps(commands))
     launch = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         if processes > 1
         else []
     )
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "ACCELERATE_USE_CPU": "true",
-    }
+    env = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
     done = subprocess.run(
         [sys.executable, *launch, script, listed],
         capture_output=True,
         text=True,
-        env=env,
+        env=env | {"PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=folder,
         timeout=3600,
     )
@@ -299,6 +308,24 @@ def test_two_processes_give_the_metrics_and_weights_of_one(ran, name):
     for key in alone:
         assert torch.equal(first[key], second[key])
         assert torch.allclose(alone[key], first[key], rtol=1e-5, atol=1e-5), key
+
+
+LOSSES = ("loss", "policy_loss", "value_loss", "kl_teacher")
+
+
+@pytest.mark.parametrize("method", dict.fromkeys(job[0] for job in JOBS.values()))
+def test_torchrun_on_a_cpu_gives_the_losses_of_one_process(ran, method):
+    """Each of the eight methods, from the command line, with nothing in the environment."""
+    name = next(name for name, job in JOBS.items() if job[0] == method)
+    assert json.loads((ran / f"{name}-2" / "summary.json").read_text())["processes"] == 2
+    one, two = (
+        [{k: row[k] for k in LOSSES if k in row} for row in metrics(ran / f"{name}-{count}")]
+        for count in (1, 2)
+    )
+    one, two = ([row for row in rows if row][:2] for rows in (one, two))  # without evaluations
+    assert len(one) == 2
+    for alone, both in zip(one, two, strict=True):
+        assert both == pytest.approx(alone, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(

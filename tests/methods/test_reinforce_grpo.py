@@ -23,6 +23,7 @@ from fiducial.methods import ppo as ppo_page
 from fiducial.methods import reinforce as reinforce_page
 from fiducial.methods import setup
 from fiducial.methods.settings.ppo import CriticSettings
+from fiducial.models import load
 from fiducial.parse import parse
 from fiducial.rewards.load import load_rewards
 from fiducial.rewards.shaping import ScoreScale, overlong
@@ -1072,6 +1073,14 @@ COMMAND = ("--model", "m", "--data", "d", "--reward", "r.py:f")
         ("reinforce", ["--beta", "0", "--kl.target", "6"], "--kl.target 6 with a beta of 0"),
         ("ppo", ["--beta", "0", "--kl.target", "6"], "--kl.target 6 with a beta of 0"),
         ("grpo", ["--variant", "dapo", "--kl.target", "6"], "--kl.target 6 with a beta of 0"),
+        *(
+            (
+                verb,
+                ["--batch-size", "8", "--minibatches", "1000"],
+                "--minibatches 1000 of a --batch-size of 8: every minibatch needs a response",
+            )
+            for verb in ("ppo", "grpo")
+        ),
         (
             "grpo",
             ["--max-new-tokens", "8", "--score.length-buffer", "9"],
@@ -1119,3 +1128,93 @@ def test_grpo_with_adapters_starts_at_ratio_one(probe):
 def test_settings_are_built_from_plain_values():
     settings = build(fd.GRPO, {**NAMED, "variant": "cispo", "kl": {"estimator": "k2"}})
     assert (settings.parts.loss, settings.parts.penalty, settings.parts.cap) == ("cispo", "k2", 5.0)
+
+
+# PPO: what each optimizer step is made of
+# ------------------------------------------------------------
+
+
+def lines_of(run):
+    rows = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if "num_tokens" in row]
+
+
+def test_a_minibatch_of_ppo_has_the_clipped_gradient_of_its_own_tokens(probe, models):
+    """With a critic that says 0, no KL and lambda 1, the advantage of every token is the score."""
+    changes = {"beta": 0.0, "whiten": False, "lam": 1.0, "clip": 0.05, "learning_rate": 2e-2}
+    parts = {"critic": CriticSettings(start="policy"), "epochs": 2, "minibatches": 3, "steps": 1}
+    run, updates = probe("ppo", **changes, **parts)
+    assert len(updates) == 6 and run.metrics["epochs_done"] == 2
+    old, cut, seen = Slow(models["llama"]), 0, []
+    for number, update in enumerate(updates):
+        t, now = update.trajectory, Slow(models["llama"], update.before)
+        rows = Batches.cut(8, 3, 0)[number]
+        seen.append(len(rows))
+        terms = []
+        for i in rows:
+            text = now.text(response(t, i))
+            score = by_letters(text)
+            with torch.no_grad():
+                before = old.logprobs(t, i)
+            for new, was in zip(now.logprobs(t, i), before, strict=True):
+                ratio = torch.exp(new - was)
+                clipped = ratio.clamp(0.95, 1.05)
+                terms.append(-torch.minimum(ratio * score, clipped * score))
+                cut += bool(clipped * score < ratio * score)
+        close(update.gradient, now.gradient(sum(terms) / len(terms)), 2e-4)
+    assert sorted(seen) == [2, 2, 3, 3, 3, 3] and cut > 0
+    assert (
+        len({int(u.trajectory.mask[Batches.cut(8, 3, 0)[k]].sum()) for k, u in enumerate(updates)})
+        > 1
+    )
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_the_rate_falls_over_the_optimizer_steps_that_are_made(probe, monkeypatch, method):
+    """Five minibatches of 8 responses: sizes 1 and 2, two epochs, two iterations."""
+    rates, step = [], Stepper.step
+    monkeypatch.setattr(
+        Stepper,
+        "step",
+        lambda self, n: (
+            rates.append(step(self, n)["learning_rate"])
+            or {"grad_norm": 0.0, "learning_rate": rates[-1]}
+        ),
+    )
+    optimizer = OptimizerSettings(schedule="linear")
+    changes = {"critic": CriticSettings(start="shared")} if method == "ppo" else {}
+    _, updates = probe(method, minibatches=5, epochs=2, optimizer=optimizer, **changes)
+    assert len(updates) == 20
+    assert rates == pytest.approx([1e-2 * (1 - k / 20) for k in range(20)])
+
+
+def test_a_gradient_that_target_kl_threw_away_is_not_in_the_next_step(probe):
+    """The second epoch stops before its step, so the run is that of one epoch."""
+    common = {"critic": CriticSettings(start="shared"), "beta": 0.0, "learning_rate": 3e-2}
+    _, plain = probe("ppo", epochs=1, **common)
+    run, stopped = probe("ppo", epochs=2, target_kl=1e-9, **common)
+    assert [line["epochs_done"] for line in lines_of(run)] == [1, 1]
+    assert len(plain) == len(stopped) == 2
+    for one, two in zip(plain, stopped, strict=True):
+        close(two.gradient, one.gradient, 1e-5)
+
+
+# A reference that nothing reads
+# ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ppo", "reinforce", "grpo"])
+def test_without_a_penalty_there_is_no_reference_unless_the_kl_is_asked_for(
+    probe, monkeypatch, capsys, method
+):
+    """Its weights are not loaded and it is not run; the run is otherwise the same."""
+    loaded, frozen = [], load.load_frozen
+    monkeypatch.setattr(load, "load_frozen", lambda *a, **k: loaded.append(a) or frozen(*a, **k))
+    without, first = probe(method, beta=0.0, steps=1)
+    assert loaded == [] and "no reference is loaded" in capsys.readouterr().err
+    assert not {"kl", "objective/kl"} & without.metrics.keys()
+    measured, second = probe(method, beta=0.0, kl=KLSettings(estimator="k2"))
+    assert len(loaded) == 1 and "no reference" not in capsys.readouterr().err
+    assert [line["objective/kl"] > 1e-3 for line in lines_of(measured)] == [False, True]
+    assert torch.equal(first[0].gradient, second[0].gradient)
+    assert (without.path / "report.html").is_file()

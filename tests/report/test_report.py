@@ -142,23 +142,31 @@ def test_numbers_carry_three_significant_digits(x: float | None, text: str) -> N
 @pytest.mark.parametrize(
     ("e", "text"),
     [
-        (Estimate(1.3456, 1.3056, 1.3856), "1.35 ± 0.04"),
-        (Estimate(0.0792, 0.0099, 0.1485), "0.079 ± 0.069"),
-        (Estimate(-40.41, -40.61, -40.21), "\u221240.4 ± 0.2"),
-        (Estimate(12345, 12145, 12545), "12,300 ± 200"),
+        (Estimate(1.3456, 1.3056, 1.3856), "1.35 [1.31, 1.39]"),
+        (Estimate(0.0792, 0.0099, 0.1485), "0.079 [0.010, 0.148]"),
+        (Estimate(-40.41, -40.61, -40.21), "\u221240.4 [\u221240.6, \u221240.2]"),
+        (Estimate(12345, 12145, 12545), "12,300 [12,100, 12,500]"),
         (Estimate(2.0), "2.00"),
         (Estimate(2.0, 2.0, 2.0), "2.00"),
-        (Estimate(0.999, 0.99896, 0.99904), "0.999 ± 0.00004"),
+        (Estimate(0.999, 0.99896, 0.99904), "0.999 [0.99896, 0.99904]"),
+        (Estimate(1.0, 0.2065, 1.0), "1.00 [0.21, 1.00]"),  # a share of 1 of 1, Wilson's
+        (Estimate(0.0, 0.0, 0.0037), "0.0000 [0.0000, 0.0037]"),
+        (Estimate(4e-4, 1e-5, 9e-4), "4.00e\u22124 [1.00e\u22125, 9.00e\u22124]"),
+        (Estimate(0.2, -0.02, 0.4), "0.20 [\u22120.02, 0.40]"),
+        (Estimate(2.0, -math.inf, math.inf), "2.00"),
         (None, "not measured"),
     ],
 )
-def test_estimates_are_written_with_half_their_interval(e: Estimate | None, text: str) -> None:
+def test_estimates_are_written_with_both_ends_of_their_interval(
+    e: Estimate | None, text: str
+) -> None:
     assert fmt.with_interval(e).replace("\u00a0", " ") == text
 
 
 def test_shares_counts_times_and_sizes() -> None:
-    assert fmt.percent(Estimate(0.812, 0.762, 0.862)).replace("\u00a0", " ") == "81% ± 5"
-    assert fmt.percent(Estimate(0.504, 0.498, 0.510)).replace("\u00a0", " ") == "50.4% ± 0.6"
+    assert fmt.percent(Estimate(0.812, 0.762, 0.862)).replace("\u00a0", " ") == "81% [76, 86]"
+    assert fmt.percent(Estimate(0.504, 0.498, 0.510)).replace("\u00a0", " ") == "50.4% [49.8, 51.0]"
+    assert fmt.percent(Estimate(0.99, 0.9455, 0.9982)).replace("\u00a0", " ") == "99% [95, 100]"
     assert fmt.percent(0.752) == "75.2%"
     assert fmt.count(12345) == "12,345"
     assert [fmt.duration(s).replace("\u00a0", " ") for s in (12.34, 200, 3720, 97200)] == [
@@ -317,11 +325,14 @@ def test_the_answer_weakens_when_one_half_is_inside_the_interval(tmp_path: Path)
         )
 
     assert told(0.76, 0.86) == (
-        "The reward model scores the chosen answer higher on 81% ± 5 of held-out pairs (n = 256)."
+        "The reward model scores the chosen answer higher on 81% [76, 86] of held-out pairs "
+        "(n = 256)."
     )
-    assert told(0.48, 0.58).startswith("It is not shown to do better than a coin flip: 53% ± 5")
+    assert told(0.48, 0.58).startswith(
+        "It is not shown to do better than a coin flip: 53% [48, 58]"
+    )
     assert told(0.2, 0.3).startswith("It does worse than a coin flip: the reward model scores")
-    assert "on only 25% ± 5" in told(0.2, 0.3)
+    assert "on only 25% [20, 30]" in told(0.2, 0.3)
 
 
 def tell(tmp_path: Path, method: str, rows: Rows, **evaluation: Any) -> str:
@@ -342,12 +353,12 @@ def test_the_answer_for_preferences_and_rewards(tmp_path: Path) -> None:
     implicit, held = "implicit reward accuracy on held-out pairs", "accuracy on held-out pairs"
     length = "length alone: the longer wins"
     rm = [{"step": i, "accuracy": 0.6, "margin": 0.3} for i in range(1, 20)]
-    assert "prefers the chosen answer, relative to the reference, on 72% ± 4" in told(
+    assert "prefers the chosen answer, relative to the reference, on 72% [68, 76]" in told(
         dpo_history(), **{implicit: e(0.72, 0.04)}
     )
     both = told(rm, **{length: e(0.6, 0.03), held: e(0.7, 0.03)})
-    assert "on 70% ± 3 of held-out pairs" in both
-    assert "by length alone is right on 60% ± 3: it knows more than length." in both
+    assert "on 70% [67, 73] of held-out pairs" in both
+    assert "by length alone is right on 60% [57, 63]: it knows more than length." in both
     assert "not shown to do better than a coin flip" in told(
         dpo_history(), **{implicit: e(0.52, 0.04)}
     )

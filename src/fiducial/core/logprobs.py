@@ -131,8 +131,7 @@ def _compared(
     logits = head(hidden).to(_precision(hidden)) / temperature
     with torch.no_grad():
         theirs = other_head(other).to(logits.dtype) / temperature
-        logp = logits.log_softmax(-1)
-        entropy = -select(logp, logp > -torch.inf).mul(logp.exp()).sum(-1)
+        entropy = _entropy(logits.log_softmax(-1))
         other_logprobs = -F.cross_entropy(theirs, labels, reduction="none")
     return Compared(
         kl.exact(logits, theirs),
@@ -152,8 +151,12 @@ def _piece(
     if not entropy:
         return logprobs, None
     with torch.no_grad():
-        logp = logits.log_softmax(-1)
-        return logprobs, -(logp.exp() * logp).sum(-1)
+        return logprobs, _entropy(logits.log_softmax(-1))
+
+
+def _entropy(logp: Tensor) -> Tensor:
+    """[N] entropies of distributions [N, V]; p log p of a token of probability 0 is 0."""
+    return -(logp.exp() * select(logp, logp > -torch.inf)).sum(-1)
 
 
 def _precision(hidden: Tensor) -> torch.dtype:

@@ -27,15 +27,30 @@ class Batches:
 
     If the rows do not divide evenly, all batches of an epoch are slightly smaller than `size`: a
     last batch of a few rows would move the weights as far as a full one.
+
+    parts: the number of batches in an epoch; None: as many as batches of `size` rows need.
     """
 
     num_rows: int
     size: int
     seed: int
+    parts: int | None = None
+
+    @classmethod
+    def cut(cls, num_rows: int, parts: int, seed: int) -> Batches:
+        """Exactly `parts` batches in an epoch, whose sizes differ by at most one row."""
+        return cls(num_rows, -(-num_rows // parts), seed, parts)
 
     @property
     def per_epoch(self) -> int:
-        return -(-self.num_rows // self.size)
+        return self.parts or -(-self.num_rows // self.size)
+
+    def rows(self, steps: int) -> list[int]:
+        """The rows that the first `steps` steps read, in ascending order."""
+        if steps >= self.per_epoch:
+            return list(range(self.num_rows))
+        order = np.random.default_rng([self.seed, 0]).permutation(self.num_rows)
+        return sorted(int(i) for i in order[: steps * self.num_rows // self.per_epoch])
 
     def __getitem__(self, step: int) -> list[int]:
         epoch, place = divmod(step, self.per_epoch)

@@ -30,8 +30,9 @@ from ..methods.settings.reinforce import Reinforce
 from ..methods.settings.reward_model import RewardModel
 from ..methods.settings.sft import SFT
 from ..methods.sft import sft
-from ..settings import OptimizerSettings, RowSettings, RunSettings
+from ..settings import KLSettings, OptimizerSettings, RowSettings, RunSettings
 from ..train.folders import open_folder
+from ..train.launch import alone
 from ..train.machine import command_line, versions
 from ..train.progress import say
 from ..use.collect import collect
@@ -124,6 +125,7 @@ class Stages:
 
 def demo(settings: Demo) -> Path:
     """The path of the page."""
+    alone("demo")
     folder = open_folder(settings.out, "demo-run", settings.resume)
     world, stage = StoryWorld(settings.seed), Stages()
     train(folder, world, settings, stage)
@@ -225,7 +227,12 @@ def train(folder: Path, world: StoryWorld, settings: Demo, stage: Stages) -> Non
     def run_ppo(
         out: str, beta: float = 0.1, rate: float = 5e-4, steps: int = settings.ppo_steps
     ) -> None:
-        ppo(PPO(out=out, beta=beta, steps=steps, epochs=2, learning_rate=rate, **online))
+        measured = KLSettings(estimator="k1")  # also where beta is 0
+        ppo(
+            PPO(
+                out=out, beta=beta, kl=measured, steps=steps, epochs=2, learning_rate=rate, **online
+            )
+        )
 
     def run_rloo(out: str) -> None:
         reinforce(

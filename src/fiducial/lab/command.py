@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from ..errors import RunError
 from ..report.numbers import number
 from ..train.folders import open_folder
+from ..train.launch import alone
 from ..train.machine import command_line
 from ..train.progress import say
 from .page.page import write_lab_page
@@ -54,6 +55,7 @@ def lab(settings: Lab) -> Finished:
         InputError: the folder is in use.
         RunError: a run failed or was stopped. Finished runs are kept for --resume.
     """
+    alone("lab")
     folder = open_folder(settings.out, "lab-run", settings.resume)
     form: Form = "full" if settings.full else "quick"
     times: dict[str, float] = {}

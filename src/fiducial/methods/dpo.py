@@ -38,6 +38,9 @@ from ..train.step import Stepper
 from .settings.dpo import DPO
 from .setup import Prepared, prepare_offline
 
+WARMUP = 150
+"""Optimizer steps of warm-up in the paper, appendix B; a tenth of a run that is shorter."""
+
 
 class Pair(NamedTuple):
     """The rendered responses of a preference row."""
@@ -56,12 +59,22 @@ def dpo(settings: DPO) -> Run[None]:
     with Run("dpo", settings, state=None) as run:
         ready = prepare(settings, run.processes, run.path / "skipped.jsonl")
         train, held_out, policy = ready.train.items, ready.held_out.items, ready.roles.policy
-        announce(ready, run)
-        # before the first step moves the policy, which is the reference until then
-        reference = reference_logprobs(policy, train + held_out, settings.run.tokens, run)
         stepper = Stepper(
-            policy, settings.learning_rate, settings.optimizer, ready.total, run.processes
+            policy,
+            settings.learning_rate,
+            settings.optimizer,
+            ready.total,
+            run.processes,
+            usual_warmup=WARMUP,
         )
+        announce(ready, stepper.warmup, run)
+        # before the first step moves the policy, which is the reference until then
+        read = ready.batches.rows(ready.total)
+        found = reference_logprobs(
+            policy, [train[i] for i in read] + held_out, settings.run.tokens, run
+        )
+        reference = torch.full((len(train), 2), torch.nan)  # of pairs that no step reads
+        reference[read], unseen = found[: len(read)], found[len(read) :]
         run.start(ready.total)
         if run.step == 0:
             run.record_samples(answers(ready, settings, run))
@@ -95,7 +108,7 @@ def dpo(settings: DPO) -> Run[None]:
                 show=("loss", "rewards/margins", "rewards/accuracies"),
             )
             if held_out and run.due(settings.run.eval_every):
-                run.record(evaluate(policy, held_out, reference[len(train) :], settings, run))
+                run.record(evaluate(policy, held_out, unseen, settings, run))
             run.checkpoint_if_due()
 
         run.record_samples(answers(ready, settings, run))
@@ -146,14 +159,16 @@ def agree_when_shared(policy: Policy, pair: Pair, device: torch.device) -> bool:
     return bool(((shared - alone).abs() <= tolerance * max(1, tokens)).all())
 
 
-def announce(ready: Prepared[Pair], run: Run[None]) -> None:
-    """Say what is trained on."""
+def announce(ready: Prepared[Pair], warmup: int, run: Run[None]) -> None:
+    """Say what is trained on, and how long the learning rate rises."""
     if not run.main:
         return
     cut = sum(p.chosen.truncated or p.rejected.truncated for p in ready.train.items)
     note = f"; {cut:,} cut at {ready.renderer.max_length} tokens" if cut else ""
     counts = f"{len(ready.train):,} pairs to train on, {len(ready.held_out):,} held out"
     say(f"dpo: {counts}{note}")
+    if warmup:
+        say(f"the learning rate rises over the first {warmup} of {ready.total} steps")
     if ready.note:
         say(ready.note)
 

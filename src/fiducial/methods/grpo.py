@@ -135,7 +135,9 @@ def grpo(
             )
 
             sampled = int(counts["groups/sampled"])
-            beta = settings.kl.next_beta(run.state.beta, metrics["objective/kl"], len(trajectory))
+            beta = settings.kl.next_beta(
+                run.state.beta, metrics.get("objective/kl"), len(trajectory)
+            )
             # the cursor moves at the end: a step that fails half-way begins again as it was
             drawn = run.state.drawn + sampled
             run.state = replace(run.state, beta=beta, drawn=drawn, scale=scale)
@@ -165,7 +167,8 @@ def prepare(
     Raises:
         InputError: a row, a reward or a model cannot be used.
     """
-    return prepare_online(settings, processes, sampler=sampler, rewards=rewards)
+    reads = settings.kl.reads_reference(settings.parts.beta)
+    return prepare_online(settings, processes, reference=reads, sampler=sampler, rewards=rewards)
 
 
 def announce(ready: PreparedOnline, settings: GRPO, run: Run[GRPOState]) -> None:
@@ -236,7 +239,7 @@ def improve(
     processes, device, loss_sum = run.processes, run.processes.device, LOSSES[parts.loss](parts)
     first = update = run.step * settings.epochs * settings.minibatches
     out: dict[str, float] = {}
-    order = Batches(len(trajectory), -(-len(trajectory) // settings.minibatches), settings.seed)
+    order = Batches.cut(len(trajectory), settings.minibatches, settings.seed)
     for rows in order.epochs(run.step * settings.epochs, settings.epochs):
         weights = torch.zeros(mask.shape, dtype=advantage.dtype)
         aggregate = AGGREGATIONS[parts.loss_aggregation]
@@ -246,16 +249,17 @@ def improve(
             numbers = [rows[i] for i in micro.rows]
             ids, chosen = trajectory.slice_rows(numbers, device)
             now = stepper.module(ids, chosen, trajectory.temperature)
-            logprobs, ref, adv, weight, learned = (
-                x[numbers, : ids.shape[1]].to(device)
-                for x in (old.logprobs, old.ref_logprobs, advantage, weights, mask)
+            here = numbers, slice(ids.shape[1])
+            logprobs, adv, weight, learned = (
+                x[here].to(device) for x in (old.logprobs, advantage, weights, mask)
             )
             if settings.off_policy_mask is not None:
                 learned = off_policy_mask(
                     now.logprobs, logprobs, adv, learned, threshold=settings.off_policy_mask
                 )
             loss, metrics = loss_sum(now.logprobs, logprobs, adv * weight, learned)
-            if parts.penalty != "k1":  # k1 is in the reward
+            if parts.penalty != "k1" and old.ref_logprobs is not None:  # k1 is in the reward
+                ref = old.ref_logprobs[here].to(device)
                 cost = kl.penalty(now.logprobs, ref, logprobs, learned, estimator=parts.penalty)
                 loss = loss + run.state.beta * (weight * cost).sum()
             stepper.backward(loss * micro.weight)

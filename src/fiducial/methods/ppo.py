@@ -107,7 +107,9 @@ def ppo(
                 trajectory, old, weight, returns, penalty, ready, ptx, steppers, settings, run
             )
 
-            beta = settings.kl.next_beta(run.state.beta, metrics["objective/kl"], len(trajectory))
+            beta = settings.kl.next_beta(
+                run.state.beta, metrics.get("objective/kl"), len(trajectory)
+            )
             run.state = replace(run.state, beta=beta, scale=scale)
             metrics |= scored.metrics()
             metrics["explained_variance"] = explained_variance(old.values, returns, trajectory.mask)
@@ -138,7 +140,12 @@ def prepare(
         InputError: a row, a reward or a model cannot be used.
     """
     ready = prepare_online(
-        settings, processes, critic=settings.critic.start, sampler=sampler, rewards=rewards
+        settings,
+        processes,
+        reference=settings.kl.reads_reference(settings.beta),
+        critic=settings.critic.start,
+        sampler=sampler,
+        rewards=rewards,
     )
     if settings.ptx.data is None:
         return ready, []
@@ -166,7 +173,7 @@ def improve(
     modules = {role: stepper.module for role, stepper in steppers.items()}
     first = update = run.step * settings.epochs * settings.minibatches
     out: dict[str, float] = {}
-    order = Batches(len(trajectory), -(-len(trajectory) // settings.minibatches), settings.seed)
+    order = Batches.cut(len(trajectory), settings.minibatches, settings.seed)
     for rows in order.epochs(run.step * settings.epochs, settings.epochs):
         count = int(trajectory.mask[rows].sum())
         plan = processes.plan([[int(trajectory.lengths[i])] for i in rows], settings.run.tokens)
@@ -176,9 +183,9 @@ def improve(
             ids, mask = trajectory.slice_rows(numbers, processes.device)
             now = ready.roles.outputs(ids, mask, trajectory.temperature, wrapped=modules)
             assert now.values is not None
-            logprobs, ref, values, adv, ret = (
-                x[numbers, : ids.shape[1]].to(processes.device)
-                for x in (old.logprobs, old.ref_logprobs, old.values, advantage, returns)
+            here = numbers, slice(ids.shape[1])
+            logprobs, values, adv, ret = (
+                x[here].to(processes.device) for x in (old.logprobs, old.values, advantage, returns)
             )
             policy_loss, policy_metrics = losses.ppo_clip_sum(
                 now.logprobs, logprobs, adv, mask, clip=settings.clip
@@ -186,7 +193,8 @@ def improve(
             value_loss, value_metrics = losses.clipped_value_sum(
                 now.values, values, ret, mask, clip=settings.critic.clip
             )
-            if penalty != "k1":  # k1 is in the reward
+            if penalty != "k1" and old.ref_logprobs is not None:  # k1 is in the reward
+                ref = old.ref_logprobs[here].to(processes.device)
                 cost = kl.penalty(now.logprobs, ref, logprobs, mask, estimator=penalty)
                 policy_loss = policy_loss + run.state.beta * cost.sum()
             loss = policy_loss + settings.critic.coefficient * value_loss

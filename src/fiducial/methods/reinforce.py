@@ -148,7 +148,9 @@ def reinforce(
             mean = run.state.mean
             run.state = replace(
                 run.state,
-                beta=settings.kl.next_beta(run.state.beta, metrics["objective/kl"], len(chosen)),
+                beta=settings.kl.next_beta(
+                    run.state.beta, metrics.get("objective/kl"), len(chosen)
+                ),
                 scale=scale,
                 mean=average if mean is None else MEMORY * mean + (1 - MEMORY) * average,
             )
@@ -181,7 +183,8 @@ def prepare(
     Raises:
         InputError: a row, a reward or a model cannot be used.
     """
-    return prepare_online(settings, processes, sampler=sampler, rewards=rewards)
+    reads = settings.kl.reads_reference(settings.beta)
+    return prepare_online(settings, processes, reference=reads, sampler=sampler, rewards=rewards)
 
 
 def greedy_scores(
@@ -237,12 +240,13 @@ def improve(
     for micro in accumulate(plan, processes, stepper.module):
         ids, chosen = trajectory.slice_rows(micro.rows, device)
         now = stepper.module(ids, chosen, trajectory.temperature)
-        logprobs, ref, adv, weight, learned = (
-            x[micro.rows, : ids.shape[1]].to(device)
-            for x in (old.logprobs, old.ref_logprobs, advantage, weights, mask)
+        here = micro.rows, slice(ids.shape[1])
+        logprobs, adv, weight, learned = (
+            x[here].to(device) for x in (old.logprobs, advantage, weights, mask)
         )
         loss, metrics = losses.reinforce_sum(now.logprobs, adv * weight, learned)
-        if penalty != "k1":  # k1 is in the reward
+        if penalty != "k1" and old.ref_logprobs is not None:  # k1 is in the reward
+            ref = old.ref_logprobs[here].to(device)
             cost = kl.penalty(now.logprobs, ref, logprobs, learned, estimator=penalty)
             loss = loss + run.state.beta * (weight * cost).sum()
         stepper.backward(loss * micro.weight)

@@ -41,6 +41,10 @@ from ..train.processes import Processes
 from ..train.renderer import load_renderer
 
 T = TypeVar("T")
+NO_REFERENCE = (
+    "beta is 0, so no reference is loaded and the KL to it is not measured (--kl.estimator k1 "
+    "measures it)"
+)
 
 
 class _Common(Protocol):
@@ -213,6 +217,7 @@ def prepare_online(
     settings: OnlineSettings,
     processes: Processes,
     *,
+    reference: bool,
     critic: str | None = None,
     sampler: Sampler | None = None,
     rewards: Scorer | None = None,
@@ -220,6 +225,7 @@ def prepare_online(
     """Prompts, rewards, roles and a sampler for a method that learns from its own samples.
 
     Args:
+        reference: whether anything reads the frozen reference; otherwise none is loaded.
         critic: where a critic starts: "reward", "policy", "shared" (a value head on the policy's
             trunk) or "auto" (from the reward model if it can); None for no critic.
         sampler: of the policy's responses; None samples in this process.
@@ -248,6 +254,7 @@ def prepare_online(
         renderer.tokenizer,
         processes.device,
         critic=None if critic is None else start,
+        reference=reference,
         seed=settings.seed,
     )
     params = sampling_params(renderer, settings.max_new_tokens, settings.temperature, settings.stop)
@@ -258,6 +265,8 @@ def prepare_online(
         sampler,
         {"model": settings.model, "critic": settings.model if start in (None, SHARED) else start},
     )
+    if not reference:
+        note = "; ".join(filter(None, [note, NO_REFERENCE]))
     return PreparedOnline(
         renderer,
         rows,

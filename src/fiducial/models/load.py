@@ -84,14 +84,16 @@ def load_roles(
     device: torch.device,
     *,
     critic: str | None = None,
+    reference: bool = True,
     seed: int = 0,
 ) -> Roles:
-    """The policy, its frozen reference and, where one is asked for, a critic.
+    """The policy and, where they are asked for, its frozen reference and a critic.
 
     Args:
         name: the model that the policy starts from, and that the reference stays.
         critic: None for no critic; `SHARED` for a zero value head on the policy's trunk; else the
             folder or Hub name of the model whose weights the critic starts from.
+        reference: whether anything reads the reference; without one no weights are loaded for it.
         seed: of a new head.
 
     Raises:
@@ -106,6 +108,8 @@ def load_roles(
         nn.init.zeros_(policy.value_head.bias)
     elif critic is not None:
         own_critic = load_scorer(critic, lora, run, head="zero", seed=seed)
+    if not reference:
+        return Roles(policy=policy, critic=own_critic)
     own = None
     if lora.r == 0:  # with adapters the base under them is the reference
         own = load_frozen(name, run).to(next(policy.parameters()).device)

@@ -1,5 +1,5 @@
 """How a page writes numbers: three significant digits, separated thousands, a real minus sign, and
-± half the width of a 95% interval.
+both ends of a 95% interval, which need not lie evenly around the number.
 """
 
 import math
@@ -9,7 +9,8 @@ from statistics import fmean, stdev
 
 MINUS = "\u2212"
 UNKNOWN = "not known"
-PM = "\u00a0±\u00a0"
+SPACE = "\u00a0"
+"""A space at which no line is broken."""
 
 
 @dataclass(frozen=True)
@@ -86,36 +87,52 @@ def count(n: int | float | None) -> str:
 
 
 def with_interval(e: Estimate | None) -> str:
-    """`1.35 ± 0.04`: at most three digits of the value and two of the half-width, with the same
-    number of decimals. Without an interval, the number alone.
+    """`1.35 [1.31, 1.39]`: at most three digits of the value and two of the interval's width, with
+    the same number of decimals. Without an interval, the number alone.
     """
     if e is None:
         return "not measured"
     half = e.half
     if not half or not math.isfinite(e.value) or not math.isfinite(half):
         return number(e.value)
+    assert e.low is not None and e.high is not None
     size = max(abs(e.value), half)
-    if size >= 1000:
-        grain = 10 ** (math.floor(math.log10(size)) - 2)
-        value, half = round(e.value / grain) * grain, max(grain, round(half / grain) * grain)
-        return f"{value:,}{PM}{half:,}".replace("-", MINUS)
     if size < 1e-3:
-        return f"{number(e.value)}{PM}{number(half)}"
-    decimals = min(_decimals(size), _decimals(half, 2))
+        return _bracketed(number(e.value), number(e.low), number(e.high))
+    unit = max(_power(size) - 2, min(_power(half) - 1, 0))
     # an interval too narrow for three digits of the value gets decimals of its own
-    fine = _decimals(half, 1) if half < 0.5 * 10**-decimals else decimals
-    return f"{e.value:.{decimals}f}{PM}{half:.{fine}f}".replace("-", MINUS)
+    fine = _power(half) if half < 0.5 * 10**unit else unit
+    return _bracketed(*(_to(x, u) for x, u in ((e.value, unit), (e.low, fine), (e.high, fine))))
+
+
+def _bracketed(value: str, low: str, high: str) -> str:
+    return f"{value}{SPACE}[{low},{SPACE}{high}]"
+
+
+def _power(x: float) -> int:
+    """The power of ten of the first digit: 2 for 345, -2 for 0.012."""
+    return math.floor(math.log10(x))
+
+
+def _to(x: float, power: int) -> str:
+    """`x` rounded to a multiple of a power of ten."""
+    rounded = round(x, -power) + 0.0  # no minus in front of 0
+    return f"{rounded:,.{max(0, -power)}f}".replace("-", MINUS)
 
 
 def percent(e: Estimate | float, digits: int | None = None) -> str:
-    """`81% ± 5`; with one decimal if the half-width is below one point or `digits` asks for it."""
+    """`81% [76, 86]`; with one decimal if half the interval's width is below one point or `digits`
+    asks for it.
+    """
     if not isinstance(e, Estimate):
         return f"{100 * e:.{1 if digits is None else digits}f}%".replace("-", MINUS)
     half = e.half
     if half is None:
         return f"{100 * e.value:.{1 if digits is None else digits}f}%"
+    assert e.low is not None and e.high is not None
     digits = digits if digits is not None else (0 if half >= 0.01 else 1)
-    return f"{100 * e.value:.{digits}f}%{PM}{100 * half:.{digits}f}".replace("-", MINUS)
+    value, low, high = (_to(100 * x, -digits) for x in (e.value, e.low, e.high))
+    return _bracketed(f"{value}%", low, high)
 
 
 def duration(seconds: float | None) -> str:

@@ -47,6 +47,7 @@ def shape(
 
     Args:
         first: the scale that `normalise: first` holds to; None in the first batch, which sets it.
+        beta: the KL coefficient; 0 where there is no reference.
         kl_in_reward: whether the KL is paid in the reward (k1); otherwise it is a term of the loss.
         limit: the largest number of tokens that a response may have, for the length penalty.
 
@@ -61,16 +62,20 @@ def shape(
     if scored.steps is not None:
         steps = scale * select(scored.steps, mask)
     rewards = steps + trajectory.last * (scores - steps.sum(1))[:, None]
-    kl_tokens = select(kl.estimate(logprobs.logprobs, logprobs.ref_logprobs, estimator="k1"), mask)
-    if kl_in_reward:
-        rewards = rewards - beta * kl_tokens
+    measured = {}
+    if logprobs.ref_logprobs is not None:
+        kl_tokens = kl.estimate(logprobs.logprobs, logprobs.ref_logprobs, estimator="k1")
+        kl_tokens = select(kl_tokens, mask)
+        if kl_in_reward:
+            rewards = rewards - beta * kl_tokens
+        measured["objective/kl"] = float(kl_tokens.sum(1).mean())
+        measured["kl"] = float(kl_tokens.sum() / mask.sum())
     gap = (select(logprobs.logprobs, mask) - trajectory.logprobs).abs().max()
     metrics = {
         "reward": float(raw.mean()),
         "reward_std": float(raw.std(correction=0)),
-        "objective/kl": float(kl_tokens.sum(1).mean()),
         "objective/score": float(scores.mean()),
-        "kl": float(kl_tokens.sum() / mask.sum()),
+        **measured,
         "beta": beta,
         "entropy": float(masked_mean(logprobs.entropy, mask)),
         "completions/mean_length": float(trajectory.response_lengths.float().mean()),

@@ -16,9 +16,23 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
 from ..data.batches import micro_batches
+from ..errors import LaunchError
+from . import launch
 from .progress import Progress
 
 T = TypeVar("T")
+
+
+def _on_cpu(count: int) -> bool:
+    """Whether the processes must be told to meet on the CPU.
+
+    Accelerate joins the processes of a launcher on an accelerator by itself, on a CPU only if it is
+    told to: without that each would be alone. Apple's GPU has no collectives.
+    """
+    if count == 1:
+        return False
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device is None or device.type == "mps"
 
 
 @dataclass(frozen=True)
@@ -37,10 +51,25 @@ class Processes:
     """What a method needs from its process group: the index and share of this process, and sums."""
 
     def __init__(self, timeout_minutes: float = 10.0) -> None:
+        """Join the other processes, if a launcher started any.
+
+        Raises:
+            LaunchError: it cannot be given what it was asked for.
+        """
         self.dirty = False  # an optimizer has stepped since the last recorded step
-        self.accelerator = Accelerator(
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))]
-        )
+        wanted = launch.asked()
+        launch.check_engine()
+        patience = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))
+        try:
+            self.accelerator = Accelerator(cpu=_on_cpu(wanted.count), kwargs_handlers=[patience])
+        except (RuntimeError, ValueError) as error:
+            if wanted.count == 1:
+                raise
+            raise LaunchError(
+                f"{wanted.variable} asks for {wanted.count} processes, and process {wanted.index} "
+                f"did not find the others: {error}"
+            ) from error
+        launch.check_given(wanted, self.count)
 
     @property
     def index(self) -> int:

@@ -1,12 +1,14 @@
 """Log-probabilities of the reference, computed once and kept on disk under a hash of the model, the
-data and the rendering.
+data and the rendering. What no run has read for a while is removed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,9 @@ from ..models.trunk import plain
 
 if TYPE_CHECKING:
     from .processes import Processes
+
+LARGEST, OLDEST = 2**30, 30 * 24 * 3600.0
+"""Bytes that the folder may hold, and seconds after which a file that was not read is removed."""
 
 
 def folder() -> Path:
@@ -68,9 +73,30 @@ def cached(key: str, compute: Callable[[], Tensor], processes: Processes) -> Ten
             aside = path.with_name(f".{path.name}.{os.getpid()}")
             save_file({"logprobs": value.contiguous()}, aside, metadata={"sha256": _digest(value)})
             os.replace(aside, path)
+            prune(path.parent, keep=path)
         except OSError:
             pass
     return value
+
+
+def prune(folder: Path, *, keep: Path, largest: int = LARGEST, oldest: float = OLDEST) -> None:
+    """Remove stored references that were not read for long, and then those that were not read for
+    longest, until they fit; also what an interrupted run left half-written. `keep` stays.
+    """
+    left, now, dated = largest - keep.stat().st_size, time.time(), []
+    for path in folder.glob("*reference-*"):
+        with contextlib.suppress(FileNotFoundError):  # another run removed it
+            dated.append((now - path.stat().st_mtime, path.stat().st_size, path))
+    for unread, size, path in sorted(dated):
+        if path == keep:
+            continue
+        if path.name.startswith("."):  # another run may be writing it now
+            gone = unread > 3600
+        else:
+            left -= size
+            gone = left < 0 or unread > oldest
+        if gone:
+            path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Tensor | None:
@@ -78,9 +104,13 @@ def _read(path: Path) -> Tensor | None:
     try:
         with safe_open(path, "pt") as file:
             value: Tensor = file.get_tensor("logprobs")
-            return value if (file.metadata() or {}).get("sha256") == _digest(value) else None
+            if (file.metadata() or {}).get("sha256") != _digest(value):
+                return None
     except (OSError, SafetensorError):
         return None
+    with contextlib.suppress(OSError):  # a folder that cannot be written
+        os.utime(path)  # the time of the last use
+    return value
 
 
 def _digest(value: Tensor) -> str:

@@ -10,21 +10,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RunError
+from ..errors import InputError, RunError
 from ..settings import OptimizerSettings
 from .processes import Processes
 
 
-def learning_rate(step: int, total: int, peak: float, settings: OptimizerSettings) -> float:
-    """The learning rate of step `step` (counted from 0) of `total`."""
-    if step < settings.warmup_steps:
-        return peak * (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant":
+def learning_rate(
+    step: int, total: int, peak: float, schedule: str, warmup: int, floor: float = 0.1
+) -> float:
+    """The learning rate of step `step` (counted from 0) of `total`.
+
+    Args:
+        warmup: steps of the linear rise; the last of them has the peak.
+        floor: the share of the peak that a cosine ends at.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
         return peak
-    done = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
-    if settings.schedule == "linear":
+    done = (step - warmup) / max(1, total - warmup)
+    if schedule == "linear":
         return peak * max(0.0, 1.0 - done)
-    return peak * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done))))
+    return peak * (floor + (1 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done))))
+
+
+def warmup_steps(settings: OptimizerSettings, total: int, usual: int) -> int:
+    """How many of a run's `total` steps the learning rate rises.
+
+    Args:
+        usual: the method's own warm-up, where the settings give none; it is limited to a tenth of
+            the run, so that a short run is trained at its rate too.
+
+    Raises:
+        InputError: the settings ask for more than the run has, so that its rate never reaches the
+            peak.
+    """
+    if settings.warmup_steps is None:
+        return min(usual, total // 10)
+    if settings.warmup_steps > total:
+        raise InputError(
+            f"--optimizer.warmup-steps {settings.warmup_steps} in a run of {total} optimizer "
+            f"steps: the learning rate would never reach its peak; give at most {total}"
+        )
+    return settings.warmup_steps
+
+
+def decays(parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies to a parameter: to matrices, embeddings among them, and not to
+    vectors (norms, biases). This is the custom since GPT-2.
+    """
+    return parameter.ndim >= 2
 
 
 class Stepper:
@@ -40,14 +75,27 @@ class Stepper:
         settings: OptimizerSettings,
         total: int,
         processes: Processes,
+        *,
+        usual_warmup: int = 0,
     ) -> None:
+        """Args:
+            peak: the largest learning rate. total: optimizer steps of the run.
+            usual_warmup: the method's warm-up, where the settings give none.
+
+        Raises:
+            InputError: as `warmup_steps`.
+        """
+        self.warmup = warmup_steps(settings, total, usual_warmup)
         trained = [p for p in module.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if decays(p)], "weight_decay": settings.weight_decay},
+            {"params": [p for p in trained if not decays(p)], "weight_decay": 0.0},
+        ]
         optimizer = torch.optim.AdamW(
-            trained,
+            [group for group in groups if group["params"]],
             lr=peak,
             betas=settings.betas,
             eps=settings.eps,
-            weight_decay=settings.weight_decay,
             fused=True,
         )
         self.module: Any
@@ -71,7 +119,7 @@ class Stepper:
         Raises:
             RunError: the gradient is not finite. The weights are unchanged.
         """
-        lr = learning_rate(number, self.total, self.peak, self.settings)
+        lr = learning_rate(number, self.total, self.peak, self.settings.schedule, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = float(

@@ -45,7 +45,5 @@ class DPO(Settings):
     """Go on from the newest checkpoint in the run folder."""
     rows: RowSettings = RowSettings()
     lora: LoraSettings = LoraSettings()
-    optimizer: OptimizerSettings = OptimizerSettings(
-        betas=(0.9, 0.999), schedule="constant", warmup_steps=150
-    )
+    optimizer: OptimizerSettings = OptimizerSettings(betas=(0.9, 0.999), schedule="constant")
     run: RunSettings = RunSettings()

@@ -17,6 +17,7 @@ from ...settings import (
     RunSettings,
     ScoreSettings,
     Settings,
+    check_minibatches,
 )
 
 Advantage = Literal["grpo", "dr_grpo", "rloo"]
@@ -159,6 +160,7 @@ class GRPO(Settings):
                 f"--batch-size {self.batch_size} is not a multiple of --group-size "
                 f"{self.group_size}: every prompt gets a whole group"
             )
+        check_minibatches(self.minibatches, self.batch_size)
         self.score.check_length_buffer(self.max_new_tokens)
         self.kl.check_target(self.parts.beta)
         return self

@@ -15,6 +15,7 @@ from ...settings import (
     RunSettings,
     ScoreSettings,
     Settings,
+    check_minibatches,
 )
 
 
@@ -68,7 +69,9 @@ class PPO(Settings):
     batch_size: int = Field(default=64, gt=0)
     """Responses per iteration, over all processes. InstructGPT: 512."""
     minibatches: int = Field(default=1, gt=0)
-    """Optimizer steps per epoch. 1: Ziegler et al. 2019; Huang et al. 2024 (N+)."""
+    """Optimizer steps per epoch, over parts of the batch whose sizes differ by at most one
+    response. 1: Ziegler et al. 2019; Huang et al. 2024 (N+).
+    """
     epochs: int = Field(default=4, gt=0)
     """Passes over the responses of an iteration. 4: Ziegler et al. 2019."""
     learning_rate: float = Field(default=3e-6, gt=0)
@@ -115,6 +118,7 @@ class PPO(Settings):
 
     @model_validator(mode="after")
     def _fit(self) -> PPO:
+        check_minibatches(self.minibatches, self.batch_size)
         self.score.check_length_buffer(self.max_new_tokens)
         self.kl.check_target(self.beta)
         return self
