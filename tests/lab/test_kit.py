@@ -1197,7 +1197,7 @@ def test_losses_that_mix_rows_are_correct_here_and_come_with_a_warning():
     assert "Rows depend" not in str(policy()(shipped.ppo_loss))
 
 
-def test_the_variance_is_that_of_one_response_and_of_one_group():
+def test_the_variance_is_that_of_one_response_also_in_groups():
     def of(case, loss, alone, per):
         population, (prompt, response, group) = case.population, rows(case.population)
         each = []
@@ -1205,7 +1205,7 @@ def test_the_variance_is_that_of_one_response_and_of_one_group():
             one = build(population, prompt[i : i + per], response[i : i + per], group[i : i + per])
             each.append(case.parameters(loss_gradient(alone, one, "raw").table))
         each = np.array(each).reshape(len(each), -1)
-        spread = ((each - each.mean(0)) ** 2).sum(1).mean() / (each.mean(0) ** 2).sum()
+        spread = per * ((each - each.mean(0)) ** 2).sum(1).mean() / (each.mean(0) ** 2).sum()
         assert diagnosis.judge(loss, case, train=False).variance == pytest.approx(spread, rel=1e-9)
 
     def single(b):
@@ -1541,8 +1541,89 @@ def test_12_a_baseline_may_know_the_state_and_nothing_of_the_response():
 # ---- tables ----
 
 
-def test_the_table_of_estimators_measures_what_the_design_says():
-    found = lab.estimator_table(batches=40)
+@pytest.fixture(scope="module")
+def estimators():
+    return lab.estimator_table(batches=40)
+
+
+def of_all_tuples(p, advantage, size=1):
+    """By listing all tuples of responses: the variance of the policy gradient with advantages
+    [.., size] of returns [.., size], times the responses of a tuple, over its squared length.
+    """
+    mean, second = [], 0.0
+    for x in range(len(p.world.prompts)):
+        scores = np.zeros((len(p.tree.responses), *p.policy.shape[1:]))
+        for y, t in np.argwhere(p.tree.path >= 0):
+            s, a = p.tree.path[y, t], p.tree.token[y, t]
+            scores[y, s] += (np.eye(3)[a] - np.exp(p.policy[x, s])) / p.temperature
+        scores = scores.reshape(len(scores), -1)
+        logp, ref = (exact.logprobs(p.tree, z)[x] for z in (p.policy, p.world.reference))
+        paid = p.world.reward[x] - p.world.beta * (logp - ref)
+        numbers = np.array(list(itertools.product(range(len(paid)), repeat=size)))
+        often = np.exp(logp)[numbers].prod(1)
+        each = (advantage(x, paid[numbers])[..., None] * scores[numbers]).mean(1)
+        mean.append(often @ each / len(p.world.prompts))
+        second += often @ (each**2).sum(1) / len(p.world.prompts)
+    g = np.concatenate(mean)
+    return size * (second / (g @ g) - 1)
+
+
+def others(_, paid):
+    """Less the mean of the other responses."""
+    total = paid.sum(-1, keepdims=True)
+    return paid - (total - paid) / (paid.shape[-1] - 1)
+
+
+def test_the_variances_of_the_table_are_those_of_all_responses_and_pairs_of_one_population(
+    estimators,
+):
+    table, p = {r.name: r.variance for r in estimators}, make_population()
+    greedy = sequence.greedy_returns(p).numpy()
+    logp, ref = (exact.logprobs(p.tree, x) for x in (p.policy, p.world.reference))
+    average = (np.exp(logp) * (p.world.reward - p.world.beta * (logp - ref))).sum(1).mean()
+    for name, found in {
+        "REINFORCE, no baseline": of_all_tuples(p, lambda x, r: r),
+        "REINFORCE, no baseline, every reward 3 higher": of_all_tuples(p, lambda x, r: r + 3),
+        "REINFORCE, running mean": of_all_tuples(p, lambda x, r: r - average),
+        "REINFORCE, greedy response's score (ReMax)": of_all_tuples(p, lambda x, r: r - greedy[x]),
+        "REINFORCE, leave-one-out of 2 (RLOO)": of_all_tuples(p, others, 2),
+        "group mean, groups of 2": of_all_tuples(p, lambda x, r: r - r.mean(-1, keepdims=True), 2),
+        "GRPO's standard deviation alone, groups of 2": of_all_tuples(
+            p,
+            lambda x, r: (
+                (r - r.mean(-1, keepdims=True)) / (r.std(-1, keepdims=True, ddof=1) + 1e-4)
+            ),
+            2,
+        ),
+    }.items():
+        assert table[name] == pytest.approx(found, rel=1e-9), name
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_baseline_of_the_others_adds_the_spread_of_the_returns_over_g_minus_one(size):
+    p = make_population(horizon=2)
+    logp, ref = (exact.logprobs(p.tree, x) for x in (p.policy, p.world.reference))
+    often, paid = np.exp(logp), p.world.reward - p.world.beta * (logp - ref)
+    mean = (often * paid).sum(1)
+    known = of_all_tuples(p, lambda x, r: r - mean[x])
+    spread = (often * (paid - mean[:, None]) ** 2).sum(1)
+    g = kit.policy_case(group=2).exact(p)
+    fisher = (
+        (np.exp(p.policy) * (1 - np.exp(p.policy))).sum(-1) * exact.visits(p.tree, p.data)
+    ).sum(1)
+    noise = (spread * fisher).mean() / p.temperature**2 / (g**2).sum()
+    # 2: the gradients of the two prompts are in different places, so |g_x|^2 is on average 2 |g|^2;
+    # and the responses of a tuple have one prompt
+    found = of_all_tuples(p, others, size)
+    assert found == pytest.approx(known + (noise + 2) / (size - 1) + size - 1, rel=1e-9)
+    shifted = p.with_(world=p.world.with_(reward=p.world.reward + 3))
+    assert of_all_tuples(shifted, others, size) == pytest.approx(found, rel=1e-9)
+    assert of_all_tuples(shifted, lambda x, r: r) > 5 * found
+    assert of_all_tuples(p, lambda x, r: r) < found
+
+
+def test_the_table_of_estimators_measures_what_the_design_says(estimators):
+    found = estimators
     table = {r.name: r for r in found}
     assert len(table) == len(found)
     unbiased_ones = [
@@ -1555,6 +1636,7 @@ def test_the_table_of_estimators_measures_what_the_design_says():
         "PPO's surrogate, lambda 0.95, exact critic, whitened",
         "PPO's surrogate at a policy that has moved",
         "REINFORCE, no baseline",
+        "REINFORCE, no baseline, every reward 3 higher",
         "REINFORCE, running mean",
         "REINFORCE, greedy response's score (ReMax)",
         "REINFORCE, leave-one-out of 2 (RLOO)",
@@ -1580,14 +1662,14 @@ def test_the_table_of_estimators_measures_what_the_design_says():
     assert table["k1 as a loss"].scale == 0
 
 
-def test_the_rows_of_the_sequence_level_methods_are_in_the_order_that_their_papers_give():
-    table = {r.name: r for r in lab.estimator_table(batches=2)}
+def test_the_rows_of_the_sequence_level_methods_are_in_the_order_that_their_papers_give(estimators):
+    table = {r.name: r for r in estimators}
     bias = {n: r.relative_bias for n, r in table.items()}
     for name, scale in (
         ("REINFORCE, no baseline", 1),
         ("REINFORCE, leave-one-out of 2 (RLOO)", 1),
         ("group mean, groups of 2", 1 / 2),
-        ("Dr. GRPO, groups of 2", 1 / 4),
+        ("Dr. GRPO, groups of 2", 1 / 6),
     ):
         assert table[name].scale == pytest.approx(scale, abs=1e-12)
     assert bias["weighted_k3 in the loss"] == pytest.approx(

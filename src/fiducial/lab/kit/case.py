@@ -108,17 +108,19 @@ class Case:
 
     def variance(self, seen: LossGradient) -> float:
         """The variance of Verdict. All responses (groups, pairs) of the population are equally
-        likely.
+        likely, and a group of G counts as G responses.
         """
-        where = self.layout
-        total: Array | float = 0.0
-        for g, node in zip(seen.rows, seen.node, strict=True):
-            n = len(g)
-            table = np.zeros((n, len(seen.table), int(np.prod(g.shape[2:]))))
-            np.add.at(table, (np.arange(n)[:, None], node), g.reshape(n, g.shape[1], -1))
-            total = total + table
-        units = np.asarray(total)
-        units = units.reshape(-1, self.group, *units.shape[1:]).sum(1)
-        learned = units[:, : where.ends if self.learned == "scores" else where.states]
-        mean = learned.sum(0)
-        return float((learned**2).sum() * len(learned) / (mean**2).sum() - 1)
+        ends = self.layout.ends if self.learned == "scores" else self.layout.states
+
+        def units(x: Array | Rows, n: int) -> Array:
+            return x.reshape(n // self.group, self.group * x.shape[1], -1)
+
+        n = len(seen.rows[0])
+        g = np.concatenate([units(x, n) for x in seen.rows], 1)
+        node = np.concatenate([units(x, n) for x in seen.node], 1)[..., 0]
+        g = np.where(node[..., None] < ends, g, 0.0)
+        # the squared length of the sum of a unit's rows, rows of one node added first
+        products = np.einsum("nik,njk->nij", g, g, optimize=True)
+        squares = products[node[:, :, None] == node[:, None, :]].sum()
+        mean = seen.table[:ends] / len(g)
+        return self.group * float(squares / len(g) / (mean**2).sum() - 1)

@@ -46,14 +46,17 @@ def policy_case(
     clip: float = 0.2,
     clip_high: float | None = None,
     cap: float = 1.5,
+    horizon: int | None = None,
 ) -> Case:
-    """The case of `check_policy_loss`."""
+    """The case of `check_policy_loss`. horizon: most tokens of a response; default: 3, or 2 in
+    groups.
+    """
     low, high = clip, clip if clip_high is None else clip_high
     # For one clip range, ratios of 1/2, 1 and 2 are enough. To tell two bounds apart there must be
     # ratios between them.
     far = objective == "clip" and low == high
     population = make_population(
-        horizon=3 if group == 1 else 2,
+        horizon=horizon or (3 if group == 1 else 2),
         group=group,
         beta=0.0 if objective in ("reward", "moved") else 0.4,
         critic=critic,
