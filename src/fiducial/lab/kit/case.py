@@ -112,12 +112,9 @@ class Case:
         """
         ends = self.layout.ends if self.learned == "scores" else self.layout.states
 
-        def units(x: Array | Rows, n: int) -> Array:
-            return x.reshape(n // self.group, self.group * x.shape[1], -1)
-
-        n = len(seen.rows[0])
-        g = np.concatenate([units(x, n) for x in seen.rows], 1)
-        node = np.concatenate([units(x, n) for x in seen.node], 1)[..., 0]
+        each, width = len(seen.rows[0]) // self.group, self.group * seen.node[0].shape[1]
+        g = np.concatenate([x.reshape(each, width, -1) for x in seen.rows], 1)
+        node = np.concatenate([x.reshape(each, width) for x in seen.node], 1)
         g = np.where(node[..., None] < ends, g, 0.0)
         # the squared length of the sum of a unit's rows, rows of one node added first
         products = np.einsum("nik,njk->nij", g, g, optimize=True)

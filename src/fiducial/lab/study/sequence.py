@@ -165,8 +165,8 @@ def rows(add: Add) -> None:
         j,
         one,
         lambda b: reinforce(b, returns(b)),
-        "Every token is credited with the return of the response. The rewards here have a mean near "
-        "0, so a baseline has little to remove.",
+        "Every token is credited with the return of the response. The rewards here have a mean "
+        "near 0, so a baseline has little to remove.",
     )
     add(
         "REINFORCE, no baseline, every reward 3 higher",
@@ -195,8 +195,8 @@ def rows(add: Add) -> None:
         j,
         two,
         lambda b: reinforce(b, advantages.leave_one_out(returns(b), b.group)),
-        "The other responses of the group do not depend on this one. The mean of G - 1 responses is "
-        "a noisy baseline: it adds about 1 / (G - 1) of the variance that an exact mean leaves.",
+        "The other responses of the group do not depend on this one. The mean of G - 1 responses "
+        "is a noisy baseline: it adds about 1 / (G - 1) of the variance that an exact mean leaves.",
     )
 
     plain: Callable[[Tensor], Tensor] = functools.partial(constant, length=1)
