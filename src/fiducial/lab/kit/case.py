@@ -42,6 +42,21 @@ PROBES: dict[str, tuple[Change, str]] = {
 
 
 @dataclass(frozen=True, eq=False)
+class Closer:
+    """What other batches than the population's show.
+
+    names: mistakes. remarks: what was measured. sure: the names also explain what was unexplained
+    on the population. case: the case of a loss with what was measured, in which the mistakes that
+    are left can be named.
+    """
+
+    names: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    sure: bool = False
+    case: Case | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Case:
     """One kind of loss.
 
@@ -49,7 +64,8 @@ class Case:
     intended loss. make: the population as a batch. candidates: mistakes, each with its gradient.
     train: from a loss to the gap that it leaves. without: populations that lack one thing; if the
     bias is gone there, it was in that thing. group: rows per group. zero: the name of the mistake
-    if the expected gradient is zero.
+    if the expected gradient is zero. closer: looks at a loss whose gradient on the population is
+    right or unexplained.
     """
 
     checked: str
@@ -62,6 +78,7 @@ class Case:
     without: dict[str, Callable[[Population], Population]] = field(default_factory=dict)
     group: int = 1
     zero: str = "zero in expectation"
+    closer: Callable[[Loss], Closer] | None = None
 
     def gradient(
         self, loss: Loss, change: Change | None = None, population: Population | None = None
