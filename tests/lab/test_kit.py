@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -625,6 +626,11 @@ PPO = [  # ppo_clip, gae, and rewards as they are shaped
     (
         "no log-softmax",
         lambda b: reinforce(b, logp=own_logprobs(b, normalise=False)),
+        "log-softmax missing",
+    ),
+    (
+        "no log-softmax, exact advantages, under which the expectation is right",
+        lambda b: surrogate(replace(b, logprobs=own_logprobs(b, normalise=False)), b.advantages),
         "log-softmax missing",
     ),
     ("pad is EOS (1)", lambda b: reinforce(b, mask=not_eos(b)), "EOS masked out"),
@@ -1243,6 +1249,7 @@ def test_a_broken_loss_is_named(check, loss, name):
             ("lambda 0.", "0.5 above"),
         ),
         (lambda b: own_value(b, dtype=torch.float32), ("lambda 0.95.", "0.2 below")),
+        (lambda b: own_value(b, clip=0.03), ("lambda 0.95.", "0.03 above", "where the clip acts")),
         (squared, ("lambda 0.95.", "values are not clipped")),
         (lambda b: squared(b, target=own_return(b, 1.0)), ("lambda 1.", "not clipped")),
         (

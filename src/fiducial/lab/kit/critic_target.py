@@ -22,6 +22,8 @@ from .population import Population, rows
 
 NEAR = 0.01
 """The values are this close to the wrong old values, inside any clip range."""
+CLOSE = 0.1
+"""The values of the population are within this of the exact ones."""
 FAR, REWARD = 50.0, 1000.0
 """Distances from the old value that are tried, and the size of a reward that no value reaches."""
 POINTS, ROUNDS = 64, 4
@@ -57,7 +59,8 @@ def closer(loss: Loss, exact: Population, wrong: Population) -> Closer:
     remarks = (target.sentence(), said if at else "Measured: values are not clipped.")
     if away:
         return Closer((BOTH if toward else MINIMUM,), remarks, sure=True)
-    return Closer(remarks=remarks)
+    # a clip inside the distances of the population is all that is left to explain there
+    return Closer(remarks=remarks, sure=any(d < CLOSE for d in at.values()))
 
 
 # ---- the target ----

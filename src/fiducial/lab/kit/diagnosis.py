@@ -65,6 +65,8 @@ def judge(loss: Loss, case: Case, *, train: bool = True) -> Verdict:
     remarks: list[str] = []
     if biased:
         names, remarks = _name_bias(loss, case, seen, direction, leaks, failed)
+    elif case.learned == "raw" and (misread := misreading(seen, TOLERANCE)):
+        names = (misread,)  # advantages that are exact hide it in the expectation
     elif leaks:
         names = tuple(leaks)
     elif fatal := [f for f in failed if f != "nan"]:
@@ -82,11 +84,11 @@ def judge(loss: Loss, case: Case, *, train: bool = True) -> Verdict:
     gap = case.train(loss) if train and case.train is not None else None
     if not names and gap is not None and gap > STAYS:
         names = ("does not learn",)
-    sentence = (
-        _sentence(names, found)
-        if names
-        else f"The expected gradient has the exact direction, to {found.relative_bias:.0e}."
-    )
+    sentence = f"The expected gradient has the exact direction, to {found.relative_bias:.0e}."
+    if names:
+        sentence = _sentence(names, found)
+    elif found.relative_bias > TOLERANCE:
+        sentence = "The expected gradient has the exact direction, except where the clip acts."
     return Verdict(
         not names,
         " + ".join(names) or "correct",
@@ -236,8 +238,10 @@ def _look_closer(
     """The names of a loss that is right on the population or unexplained there, after a closer
     look, and remarks.
     """
+    if found.sure:
+        return found.names, list(found.remarks)
     # with one response beyond the bound, the population cannot tell truncated from masked
-    if not names or names in BOUNDED or found.sure or not found.names:
+    if not names or names in BOUNDED or not found.names:
         return found.names or names, list(found.remarks)
     # unexplained: what is left if what was measured had been meant
     if found.case is None:
