@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -627,6 +628,11 @@ PPO = [  # ppo_clip, gae, and rewards as they are shaped
         lambda b: reinforce(b, logp=own_logprobs(b, normalise=False)),
         "log-softmax missing",
     ),
+    (
+        "no log-softmax, exact advantages, under which the expectation is right",
+        lambda b: surrogate(replace(b, logprobs=own_logprobs(b, normalise=False)), b.advantages),
+        "log-softmax missing",
+    ),
     ("pad is EOS (1)", lambda b: reinforce(b, mask=not_eos(b)), "EOS masked out"),
     (
         "mask a token early",
@@ -1127,6 +1133,82 @@ CRITIC = [
         "trains on the prompt + trains on padding",
     ),
 ]
+
+
+def own_return(b, lam=0.95):
+    return own_gae(b, lam) + b.old_values
+
+
+def whitened_tokens(b, x, correction=0):
+    inside = x[b.mask]
+    return (x - inside.mean()) / inside.std(correction=correction)
+
+
+def own_value(b, *, target=own_return, join=torch.maximum, clip=0.2, dtype=torch.float64):
+    """The critic's clipped loss."""
+    values, old, returns = (x.to(dtype) for x in (b.values, b.old_values, target(b)))
+    near = old + (values - old).clamp(-clip, clip)
+    return (join((values - returns) ** 2, (near - returns) ** 2) * b.mask).sum() / b.mask.sum()
+
+
+def cut(b):
+    return b.old_values.clamp(-1.4, 1.4)
+
+
+STUCK = [  # right where the old values are, or where the values are close to them
+    (
+        "its own old values",
+        lambda b: own_value(b, target=lambda b: b.old_values),
+        "target is the old value",
+    ),
+    *(
+        (
+            f"V + {x:g} A",
+            lambda b, x=x: own_value(b, target=lambda b: b.old_values + x * own_gae(b, 0.95)),
+            "advantage scaled in the target",
+        )
+        for x in (0.01, 0.9, -1.0)
+    ),
+    (
+        "V + whitened A (16)",
+        lambda b: own_value(
+            b, target=lambda b: b.old_values + whitened_tokens(b, own_gae(b, 0.95))
+        ),
+        "whitened advantage in the target",
+    ),
+    *(
+        (
+            f"whitened returns, correction {x} (16)",
+            lambda b, x=x: own_value(b, target=lambda b: whitened_tokens(b, own_return(b), x)),
+            "whitened target",
+        )
+        for x in (0, 1)
+    ),
+    (
+        "returns in other units",
+        lambda b: own_value(b, target=lambda b: 0.1 * own_return(b)),
+        "whitened target",
+    ),
+    (
+        "old values cut where those of the policy are not",
+        lambda b: own_value(
+            b, target=lambda b: own_gae(b, 0.95, values=cut(b)) + cut(b), join=lambda x, _: x
+        ),
+        "target is not a return",
+    ),
+    ("minimum", lambda b: own_value(b, join=torch.minimum), "minimum in the value clip"),
+    (
+        "clipped alone",
+        lambda b: own_value(b, join=lambda _, x: x),
+        "value clip without the maximum",
+    ),
+    (
+        "values detached",
+        lambda b: squared(b, values=b.values.detach() + 0 * b.values),
+        "no gradient",
+    ),
+]
+CRITIC += STUCK
 BROKEN = [
     pytest.param(check, loss, name, id=f"{kind}: {what}")
     for kind, check, cases in [
@@ -1156,6 +1238,165 @@ def test_a_broken_loss_is_named(check, loss, name):
         fault = CATALOGUE[part]
         assert fault.explanation in verdict.sentence and fault.remedy in verdict.sentence
     assert name in str(verdict)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (own_value, ("lambda 0.95.", "0.2 above its old value and its target is higher")),
+        (
+            lambda b: own_value(b, clip=0.5, target=lambda b: own_return(b, 0.0)),
+            ("lambda 0.", "0.5 above"),
+        ),
+        (lambda b: own_value(b, dtype=torch.float32), ("lambda 0.95.", "0.2 below")),
+        (lambda b: own_value(b, clip=0.03), ("lambda 0.95.", "0.03 above", "where the clip acts")),
+        (squared, ("lambda 0.95.", "values are not clipped")),
+        (lambda b: squared(b, target=own_return(b, 1.0)), ("lambda 1.", "not clipped")),
+        (
+            lambda b: squared(b, target=(own_return(b, 1.0) + own_return(b, 0.0)) / 2),
+            ("a mixture of n-step returns", "not clipped"),
+        ),
+        (
+            lambda b: own_value(b, join=lambda x, y: (x + y) / 2),
+            ("lambda 0.95.", "not that of a squared error"),
+        ),
+    ],
+)
+def test_what_a_critic_is_fitted_to_and_where_it_is_clipped_is_measured(loss, words):
+    verdict = value(loss)
+    assert verdict.ok and verdict.name == "correct", str(verdict)
+    assert all(w in str(verdict) for w in words), str(verdict)
+
+
+def test_a_loss_whose_gap_stays_is_not_called_correct():
+    def until_the_reference(b):
+        """Pairs at the reference have no gradient, and the training begins there."""
+        return torch.where(h(b).abs() > 1e-9, -F.logsigmoid(b.beta * h(b)), 0.0).mean()
+
+    assert preference(until_the_reference).ok
+    verdict = check_preference_loss(until_the_reference)
+    assert not verdict.ok and verdict.name == "does not learn" and verdict.gap > 0.9
+
+
+def dual_clip(b):
+    """The clipped surrogate, with a bound of 3 for negative advantages."""
+    r, a = (b.logprobs - b.old_logprobs).exp(), b.advantages
+    low = torch.minimum(r * a, r.clamp(0.8, 1.2) * a)
+    return -(torch.where(a < 0, torch.maximum(low, 3 * a), low) * b.mask).sum()
+
+
+RANGES = [  # objective, what is asked for, the loss, its name, what was measured
+    *(
+        ("clip", {}, lambda b, c=c: clipped(b, low=c, high=c), "wrong clip range", (1 - c, 1 + c))
+        for c in (0.01, 0.19, 0.45, 0.6, 1.5)
+    ),
+    ("clip", {}, lambda b: clipped(b, high=0.28), "wrong clip range", (0.8, 1.28)),
+    ("clip", {"clip": 1.5}, lambda b: clipped(b, join=lambda x, _: x), "not clipped", ()),
+    ("clip", {}, clipped, "correct", (0.8, 1.2)),
+    ("clip", {}, lambda b: clipped(b, ratio=float32), "correct", (0.8, 1.2)),
+    ("clip", {"group": 2}, clipped, "correct", (0.8, 1.2)),
+    ("clip", {}, dual_clip, "correct", (0.8, 1.2, 3)),
+    (
+        "clip",
+        {"clip_high": 0.28},
+        lambda b: clipped(b, low=0.3, high=0.28),
+        "wrong clip range",
+        (0.7,),
+    ),
+    (
+        "gspo",
+        {"clip": 0.1, "clip_high": 0.28},
+        lambda b: own_gspo(b, low=0.15),
+        "wrong clip range",
+        (0.85, 1.28),
+    ),
+    (
+        "gspo",
+        {"clip": 0.1, "clip_high": 0.28},
+        lambda b: own_gspo(b, low=0.15, over="tokens"),
+        "mean over all tokens + wrong clip range",
+        (0.85, 1.28),
+    ),
+    ("gspo", {"clip": 3e-4, "clip_high": 3e-4}, shipped_gspo, "wrong clip range", (0.9997, 1.0004)),
+    (
+        "cispo",
+        {},
+        lambda b: own_cispo(b, weight=lambda r: r.detach().clamp(max=5)),
+        "wrong clip range",
+        (5,),
+    ),
+    ("cispo", {"cap": 5}, lambda b: own_cispo(b, weight=lambda r: r.detach()), "not capped", ()),
+    (
+        "cispo",
+        {"cap": 5},
+        lambda b: own_cispo(b, weight=lambda r: r.detach().clamp(max=3)),
+        "wrong clip range",
+        (3,),
+    ),
+    (
+        "moved",
+        {},
+        lambda b: importance(b, lambda d: product(d).clamp(max=50)),
+        "weights truncated",
+        (50,),
+    ),
+    (
+        "moved",
+        {},
+        lambda b: importance(b, lambda d: d.detach().exp().clamp(max=1.37)),
+        "token ratio instead of sequence ratio + weights truncated",
+        (1.37,),
+    ),
+    (
+        "moved",
+        {},
+        lambda b: importance(b, lambda d: torch.where(product(d) <= 2.2, product(d), 0.0)),
+        "weights masked",
+        (2.2,),
+    ),
+]
+
+
+def float32(now, old):
+    return (now.float() - old.float()).exp()
+
+
+@pytest.mark.parametrize(("objective", "asked", "loss", "name", "measured"), RANGES)
+def test_the_clip_is_measured_and_compared_with_the_one_that_is_asked_for(
+    objective, asked, loss, name, measured
+):
+    verdict = policy(objective, **asked)(loss)
+    assert verdict.name == name and verdict.ok == (name == "correct"), str(verdict)
+    for ratio in (x for x in measured if x > 0):
+        assert f"a ratio of {ratio:.6g}" in str(verdict), str(verdict)
+
+
+def own_copy(now, _):
+    return (now - now.detach()).exp()
+
+
+@pytest.mark.parametrize(
+    ("loss", "built"),
+    [
+        (lambda b: clipped(b, ratio=own_copy), True),
+        (lambda b: clipped(b, ratio=lambda now, old: own_copy(now.float(), old)), True),
+        (lambda b: -(own_copy(own_logprobs(b), 0) * b.advantages * b.mask).sum(), True),
+        (lambda b: -((whole(b) - whole(b).detach()).exp() * sequence.returns(b)).mean(), True),
+        (clipped, False),
+        (shipped.ppo_loss, False),
+        (reinforce, False),
+        (lambda b: reinforce(b, critic=True), False),
+        (sequence_ratio, False),
+        (CORRECT["REINFORCE and k2 of the response"][1], False),
+    ],
+)
+def test_a_ratio_of_log_probabilities_and_their_own_copy_is_said_where_it_is_right(loss, built):
+    verdict = policy()(loss)
+    assert verdict.ok, str(verdict)
+    assert ("detached copy of themselves" in str(verdict)) == built
+    if built:  # and it is wrong for several steps
+        assert policy("clip")(lambda b: clipped(b, ratio=own_copy)).name == "ratio always one"
+        assert "logprobs.detach()" in CATALOGUE["ratio always one"].explanation
 
 
 def test_lambda_below_one_is_named_where_the_critic_is_wrong_and_where_there_is_none():
@@ -1197,7 +1438,7 @@ def test_losses_that_mix_rows_are_correct_here_and_come_with_a_warning():
     assert "Rows depend" not in str(policy()(shipped.ppo_loss))
 
 
-def test_the_variance_is_that_of_one_response_and_of_one_group():
+def test_the_variance_is_that_of_one_response_also_in_groups():
     def of(case, loss, alone, per):
         population, (prompt, response, group) = case.population, rows(case.population)
         each = []
@@ -1205,7 +1446,7 @@ def test_the_variance_is_that_of_one_response_and_of_one_group():
             one = build(population, prompt[i : i + per], response[i : i + per], group[i : i + per])
             each.append(case.parameters(loss_gradient(alone, one, "raw").table))
         each = np.array(each).reshape(len(each), -1)
-        spread = ((each - each.mean(0)) ** 2).sum(1).mean() / (each.mean(0) ** 2).sum()
+        spread = per * ((each - each.mean(0)) ** 2).sum(1).mean() / (each.mean(0) ** 2).sum()
         assert diagnosis.judge(loss, case, train=False).variance == pytest.approx(spread, rel=1e-9)
 
     def single(b):
@@ -1541,8 +1782,89 @@ def test_12_a_baseline_may_know_the_state_and_nothing_of_the_response():
 # ---- tables ----
 
 
-def test_the_table_of_estimators_measures_what_the_design_says():
-    found = lab.estimator_table(batches=40)
+@pytest.fixture(scope="module")
+def estimators():
+    return lab.estimator_table(batches=40)
+
+
+def of_all_tuples(p, advantage, size=1):
+    """By listing all tuples of responses: the variance of the policy gradient with advantages
+    [.., size] of returns [.., size], times the responses of a tuple, over its squared length.
+    """
+    mean, second = [], 0.0
+    for x in range(len(p.world.prompts)):
+        scores = np.zeros((len(p.tree.responses), *p.policy.shape[1:]))
+        for y, t in np.argwhere(p.tree.path >= 0):
+            s, a = p.tree.path[y, t], p.tree.token[y, t]
+            scores[y, s] += (np.eye(3)[a] - np.exp(p.policy[x, s])) / p.temperature
+        scores = scores.reshape(len(scores), -1)
+        logp, ref = (exact.logprobs(p.tree, z)[x] for z in (p.policy, p.world.reference))
+        paid = p.world.reward[x] - p.world.beta * (logp - ref)
+        numbers = np.array(list(itertools.product(range(len(paid)), repeat=size)))
+        often = np.exp(logp)[numbers].prod(1)
+        each = (advantage(x, paid[numbers])[..., None] * scores[numbers]).mean(1)
+        mean.append(often @ each / len(p.world.prompts))
+        second += often @ (each**2).sum(1) / len(p.world.prompts)
+    g = np.concatenate(mean)
+    return size * (second / (g @ g) - 1)
+
+
+def others(_, paid):
+    """Less the mean of the other responses."""
+    total = paid.sum(-1, keepdims=True)
+    return paid - (total - paid) / (paid.shape[-1] - 1)
+
+
+def test_the_variances_of_the_table_are_those_of_all_responses_and_pairs_of_one_population(
+    estimators,
+):
+    table, p = {r.name: r.variance for r in estimators}, make_population()
+    greedy = sequence.greedy_returns(p).numpy()
+    logp, ref = (exact.logprobs(p.tree, x) for x in (p.policy, p.world.reference))
+    average = (np.exp(logp) * (p.world.reward - p.world.beta * (logp - ref))).sum(1).mean()
+    for name, found in {
+        "REINFORCE, no baseline": of_all_tuples(p, lambda x, r: r),
+        "REINFORCE, no baseline, every reward 3 higher": of_all_tuples(p, lambda x, r: r + 3),
+        "REINFORCE, running mean": of_all_tuples(p, lambda x, r: r - average),
+        "REINFORCE, greedy response's score (ReMax)": of_all_tuples(p, lambda x, r: r - greedy[x]),
+        "REINFORCE, leave-one-out of 2 (RLOO)": of_all_tuples(p, others, 2),
+        "group mean, groups of 2": of_all_tuples(p, lambda x, r: r - r.mean(-1, keepdims=True), 2),
+        "GRPO's standard deviation alone, groups of 2": of_all_tuples(
+            p,
+            lambda x, r: (
+                (r - r.mean(-1, keepdims=True)) / (r.std(-1, keepdims=True, ddof=1) + 1e-4)
+            ),
+            2,
+        ),
+    }.items():
+        assert table[name] == pytest.approx(found, rel=1e-9), name
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_baseline_of_the_others_adds_the_spread_of_the_returns_over_g_minus_one(size):
+    p = make_population(horizon=2)
+    logp, ref = (exact.logprobs(p.tree, x) for x in (p.policy, p.world.reference))
+    often, paid = np.exp(logp), p.world.reward - p.world.beta * (logp - ref)
+    mean = (often * paid).sum(1)
+    known = of_all_tuples(p, lambda x, r: r - mean[x])
+    spread = (often * (paid - mean[:, None]) ** 2).sum(1)
+    g = kit.policy_case(group=2).exact(p)
+    fisher = (
+        (np.exp(p.policy) * (1 - np.exp(p.policy))).sum(-1) * exact.visits(p.tree, p.data)
+    ).sum(1)
+    noise = (spread * fisher).mean() / p.temperature**2 / (g**2).sum()
+    # 2: the gradients of the two prompts are in different places, so |g_x|^2 is on average 2 |g|^2;
+    # and the responses of a tuple have one prompt
+    found = of_all_tuples(p, others, size)
+    assert found == pytest.approx(known + (noise + 2) / (size - 1) + size - 1, rel=1e-9)
+    shifted = p.with_(world=p.world.with_(reward=p.world.reward + 3))
+    assert of_all_tuples(shifted, others, size) == pytest.approx(found, rel=1e-9)
+    assert of_all_tuples(shifted, lambda x, r: r) > 5 * found
+    assert of_all_tuples(p, lambda x, r: r) < found
+
+
+def test_the_table_of_estimators_measures_what_the_design_says(estimators):
+    found = estimators
     table = {r.name: r for r in found}
     assert len(table) == len(found)
     unbiased_ones = [
@@ -1555,6 +1877,7 @@ def test_the_table_of_estimators_measures_what_the_design_says():
         "PPO's surrogate, lambda 0.95, exact critic, whitened",
         "PPO's surrogate at a policy that has moved",
         "REINFORCE, no baseline",
+        "REINFORCE, no baseline, every reward 3 higher",
         "REINFORCE, running mean",
         "REINFORCE, greedy response's score (ReMax)",
         "REINFORCE, leave-one-out of 2 (RLOO)",
@@ -1580,14 +1903,14 @@ def test_the_table_of_estimators_measures_what_the_design_says():
     assert table["k1 as a loss"].scale == 0
 
 
-def test_the_rows_of_the_sequence_level_methods_are_in_the_order_that_their_papers_give():
-    table = {r.name: r for r in lab.estimator_table(batches=2)}
+def test_the_rows_of_the_sequence_level_methods_are_in_the_order_that_their_papers_give(estimators):
+    table = {r.name: r for r in estimators}
     bias = {n: r.relative_bias for n, r in table.items()}
     for name, scale in (
         ("REINFORCE, no baseline", 1),
         ("REINFORCE, leave-one-out of 2 (RLOO)", 1),
         ("group mean, groups of 2", 1 / 2),
-        ("Dr. GRPO, groups of 2", 1 / 4),
+        ("Dr. GRPO, groups of 2", 1 / 6),
     ):
         assert table[name].scale == pytest.approx(scale, abs=1e-12)
     assert bias["weighted_k3 in the loss"] == pytest.approx(

@@ -62,6 +62,36 @@ def test_a_policy_trained_on_a_wrong_objective_is_told_which(name):
     assert found.name in str(found) and f"{100 * found.relative_gap:.3g}%" in str(found)
 
 
+@pytest.mark.parametrize("factor", [0.8, 0.9, 1.1, 1.2, 3.0])
+def test_a_beta_that_is_off_is_measured(factor):
+    def objective(lp):
+        return (lp.exp() * (REWARD - factor * BETA * (lp - REF))).sum()
+
+    found = arrival(WORLD, ascend(WORLD, objective, steps=600))
+    assert not found.ok
+    assert found.name == ("wrong beta" if factor < 1 else "wrong beta or unfinished")
+    assert found.beta == pytest.approx(factor, rel=0.01)
+    assert f"{found.beta:.3g} times the beta" in found.sentence
+
+
+@pytest.mark.parametrize("factor", [0.95, 1.05])
+def test_a_beta_that_is_off_by_less_than_the_noise_of_sampling_is_not_held_against_a_trainer(
+    factor,
+):
+    place = exact.optimum(WORLD, beta=factor * BETA)[0]
+    found = arrival(WORLD, place)
+    assert found.ok and found.beta == pytest.approx(factor)
+
+
+def test_noise_of_all_directions_is_not_taken_for_a_beta():
+    rng, best = np.random.default_rng(0), exact.optimum(WORLD)[0]
+    for size in (0.05, 0.1, 0.2):
+        for _ in range(20):
+            logp = best + size * rng.normal(size=best.shape)
+            logp -= np.logaddexp.reduce(logp, axis=1, keepdims=True)
+            assert arrival(WORLD, logp).name == "correct"
+
+
 def test_the_reference_is_not_trained_and_half_way_is_unfinished():
     assert arrival(WORLD, exact.reference(WORLD)).name == "not trained"
     half = ascend(WORLD, OBJECTIVES["correct"], steps=12)
@@ -124,12 +154,13 @@ def test_the_shipped_dpo_passes_as_a_folder_and_as_a_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "name"), [("exchanged", "reward has the wrong sign"), ("beta", "beta doubled")]
+    ("fault", "name"),
+    [("exchanged", "reward has the wrong sign"), ("beta", "wrong beta or unfinished")],
 )
 def test_a_trainer_with_a_planted_fault_is_told_which(tmp_path, fault, name):
     def train(folder):
         if fault == "beta":
-            return dpo(settings(folder, tmp_path / "run", beta=1.0)).path / "model"
+            return dpo(settings(folder, tmp_path / "run", beta=1.2 * BETA)).path / "model"
         rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
         (folder / "wrong.jsonl").write_text(
             "".join(
@@ -143,3 +174,5 @@ def test_a_trainer_with_a_planted_fault_is_told_which(tmp_path, fault, name):
 
     found = check_trainer(train, folder=tmp_path, copies=50)
     assert not found.ok and found.name == name
+    if fault == "beta":
+        assert found.beta == pytest.approx(1.2, rel=0.05) and found.relative_gap < 0.05

@@ -149,8 +149,11 @@ def build(
     def leaf(x: Tensor) -> Tensor:
         return x if x.requires_grad else x.requires_grad_()
 
-    raw = leaf(table("logits", population.policy * tau, theta)[node])
-    raw_ref = table("reference", exact.log_softmax(world.reference) * tau)[node]
+    # a model's logits are not normalized: a constant per state, which log-softmax removes
+    shift = torch.from_numpy(np.random.default_rng(41).normal(size=(2, where.rows, 1)))
+    shift = shift * (theta is None)
+    raw = leaf((table("logits", population.policy * tau, theta) + shift[0])[node])
+    raw_ref = (table("reference", exact.log_softmax(world.reference) * tau) + shift[1])[node]
     old = chosen((table("logits", population.data * tau)[node] / tau).log_softmax(-1))
     values = leaf(after_the_first(table("values", population.values, phi)[node[:, :-1]]))
     old_values = after_the_first(table("old values", population.old_values)[node[:, :-1]])

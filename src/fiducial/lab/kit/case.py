@@ -42,6 +42,21 @@ PROBES: dict[str, tuple[Change, str]] = {
 
 
 @dataclass(frozen=True, eq=False)
+class Closer:
+    """What other batches than the population's show.
+
+    names: mistakes. remarks: what was measured. sure: the names also explain what was unexplained
+    on the population. case: the case of a loss with what was measured, in which the mistakes that
+    are left can be named.
+    """
+
+    names: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    sure: bool = False
+    case: Case | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Case:
     """One kind of loss.
 
@@ -49,7 +64,8 @@ class Case:
     intended loss. make: the population as a batch. candidates: mistakes, each with its gradient.
     train: from a loss to the gap that it leaves. without: populations that lack one thing; if the
     bias is gone there, it was in that thing. group: rows per group. zero: the name of the mistake
-    if the expected gradient is zero.
+    if the expected gradient is zero. closer: looks at a loss whose gradient on the population is
+    right or unexplained.
     """
 
     checked: str
@@ -62,6 +78,7 @@ class Case:
     without: dict[str, Callable[[Population], Population]] = field(default_factory=dict)
     group: int = 1
     zero: str = "zero in expectation"
+    closer: Callable[[Loss], Closer] | None = None
 
     def gradient(
         self, loss: Loss, change: Change | None = None, population: Population | None = None
@@ -108,17 +125,16 @@ class Case:
 
     def variance(self, seen: LossGradient) -> float:
         """The variance of Verdict. All responses (groups, pairs) of the population are equally
-        likely.
+        likely, and a group of G counts as G responses.
         """
-        where = self.layout
-        total: Array | float = 0.0
-        for g, node in zip(seen.rows, seen.node, strict=True):
-            n = len(g)
-            table = np.zeros((n, len(seen.table), int(np.prod(g.shape[2:]))))
-            np.add.at(table, (np.arange(n)[:, None], node), g.reshape(n, g.shape[1], -1))
-            total = total + table
-        units = np.asarray(total)
-        units = units.reshape(-1, self.group, *units.shape[1:]).sum(1)
-        learned = units[:, : where.ends if self.learned == "scores" else where.states]
-        mean = learned.sum(0)
-        return float((learned**2).sum() * len(learned) / (mean**2).sum() - 1)
+        ends = self.layout.ends if self.learned == "scores" else self.layout.states
+
+        each, width = len(seen.rows[0]) // self.group, self.group * seen.node[0].shape[1]
+        g = np.concatenate([x.reshape(each, width, -1) for x in seen.rows], 1)
+        node = np.concatenate([x.reshape(each, width) for x in seen.node], 1)
+        g = np.where(node[..., None] < ends, g, 0.0)
+        # the squared length of the sum of a unit's rows, rows of one node added first
+        products = np.einsum("nik,njk->nij", g, g, optimize=True)
+        squares = products[node[:, :, None] == node[:, None, :]].sum()
+        mean = seen.table[:ends] / len(g)
+        return self.group * float(squares / len(g) / (mean**2).sum() - 1)

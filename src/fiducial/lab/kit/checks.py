@@ -18,7 +18,9 @@ What is wrong is then searched for in this order: no gradient, or one that is no
 log-probabilities read at the wrong place or temperature; the mistakes of `fiducial.lab.kit.faults`,
 by their gradients in closed form; gradients where none should be; changes of the batch that should
 change nothing (more padding, other prompts, another order, every row twice); and what must be
-removed for the bias to disappear.
+removed for the bias to disappear. A clip is measured by trying ratios, or distances of a value from
+its old one. A loss that leaves most of the way to the optimum after a short training is never
+called correct.
 
 Statistics of small batches need `unbiased`. What a loss cannot show is not checked: tokenization,
 sampling, dropout at other times, accumulation over micro-batches and processes.
@@ -63,10 +65,10 @@ def check_policy_loss(
             RLOO, GRPO and similar methods. 1: all 64 responses to a prompt have the same number.
         critic: `old_values` are those of the policy ("exact"), wrong ones ("arbitrary"), or 0
             ("none"). With lambda below 1, only "exact" gives the exact gradient.
-        clip: epsilon of "clip" and "gspo".
-        clip_high: epsilon above 1, if it differs. Two values with no ratio of the population
-            between them cannot be told apart.
-        cap: the cap of "cispo".
+        clip: epsilon of "clip" and "gspo". The clip of the loss is measured, for ratios from
+            1/1000 to 1000, and must agree to 1%.
+        clip_high: epsilon above 1, if it differs.
+        cap: the cap of "cispo", measured too.
         train: also train a table of logits with the loss (about a second).
 
     Raises:
@@ -128,8 +130,10 @@ def check_value_loss(loss: Callable[[Batch], object], *, train: bool = True) -> 
     """Check whether the fixed point of a critic's loss is V^pi: the rewards and penalties to come,
     from each state.
 
-    The values are within 0.1 of those of the policy, inside the range to which PPO clips them, and
-    `old_values` are exact, so every lambda has the same fixed point.
+    First the values are within 0.1 of those of the policy, inside the range to which PPO clips
+    them, and `old_values` are exact, so every lambda has the same fixed point. Then the old values
+    are wrong, which shows what the target is made of, and the values are far from the old ones,
+    which shows where they are clipped. The remarks say what was measured.
 
     Args:
         loss: from a Batch to a scalar, of `values` (with gradient), `old_values`, `rewards`,

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..worlds.world import Array
-from .case import PROBES, Case, Change
+from .case import PROBES, Case, Change, Closer
 from .catalogue import CATALOGUE
 from .faults.explain import explain
 from .faults.terms import Terms
@@ -28,6 +28,19 @@ LIKELIHOOD = "likelihood of demonstrations"
 response.
 """
 
+STAYS = 0.2
+"""A loss that leaves a larger share of the way to the optimum than this does not learn."""
+BOUNDED = (("weights truncated",), ("weights masked",))
+OPEN = (
+    (),
+    ("unknown",),
+    ("not clipped",),
+    ("not capped",),
+    ("depends on the size of the batch",),
+    *BOUNDED,
+)
+"""Names after which other batches are tried, if the case has some."""
+
 
 def judge(loss: Loss, case: Case, *, train: bool = True) -> Verdict:
     """Measure a loss, and name what is wrong with it."""
@@ -40,6 +53,8 @@ def judge(loss: Loss, case: Case, *, train: bool = True) -> Verdict:
     found = measure(direction, target)
     leaks = case.leaks(seen)
     typical = math.sqrt(sum(float((g**2).sum()) for g in seen.rows))
+    if typical == 0:
+        return _wrong(case, "no gradient")
     if np.linalg.norm(direction) < 1e-9 * typical and not leaks:
         return replace(_wrong(case, case.zero), cosine=0.0, relative_bias=1.0, scale=0.0)
     failed = _probe(loss, case, seen)
@@ -50,10 +65,15 @@ def judge(loss: Loss, case: Case, *, train: bool = True) -> Verdict:
     remarks: list[str] = []
     if biased:
         names, remarks = _name_bias(loss, case, seen, direction, leaks, failed)
+    elif case.learned == "raw" and (misread := misreading(seen, TOLERANCE)):
+        names = (misread,)  # advantages that are exact hide it in the expectation
     elif leaks:
         names = tuple(leaks)
     elif fatal := [f for f in failed if f != "nan"]:
         names = (_probe_name(fatal[0], case),)
+    if names in OPEN and case.closer is not None:
+        names, closer = _look_closer(case.closer(loss), direction, names)
+        remarks += closer
     if not names:
         remarks += _about_scale(found.scale, case) + _about_mixing(loss, case, seen)
     remarks += [
@@ -62,11 +82,13 @@ def judge(loss: Loss, case: Case, *, train: bool = True) -> Verdict:
         if _probe_name(f, case) not in names and not (names and f == "nan")
     ]
     gap = case.train(loss) if train and case.train is not None else None
-    sentence = (
-        _sentence(names, found)
-        if names
-        else f"The expected gradient has the exact direction, to {found.relative_bias:.0e}."
-    )
+    if not names and gap is not None and gap > STAYS:
+        names = ("does not learn",)
+    sentence = f"The expected gradient has the exact direction, to {found.relative_bias:.0e}."
+    if names:
+        sentence = _sentence(names, found)
+    elif found.relative_bias > TOLERANCE:
+        sentence = "The expected gradient has the exact direction, except where the clip acts."
     return Verdict(
         not names,
         " + ".join(names) or "correct",
@@ -208,6 +230,30 @@ def _exact_without(loss: Loss, case: Case, population: Population) -> bool:
         return False
     seen = case.gradient(loss, population=population)
     return seen.finite and measure(-case.parameters(seen.table), target).relative_bias < TOLERANCE
+
+
+def _look_closer(
+    found: Closer, direction: Array, names: tuple[str, ...]
+) -> tuple[tuple[str, ...], list[str]]:
+    """The names of a loss that is right on the population or unexplained there, after a closer
+    look, and remarks.
+    """
+    if found.sure:
+        return found.names, list(found.remarks)
+    # with one response beyond the bound, the population cannot tell truncated from masked
+    if not names or names in BOUNDED or not found.names:
+        return found.names or names, list(found.remarks)
+    # unexplained: what is left if what was measured had been meant
+    if found.case is None:
+        return names, list(found.remarks)
+    target = found.case.exact(found.case.population)
+    if measure(direction, target).relative_bias <= TOLERANCE:
+        return found.names, list(found.remarks)
+    known = explain(direction, found.case.candidates(found.case.population), found.case.group)
+    if known is None:
+        return names, list(found.remarks)
+    left = known.names if known.names not in BOUNDED else ()
+    return tuple(dict.fromkeys(left + found.names)), list(found.remarks)
 
 
 # ---- remarks on a correct loss ----

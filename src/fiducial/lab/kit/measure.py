@@ -105,7 +105,7 @@ def measure(found: Array, target: Array) -> Measured:
     """Compare two gradients of the same shape."""
     g, t = found.ravel(), target.ravel()
     gg, gt, tt = float(g @ g), float(g @ t), float(t @ t)
-    if gg < 1e-24 * tt:
+    if gg <= 1e-24 * tt:
         return Measured(0.0, 1.0, 0.0)
     best = max(gt / gg, 0.0)
     return Measured(

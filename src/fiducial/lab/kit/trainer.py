@@ -26,12 +26,19 @@ ARRIVED = 0.05
 more than half of its total variation from the optimum.
 """
 
+BETA_OFF = 0.095
+"""A model whose nearest optimum of another beta is this far away in log beta, 10% above or 9%
+below, has a wrong beta. Less is left to the noise of sampling.
+"""
+ON_THE_WAY = 0.03
+"""Total variation from that nearest optimum up to which a model counts as being there."""
+
 
 @dataclass(frozen=True)
 class Arrival:
     """Where a trainer ended.
 
-    ok: it closed all but 5% of the gap to the optimum.
+    ok: it closed all but 5% of the gap to the optimum, and is not at the optimum of another beta.
     name: "correct", the wrong objective that it has optimized, or "unfinished".
     sentence: what was found, and what to do.
     relative_gap: J(pi*) - J(pi) as a share of J(pi*) - J(pi_ref).
@@ -39,6 +46,7 @@ class Arrival:
     kl: of the model from the reference, in nats per response.
     kl_optimum: of pi* from the reference, in nats per response.
     distances: total variation from each place that was considered.
+    beta: the factor of beta at whose optimum the model's mean reward would be; 1 at the optimum.
     """
 
     ok: bool
@@ -49,6 +57,7 @@ class Arrival:
     kl: float
     kl_optimum: float
     distances: dict[str, float]
+    beta: float = 1.0
 
     def __str__(self) -> str:
         numbers = (
@@ -70,6 +79,12 @@ SENTENCES = {
     "beta doubled": "The model has not moved far enough. Beta has twice its strength.",
     "no reference": "The model is at the optimum for a uniform reference. The reference's "
     "log-probabilities are missing or constant.",
+    "wrong beta": "The model has moved too far: it is at the optimum of {beta:.3g} times the beta. "
+    "Look for a penalty that is scaled down (a mean in place of a sum) or a reward that is scaled "
+    "up.",
+    "wrong beta or unfinished": "The model is at the optimum of {beta:.3g} times the beta. A "
+    "training that has not ended passes through the same place: train twice as long. If the factor "
+    "stays, the penalty is too strong, or the reward is scaled down.",
     "forward KL": "The model is at the optimum of E[r] - beta KL(ref || pi). k3 was used as a "
     "loss, which has the gradient of the forward KL.",
 }
@@ -83,6 +98,9 @@ def check_trainer(
     copies: int = 100,
 ) -> Arrival:
     """Run `train` on the files of a world, and report where it ended.
+
+    A beta, or a scale of the reward, that is off by 10% or more is found in a model that has
+    arrived: the rest of its distance from the optimum must be the smaller part.
 
     Args:
         train: receives a folder with `transformer/` and `table/` (models in the Hugging Face
@@ -110,7 +128,10 @@ def arrival(world: World, logp: Array) -> Arrival:
     found, best = exact.gap(world, logp), exact.optimum(world)[0]
     distances = {name: exact.total_variation(logp, place) for name, place in places(world).items()}
     nearest = min(distances, key=distances.__getitem__)
-    ok = found.relative < 0.05
+    beta = fitted_beta(world, logp)
+    other = exact.optimum(world, beta=beta * world.beta)[0]
+    off = abs(np.log(beta)) > BETA_OFF and exact.kl(logp, other) < exact.kl(logp, best) / 4
+    ok = found.relative < 0.05 and not off
     if ok:
         name = "correct"
         sentence = (
@@ -118,6 +139,9 @@ def arrival(world: World, logp: Array) -> Arrival:
         )
     elif distances[nearest] < min(ARRIVED, found.total_variation / 2):
         name, sentence = nearest, SENTENCES[nearest]
+    elif off and exact.total_variation(logp, other) < ON_THE_WAY:
+        name = "wrong beta" if beta < 1 else "wrong beta or unfinished"
+        sentence = SENTENCES[name].format(beta=beta)
     else:
         name = "unfinished"
         sentence = (
@@ -135,7 +159,24 @@ def arrival(world: World, logp: Array) -> Arrival:
         found.kl,
         exact.kl(best, exact.reference(world)),
         distances,
+        beta,
     )
+
+
+def fitted_beta(world: World, logp: Array) -> float:
+    """The factor of the world's beta whose optimum has the mean reward of a policy [P, Y]: among
+    all optima it is the one with the smallest KL(policy, optimum). Between 1/100 and 100.
+    """
+    reward = exact.expected(logp, world.reward)
+    low, high = np.log(0.01), np.log(100.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        there = exact.optimum(world, beta=float(np.exp(middle)) * world.beta)[0]
+        if exact.expected(there, world.reward) > reward:
+            low = middle
+        else:
+            high = middle
+    return float(np.exp((low + high) / 2))
 
 
 def places(world: World) -> dict[str, Array]:

@@ -19,8 +19,9 @@ class Verdict:
     relative_bias: |a g - exact| / |exact| at the best positive factor a.
     scale: the length of g along the exact gradient. A mean over responses of sums over tokens has
     1.
-    variance: E |g_i - g|^2 / |g|^2, where g_i is the contribution of one response (group, pair):
-    the number of responses at which the noise is as large as the gradient.
+    variance: of one response (pair), E |g_i - g|^2 / |g|^2 of its contribution g_i: the number of
+    responses at which the noise is as large as the gradient. Where responses come in groups of G,
+    it is G times that of a group, so that all losses compare at the same number of responses.
     gap: the share of the way to the optimum that is left after a short training with this loss: 1
     at the start, 0 at the optimum. None: not trained.
     probes: the invariances that failed, of "padding", "prompt", "order", "copies", "nan".

@@ -46,7 +46,7 @@ def methods_table(lab: LabResults) -> Table | None:
             row.append((f"{known(e.relative_bias)}; {known(e.variance)}", e.name) if e else DASH)
         rows.append(row)
     return table(
-        [*head, *([("Its gradient", "relative bias; variance of one sample")] if named else [])],
+        [*head, *([("Its gradient", "relative bias; variance of one response")] if named else [])],
         rows,
         left=(1,),
     )

@@ -173,7 +173,7 @@ def estimators_table(lab: LabResults) -> Table | None:
         ("Cosine", "with what it estimates"),
         ("Relative bias", "of its expectation"),
         ("Scale", "length / exact length"),
-        ("Variance", "of one sample / |gradient|²"),
+        ("Variance", "of one response or pair / |gradient|²"),
     ]
     return table(head, rows, left=(1, 2))
 

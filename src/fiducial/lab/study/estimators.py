@@ -91,7 +91,8 @@ def kl_in_the_reward(batch: Batch, estimator: Estimator) -> Tensor:
 
 def estimator_table(*, batches: int = 1_000) -> list[GradientEstimator]:
     """One row per estimator: cosine and relative bias of its expectation, its length over that of
-    the exact gradient, and the variance of one response.
+    the exact gradient, and the variance of one response (pair). All rows that estimate grad J are
+    measured on one population.
 
     Args:
         batches: number of sampled batches of eight responses for the two rows that are not exact.

@@ -241,8 +241,8 @@ class KLTable:
 @dataclass(frozen=True)
 class GradientEstimator:
     """The expectation of a gradient estimator against what it estimates. `variance` is that of one
-    sample, relative to the squared length of the gradient; `exact`: computed by enumeration, not
-    sampled.
+    response (pair), relative to the squared length of the gradient; `exact`: computed by
+    enumeration, not sampled.
     """
 
     name: str

@@ -157,15 +157,25 @@ Add = Callable[[str, str, Case, Loss, str], None]
 
 
 def rows(add: Add) -> None:
-    """On policy: baselines and groups of two."""
-    j, one, two = "grad J", kit.policy_case(), kit.policy_case(group=2)
+    """On policy: baselines and groups of two, all on the population of the rows of PPO."""
+    j, one = "grad J", kit.policy_case()
+    two = kit.policy_case(group=2, horizon=one.population.world.horizon)
     greedy = greedy_returns(one.population)
     add(
         "REINFORCE, no baseline",
         j,
         one,
         lambda b: reinforce(b, returns(b)),
-        "Every token is credited with the return of the response: exact, and noisy.",
+        "Every token is credited with the return of the response. The rewards here have a mean "
+        "near 0, so a baseline has little to remove.",
+    )
+    add(
+        "REINFORCE, no baseline, every reward 3 higher",
+        j,
+        one,
+        lambda b: reinforce(b, returns(b) + 3.0),
+        "The same objective. Without a baseline, the mean of the rewards is noise; with any "
+        "baseline of this table the variance stays as it is.",
     )
     add(
         "REINFORCE, running mean",
@@ -186,7 +196,8 @@ def rows(add: Add) -> None:
         j,
         two,
         lambda b: reinforce(b, advantages.leave_one_out(returns(b), b.group)),
-        "The other responses of the group do not depend on this one.",
+        "The other responses of the group do not depend on this one. The mean of G - 1 responses "
+        "is a noisy baseline: it adds about 1 / (G - 1) of the variance that an exact mean leaves.",
     )
 
     plain: Callable[[Tensor], Tensor] = functools.partial(constant, length=1)

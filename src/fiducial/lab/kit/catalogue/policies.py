@@ -11,6 +11,8 @@ _MINIMUM = "Use min(ratio * A, clip(ratio) * A)."
 _BOUNDS = "Use clamp(ratio, 1 - clip, 1 + clip_high)."
 _GEOMETRIC = "Use exp of the mean of the token log-ratios."
 _CAP = "Use min(ratio, cap), detached, times A log pi."
+_LAMBDA_RETURN = "The target is the old value plus the advantage: the lambda-return."
+_VALUE_CLIP = "Use max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)."
 _TRADE_OFF = "Nothing, if this is intended: it accepts bias in exchange for less variance."
 
 FAULTS = (
@@ -232,14 +234,22 @@ FAULTS = (
     ),
     Fault(
         "ratio always one",
-        "The policy that sampled the responses has no effect.",
-        "old_logprobs are those of the policy that sampled, not the detached log-probabilities of "
-        "the current policy.",
+        "The ratio is 1 whatever policy sampled the responses, so a clip never acts: the ratio is "
+        "built from logprobs - logprobs.detach(), or old_logprobs were computed with the current "
+        "policy.",
+        "Keep the log-probabilities of the policy that sampled, and use exp(logprobs - "
+        "old_logprobs).",
     ),
     Fault(
         "clip bounds swapped",
         "The two bounds of an asymmetric clip are swapped.",
         _BOUNDS,
+    ),
+    Fault(
+        "wrong clip range",
+        "The clip or the cap acts at another ratio than the check was asked for.",
+        "Use clamp(ratio, 1 - clip, 1 + clip_high) with the values that you mean, and pass the "
+        "same values to the check.",
     ),
     Fault(
         "clip_high ignored",
@@ -320,5 +330,53 @@ FAULTS = (
         "advantage as the target",
         "The critic is fitted to the advantage.",
         "Its target is the advantage plus the old value.",
+    ),
+    Fault(
+        "target is the old value",
+        "The critic is fitted to its own old values, so it never learns from the rewards.",
+        _LAMBDA_RETURN,
+    ),
+    Fault(
+        "advantage scaled in the target",
+        "The target is the old value plus a multiple of the advantage. With a small multiple the "
+        "critic hardly learns from the rewards, with a negative one it moves away from them.",
+        _LAMBDA_RETURN,
+    ),
+    Fault(
+        "whitened advantage in the target",
+        "The target is the old value plus the whitened advantage, whose mean and scale are those "
+        "of the batch.",
+        "Add the advantage to the old value before it is whitened.",
+    ),
+    Fault(
+        "whitened target",
+        "The target is shifted or scaled: it has other units than the rewards that the advantages "
+        "are computed from.",
+        "Fit the critic to the returns as they are. Only advantages are whitened.",
+    ),
+    Fault(
+        "target is not a return",
+        "Where the old values are wrong, the target is not a lambda-return of the rewards: the "
+        "loss is right only for a critic that is right already.",
+        _LAMBDA_RETURN,
+    ),
+    Fault(
+        "minimum in the value clip",
+        "The smaller of the two squared errors is used: a value that has left the clip range in "
+        "the wrong direction has no gradient and never comes back.",
+        _VALUE_CLIP,
+    ),
+    Fault(
+        "value clip without the maximum",
+        "Only the error of the clipped value is used: a value outside the clip range has no "
+        "gradient, whatever its direction.",
+        _VALUE_CLIP,
+    ),
+    Fault(
+        "does not learn",
+        "The gradient is right where it was examined, but a short training with this loss does not "
+        "approach the optimum.",
+        "Look for terms that act only far from the optimum: clips, masks, and targets that follow "
+        "the model.",
     ),
 )

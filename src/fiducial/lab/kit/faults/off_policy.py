@@ -119,8 +119,12 @@ def cispo_candidates(population: Population, cap: float) -> Iterator[Candidate]:
                     yield Candidate(tuple(n for n in (kind, weight) if n), t.gradient(w * c))
 
 
-def moved_candidates(population: Population) -> Iterator[Candidate]:
-    """Mistaken policy gradients. The right weight is the ratio of the whole response."""
+def moved_candidates(
+    population: Population, caps: tuple[float, ...] = CAPS, floors: tuple[float, ...] = FLOORS
+) -> Iterator[Candidate]:
+    """Mistaken policy gradients. The right weight is the ratio of the whole response. caps, floors:
+    the bounds of weights that are tried.
+    """
     t = Terms(population)
     each, log_ratio = np.exp(_log_ratio(t)), _log_ratio(t)
     so_far = np.exp(np.cumsum(log_ratio, -1))
@@ -139,18 +143,18 @@ def moved_candidates(population: Population) -> Iterator[Candidate]:
     ]
     for name, ratio in (((), whole), (("token ratio instead of sequence ratio",), each)):
         inside = ratio[t.mask > 0]
-        for cap in (c for c in CAPS if c < inside.max()):
+        for cap in (c for c in caps if c < inside.max()):
             kinds.append(((*name, "weights truncated"), np.minimum(ratio, cap)))
             kinds += [
                 (
                     (*name, "weights masked"),
                     np.where((ratio <= cap) & (ratio >= floor), ratio, 0.0),
                 )
-                for floor in (0.0, *FLOORS, 1 / cap)
+                for floor in (0.0, *floors, 1 / cap)
             ]
         kinds += [
             ((*name, "weights masked"), np.where(ratio >= floor, ratio, 0.0))
-            for floor in FLOORS
+            for floor in floors
             if floor > inside.min()
         ]
     constants = baselines(t)[: len(population.world.prompts)]
