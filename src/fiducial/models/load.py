@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..names import check_name
 from ..settings import LoraSettings, RunSettings
 from . import tabular as tabular  # registers its architecture, so that its folders load too
 from .roles import Policy, Reference, Roles, ScoreModel, plain
-from .scores import ScoreFacts
+from .scores import CriticStart, ScoreFacts, adapter_scores, rescaled
 
 hf_logging.disable_progress_bar()
 hf_logging.set_verbosity_error()  # it would warn about a new head, which is meant to be new
@@ -38,7 +39,7 @@ def load_tokenizer(name: str, *, flag: str = "--model") -> Any:
     """
     exists(name, flag)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(_with_tokenizer(name))
     except Exception as error:
         raise InputError(
             f"{flag}: no tokenizer can be loaded from {name}: {_first_line(error)}"
@@ -72,15 +73,15 @@ def load_roles(
     tokenizer: Any,
     device: torch.device,
     *,
-    critic: str | None = None,
+    critic: CriticStart | None = None,
     seed: int = 0,
 ) -> Roles:
     """The policy, its frozen reference and, where one is asked for, a critic.
 
     Args:
         name: the model that the policy starts from, and that the reference stays.
-        critic: None for no critic; `SHARED` for a zero value head on the policy's trunk; else the
-            folder or Hub name of the model whose weights the critic starts from.
+        critic: None for no critic; the folder `SHARED` for a zero value head on the policy's trunk;
+            else the folder or Hub name of the model whose weights the critic starts from.
         seed: of a new head.
 
     Raises:
@@ -88,13 +89,15 @@ def load_roles(
     """
     policy = load_policy(name, lora, run, tokenizer).to(device)
     own_critic = None
-    if critic == SHARED:
+    if critic is not None and critic.folder == SHARED:
         weight = plain(policy.lm).get_output_embeddings().weight
         policy.value_head = nn.Linear(weight.shape[1], 1).to(weight.device)
         nn.init.zeros_(policy.value_head.weight)  # every state starts at value 0
         nn.init.zeros_(policy.value_head.bias)
     elif critic is not None:
-        own_critic = load_scorer(critic, lora, run, head="zero", seed=seed)
+        own_critic = load_scorer(
+            critic.folder, lora, run, head="zero", seed=seed, scale=(critic.scale, critic.shift)
+        )
     own = None
     if lora.r == 0:  # with adapters the base under them is the reference
         own = load_frozen(name, run).to(next(policy.parameters()).device)
@@ -184,26 +187,29 @@ def load_scorer(
     tokenizer: Any = None,
     seed: int = 0,
     flag: str = "--model",
+    scale: tuple[float, float] = (1.0, 0.0),
 ) -> ScoreModel:
     """A model with one scalar output.
 
     Args:
         head: "saved": the folder must hold it; "normal": new, N(0, 1/sqrt(d+1)) as in Stiennon et
             al. 2020; "zero": new and zero, so that a critic starts at value 0. The folder of a
-            reward model keeps its head in any case.
+            reward model keeps its head in any case, and so does an adapter that holds one.
         seed: of a new normal head.
+        scale: factor and shift of the scores of a head that the folder holds.
 
     Raises:
         InputError: the folder has no weights, or no scalar head where it must have one.
     """
-    config = load_config(name, flag=flag)
+    config, heads = load_config(name, flag=flag), adapter_scores(Path(name))
     architectures = config.architectures or []
     has_head = any("SequenceClassification" in a for a in architectures) and config.num_labels == 1
+    has_head = has_head if heads is None else heads == 1
     if head == "saved" and not has_head:
-        raise InputError(
-            f"{flag}: {name} is no reward model: its config names {config.architectures}, not a "
-            "sequence classifier with one label"
-        )
+        what = f"config names {config.architectures}, not a sequence classifier with one label"
+        if _is_adapter(name):
+            what = f"adapter holds no `score` head of one label (modules_to_save), and its {what}"
+        raise InputError(f"{flag}: {name} is no reward model: its {what}")
     try:
         model, _ = _pretrained(AutoModelForSequenceClassification, name, flag, num_labels=1)
     except InputError:
@@ -229,8 +235,12 @@ def load_scorer(
                 )
             if model.score.bias is not None:
                 model.score.bias.zero_()
+    elif scale != (1.0, 0.0):
+        model.score = rescaled(model.score, *scale)
     _check_vocabulary(model, tokenizer, name)
-    facts = ScoreFacts.of(model.config)
+    facts = ScoreFacts.of(model.config, f"{flag}: {name}/config.json")
+    if _is_adapter(name):  # the mean of the base's scores is not that of the adapter's
+        facts = replace(facts, mean=None, std=None)
     return ScoreModel(_prepare(model, lora, run, "SEQ_CLS"), _precision(run), facts)
 
 
@@ -240,6 +250,19 @@ def context(config: Any) -> int:
         if isinstance(value := getattr(config, name, None), int):
             return value
     return 2**30
+
+
+def _is_adapter(name: str) -> bool:
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def _with_tokenizer(name: str) -> str:
+    """The folder itself, or the base of an adapter folder that holds no tokenizer."""
+    if not _is_adapter(name) or (Path(name) / "tokenizer_config.json").is_file():
+        return name
+    from peft import PeftConfig
+
+    return str(PeftConfig.from_pretrained(name).base_model_name_or_path)
 
 
 def _precision(run: RunSettings) -> torch.dtype | None:
