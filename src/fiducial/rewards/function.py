@@ -115,6 +115,14 @@ class FunctionReward:
         given = {*KEYWORDS, *(TRAINING if self.training else ())}
         missing = [n for n in self.takes.required if n not in given | self.columns]
         if not missing:
+            if not self.takes.everything and not self.takes.names & {
+                "completions",
+                "completion_ids",
+            }:
+                raise InputError(
+                    f"{self.flag}: {self.name} takes no completions, so it cannot score them: name "
+                    "a parameter completions"
+                )
             return
         name, source = missing[0], rows[0].where.rpartition(":")[0] if rows else "the data"
         if name in TRAINING:
@@ -136,6 +144,8 @@ class FunctionReward:
             [{"role": "assistant", "content": c}] if chat else c
             for c, chat in zip(batch.completions, chats, strict=True)
         ]
+        if self.name in VERIFIABLE:  # they read text
+            return offered
         ids = zip(trajectory.ids.tolist(), trajectory.prompt_lengths.tolist(), strict=True)
         offered["prompt_ids"] = [row[:n] for row, n in ids]
         offered["completion_ids"] = trajectory.responses(ending=True)
