@@ -386,6 +386,11 @@ class Scorer:
         return completions
 
 
+class Model(torch.nn.Module):
+    def forward(self, input_ids=None, **keywords):
+        return input_ids
+
+
 def positional(prompts, completions, /):
     return completions
 
@@ -394,6 +399,7 @@ def positional(prompts, completions, /):
     ("function", "said"),
     [
         (Scorer, "is a class: make an object of it"),
+        (Model(), "is a model that reads token ids: save it with its tokenizer"),
         (Scorer.score, "needs self, which is neither a column of rows.jsonl nor one of"),
         (positional, "takes prompts, completions by position only"),
         (max, "what r.py:f takes cannot be read"),

@@ -44,8 +44,8 @@ class Takes:
         inside takes.
 
         Raises:
-            InputError: it is a class, its signature cannot be read, or it takes arguments that
-                have no name.
+            InputError: it is a class or a model of token ids, its signature cannot be read, or it
+                takes arguments that have no name.
         """
         if inspect.isclass(function):
             raise InputError(
@@ -66,6 +66,11 @@ class Takes:
             raise InputError(
                 f"{flag}: {name} takes {', '.join(nameless)} by position only, and rewards are "
                 "given by name: remove the '/' from its signature"
+            )
+        if isinstance(function, nn.Module) and "input_ids" in found.parameters:
+            raise InputError(
+                f"{flag}: {name} is a model that reads token ids: save it with its tokenizer, and "
+                "give the folder"
             )
         named = [p for p in every if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         required = tuple(p.name for p in named if p.default is p.empty)

@@ -147,6 +147,8 @@ def check_names(names: Sequence[str], weights: Sequence[float] | None) -> None:
         raise InputError(f"--reward is required: {FORMS}")
     if weights is not None and len(weights) != len(names):
         raise InputError(f"--reward-weights: {len(weights)} weights for {len(names)} rewards")
+    if far := [w for w in weights or () if not math.isfinite(w)]:
+        raise InputError(f"--reward-weights: {far[0]} is no finite number")
     for name in names:
         if _is_function(name):
             check_name("scorer", name, "--reward")
