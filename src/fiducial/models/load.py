@@ -73,7 +73,7 @@ def load_roles(
     tokenizer: Any,
     device: torch.device,
     *,
-    critic: CriticStart | None = None,
+    critic: str | CriticStart | None = None,
     seed: int = 0,
 ) -> Roles:
     """The policy, its frozen reference and, where one is asked for, a critic.
@@ -89,6 +89,7 @@ def load_roles(
     """
     policy = load_policy(name, lora, run, tokenizer).to(device)
     own_critic = None
+    critic = CriticStart(critic) if isinstance(critic, str) else critic
     if critic is not None and critic.folder == SHARED:
         weight = plain(policy.lm).get_output_embeddings().weight
         policy.value_head = nn.Linear(weight.shape[1], 1).to(weight.device)

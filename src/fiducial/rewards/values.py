@@ -45,8 +45,6 @@ def scores_of(out: Any, who: str, expected: int, where: Sequence[str] = ()) -> l
 
 def real(value: Any) -> float | None:
     """A real number as a float (infinite if it is beyond all floats); None for anything else."""
-    if isinstance(value, (str, bytes, bytearray)):
-        return None
     try:
         if callable(getattr(value, "item", None)):  # scalars of NumPy and torch, on any device
             value = value.item()
