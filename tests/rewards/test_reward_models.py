@@ -122,6 +122,8 @@ def test_chats_go_through_the_reward_models_own_template(scorers, models, tmp_pa
     ]
     expected = [theirs(model, tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
     assert part.score(batch).scores == pytest.approx(expected, abs=1e-5)
+    part.reader._endings[False] = [5, 5]  # as where the text's last token holds some of the ending
+    assert part.score(batch).scores == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_cut_solution_is_read_at_its_last_token_step_by_step(models, tmp_path):

@@ -92,26 +92,23 @@ class Reader:
     def _text(self, prompt: Content, text: str, finished: bool, where: str) -> Rendered:
         if finished:
             return self._uncut.completion(prompt, text, where)
-        if not text:
-            ids = self._uncut.prompt(prompt, where)
-            return Rendered(ids, [False] * len(ids), where)
-        whole = self._uncut.completion(prompt, text, where)
-        ending = self.ending(isinstance(prompt, str))
-        if whole.ids[-len(ending) :] != ending:
-            raise RunError(
-                f"{where}: the reward model {self.name} ends this response in another way than "
-                "others, so it cannot be read without its ending, as one that was cut: sample with "
-                "a larger --max-new-tokens"
-            )
-        return Rendered(whole.ids[: -len(ending)], whole.mask[: -len(ending)], where)
+        if text:
+            whole, ending = self._uncut.completion(prompt, text, where), self.ending(prompt)
+            if whole.ids[-len(ending) :] == ending:
+                return Rendered(whole.ids[: -len(ending)], whole.mask[: -len(ending)], where)
+        # nothing was said, or the last token of the text also holds the beginning of the ending
+        start = self._uncut.prompt(prompt, where)
+        ids = self.renderer.tokenizer(text, add_special_tokens=False).input_ids if text else []
+        return Rendered([*start, *ids], [False] * len(start) + [True] * len(ids), where)
 
-    def ending(self, text: bool) -> list[int]:
-        """The ids that the model's training puts behind a response, in plain text or in a chat:
-        what two short responses have in common.
+    def ending(self, prompt: Content) -> list[int]:
+        """The ids that the model's training puts behind a response, in plain text or in a chat like
+        the prompt: what two short responses have in common.
         """
+        text = isinstance(prompt, str)
         if text not in self._endings:
-            prompt: Content = "a" if text else (Message("user", "a"),)
-            one, two = (self._uncut.completion(prompt, c, "a response") for c in ("a", "b"))
+            short: Content = "a" if text else (Message("user", "a"),)
+            one, two = (self._uncut.completion(short, c, "a response") for c in ("a", "b"))
             both = zip(reversed(one.ids), reversed(two.ids), strict=False)
             same = [x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
             self._endings[text] = same[: min(one.num_labels, two.num_labels) - 1][::-1]
