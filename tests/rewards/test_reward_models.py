@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from fiducial.core.advantages import group_normalised, whitened
+from fiducial.core.reductions import whiten
 from fiducial.data.render import Rendered
 from fiducial.data.row_types import Message, PromptRow
 from fiducial.errors import InputError, RunError
@@ -305,6 +307,15 @@ def test_step_rewards_of_equal_totals_keep_their_scale(settings):
     assert metrics["objective/scale"] == pytest.approx(2.0)
     assert rewards[1].tolist() == pytest.approx([0.0, 3.0, -2.0])
     assert held == (ScoreScale(1.0, 0.5) if settings is FIRST else None)
+
+
+def test_equal_advantages_are_whitened_to_nothing_also_in_float32():
+    for value in (1000.1, -3e5 - 0.3, 1e-3):
+        equal = torch.full((7, 31), value)
+        assert (whiten(equal, torch.ones_like(equal)) == 0).all()
+        assert (whitened(equal, torch.ones_like(equal)) == 0).all()
+        groups = torch.arange(7).repeat_interleave(31)
+        assert (group_normalised(equal.flatten(), groups) == 0).all()
 
 
 # A critic that starts from a reward model
