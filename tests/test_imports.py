@@ -40,7 +40,7 @@ WINGS = ["settings", "worlds", "kit", "study", "runs", "page", "command"]
 """The lab's own levels."""
 PAGES = {row.run.removeprefix(".").partition(":")[0] for row in verbs.METHODS}
 """The modules that are a method's page."""
-DYNAMIC = {"__init__", "lab", "verbs", "rewards.function"}
+DYNAMIC = {"__init__", "lab", "verbs", "rewards.calling"}
 """Who may import a module by a name that is no constant: two lists of public names, the table of
 verbs, and the reader of a user's reward function.
 """

@@ -17,7 +17,7 @@ def score(completions, **columns):
     return [c.count("e") + len(c) / 10 for c in completions]
 
 def length(completions, **columns):
-    return [float(len(c)) for c in completions]
+    return [None if i == 0 else float(len(c)) for i, c in enumerate(completions)]
 """
 COMMON = "--steps 1 --learning-rate 1e-2 --batch-size 4 --run.samples 1 --run.checkpoint-every 0"
 OFFLINE = f"{COMMON} --rows.held-out 0.3"
@@ -27,7 +27,11 @@ RUNS: dict[str, tuple[str, str]] = {
     "sft": ("sft", f"{OFFLINE} --data {{data}}/completions.jsonl --max-new-tokens 4"),
     "reward": ("reward", f"{OFFLINE} --data {{data}}/pairs.jsonl"),
     "prm": ("prm", f"{OFFLINE} --data {{data}}/steps.jsonl"),
-    "ppo": ("ppo", f"{ONLINE} {{data}}/reward.py:length --ptx.data {{data}}/texts.jsonl"),
+    "ppo": (
+        "ppo",
+        f"{ONLINE} {{data}}/reward.py:length --ptx.data {{data}}/texts.jsonl "
+        "--score.normalise first",
+    ),
     "reinforce": ("reinforce", f"{ONLINE} --group-size 2 --long.correction tis"),
     "grpo": ("grpo", f"{ONLINE} --group-size 2"),
     "gspo": ("grpo", f"{ONLINE} --group-size 2 --variant gspo"),

@@ -139,6 +139,11 @@ METRICS: dict[str, Metric] = {
         "Mean score by one of several rewards, before its weight. If one rises while another "
         "falls, the weights decide which of them wins."
     ),
+    "reward/<name>/not_judged": _metric("learning", "Not judged: <name>", "share")(
+        "Share of the responses for which this reward returned None, because it does not apply. "
+        "There the other rewards count with its weight as well. If it is larger than the share of "
+        "such rows in the data, look at the reward function."
+    ),
     "reward_std": _metric("learning", "Standard deviation of the reward", "score")(
         "Standard deviation of the reward over the batch. At 0 there is nothing to learn: use "
         "harder prompts, a higher temperature or a finer reward."
@@ -146,6 +151,10 @@ METRICS: dict[str, Metric] = {
     "objective/score": _metric("learning", "Score after penalties", "score")(
         "Reward on the scale that the settings ask for, minus penalties such as the one for "
         "unfinished responses. If it moves away from the reward, look at which penalty applies."
+    ),
+    "objective/scale": _metric("learning", "Factor of the scores", "")(
+        "What --score.normalise multiplies scores by, after it has subtracted their mean. 1 means "
+        "that the scores have not differed yet, so that they are not scaled."
     ),
     "objective/kl": _metric("honesty", "KL to the reference", "nats per response", (0.0, None))(
         "KL divergence from the frozen reference, summed over a response. It starts at 0 and "
@@ -306,6 +315,8 @@ METRICS: dict[str, Metric] = {
 
 _PART = "reward/"
 """Begins the name of a reward that is one of several; what follows is the user's own name."""
+_WITHOUT = "/not_judged"
+"""Ends the name of the share of responses that such a reward does not judge."""
 
 
 def base(name: str) -> str:
@@ -315,7 +326,9 @@ def base(name: str) -> str:
 
 def entry(name: str) -> str:
     """The registry's key for a name: without `eval/`, and one for all of several rewards."""
-    return f"{_PART}<name>" if base(name).startswith(_PART) else base(name)
+    if not base(name).startswith(_PART):
+        return base(name)
+    return f"{_PART}<name>{_WITHOUT if name.endswith(_WITHOUT) else ''}"
 
 
 def known(name: str) -> bool:
@@ -331,7 +344,10 @@ def lookup(name: str) -> Metric:
     if metric is None:
         sentence = "A metric of the run's own code; the registry has no description of it."
         return Metric(name, "", sentence, None, "learning")
-    metric = replace(metric, title=metric.title.replace("<name>", base(name).removeprefix(_PART)))
+    metric = replace(
+        metric,
+        title=metric.title.replace("<name>", base(name).removeprefix(_PART).removesuffix(_WITHOUT)),
+    )
     if not name.startswith(EVAL):
         return metric
     return replace(

@@ -203,7 +203,8 @@ class ScoreSettings(Settings):
 
     normalise: Literal["none", "first", "batch"] = "none"
     """Subtract the mean of the scores and divide by their standard deviation: those of the first
-    batch (Ziegler et al. 2019), or those of each batch.
+    batch whose scores differ (Ziegler et al. 2019), or those of each batch. A batch whose scores do
+    not differ is not divided.
     """
     clip: float | None = Field(default=None, gt=0)
     """Largest absolute score, after normalization. None: no clipping. PPO-max (Zheng et al. 2023,

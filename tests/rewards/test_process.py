@@ -194,8 +194,7 @@ def test_other_tokens_get_the_scores_of_the_same_steps_by_number(folders, models
 def test_where_the_policys_tokens_show_fewer_ends_nothing_is_lost(folders, models):
     part = load_reward(folders["qwen3"], RunSettings(), Processes())
     batch = batch_of("llama", models, finished=(True, True, True))
-    part._of(batch.renderer)
-    part._policy = (part._policy[0], False, SimpleNamespace(ends=lambda ids: [len(ids) - 1]))
+    part._policy = (batch.renderer, SimpleNamespace(ends=lambda ids: [len(ids) - 1]))
     scored = part.score(batch)
     totals, earned = scored.scores, scored.steps
     assert earned.sum(1).tolist() == pytest.approx(totals, abs=1e-12)

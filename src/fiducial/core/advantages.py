@@ -173,9 +173,7 @@ def whitened(returns: Tensor, mask: Tensor) -> Tensor:
     Args:
         returns: [N, T] from each token on. mask: [N, T] true at the policy's tokens.
     """
-    return whiten(returns.double(), mask).to(
-        returns.dtype
-    )  # in float64 equal returns have no deviation, in float32 a rounding error for one
+    return whiten(returns, mask)
 
 
 def nonzero_std(returns: Tensor, groups: Tensor) -> Tensor:

@@ -50,9 +50,11 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-
 
     The variance is the population one, as in Ziegler et al. 2019 (arXiv 1909.08593). Statistics are
     over the whole batch given: hand it all the rows of an optimizer step, not a micro-batch, for
-    its result depends on its company.
+    its result depends on its company. They are computed in float64, in which equal values have no
+    deviation; in float32 a rounding error would pass for one.
     """
-    mean = masked_mean(x, mask)
-    var = masked_mean((select(x, mask) - mean) ** 2, mask)
-    scaled = (select(x, mask) - mean) * torch.rsqrt(var + eps)
-    return select(scaled if shift_mean else scaled + mean, mask)
+    wide = x.double()
+    mean = masked_mean(wide, mask)
+    var = masked_mean((select(wide, mask) - mean) ** 2, mask)
+    scaled = (select(wide, mask) - mean) * torch.rsqrt(var + eps)
+    return select(scaled if shift_mean else scaled + mean, mask).to(x.dtype)

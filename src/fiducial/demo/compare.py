@@ -128,7 +128,7 @@ class Examiner:
             out.numbers += numbers
             out.texts += r.completions
             out.gold += gold(prompts, r.completions)
-            out.proxy += self.judge.score(r).scores
+            out.proxy += self.judge.score(r).floats()
             out.lengths += r.trajectory.response_lengths.tolist()
             divergence, total = self._from_sft(model, r.trajectory)
             out.kl += divergence.tolist()
@@ -274,7 +274,9 @@ def reward_model(folder: Path, world: StoryWorld, judge: ModelReward) -> RewardM
     ]
     scores = judge.score_ids(
         [
-            judge.renderer.completion((Message("user", p),), (Message("assistant", text),), "").ids
+            judge.reader.renderer.completion(
+                (Message("user", p),), (Message("assistant", text),), ""
+            ).ids
             for p, *both in triples
             for text in both
         ]

@@ -109,7 +109,7 @@ def grpo(
         announce(ready, settings, run)
         if run.step == 0:
             with before_training():  # a reward that cannot be called is found before any sampling
-                run.record_samples(ready.answers())
+                run.record_samples(ready.answers(0, 0))
             run.pause()
 
         while run.running():
@@ -149,7 +149,7 @@ def grpo(
             )
             run.checkpoint_if_due()
 
-        run.record_samples(ready.answers())
+        run.record_samples(ready.answers(run.step, run.state.drawn))
         run.model = policy
         probe = torch.tensor([ready.prompts[0]])
         return run.finish(save=lambda path: save(policy, ready.renderer.tokenizer, path, probe))
@@ -204,7 +204,7 @@ def gather(
         drawn = stream(len(ready.rows), start, wanted - len(good), settings.seed)
         chosen = [(i, epoch * size + k) for i, epoch in drawn for k in range(size)]
         trajectory = ready.sample(chosen, run.step)
-        scored = ready.score(chosen, trajectory)
+        scored = ready.score(chosen, trajectory, run.step, start)
         found.append((trajectory, scored))
         groups = torch.arange(len(drawn)).repeat_interleave(size)
         scores = torch.tensor(scored.scores, dtype=torch.float64)

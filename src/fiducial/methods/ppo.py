@@ -78,7 +78,7 @@ def ppo(
             say(f"ppo: {len(ready.rows):,} prompts, {plan}" + (ready.note and f"; {ready.note}"))
         if run.step == 0:
             with before_training():  # a reward that cannot be called is found before any sampling
-                run.record_samples(ready.answers())
+                run.record_samples(ready.answers(0, 0))
             run.pause()
 
         while run.running():
@@ -86,7 +86,7 @@ def ppo(
             chosen = stream(len(ready.rows), start, settings.batch_size, settings.seed)
             with run.explained():
                 trajectory = ready.sample(chosen, run.step)
-                scored = ready.score(chosen, trajectory)
+                scored = ready.score(chosen, trajectory, run.step, start)
             old = forward(trajectory, ready.roles, run.processes, settings.run.tokens)
             token_rewards, metrics, scale = shape(
                 trajectory,
@@ -121,7 +121,7 @@ def ppo(
             )
             run.checkpoint_if_due()
 
-        run.record_samples(ready.answers())
+        run.record_samples(ready.answers(run.step, run.step * settings.batch_size))
         run.model = policy = ready.roles.policy
         probe = torch.tensor([ready.prompts[0]])
         return run.finish(save=lambda path: save(policy, ready.renderer.tokenizer, path, probe))

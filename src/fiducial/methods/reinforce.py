@@ -103,7 +103,7 @@ def reinforce(
             say(f"reinforce ({settings.baseline}): {len(ready.rows):,} prompts, {plan}{note}")
         if run.step == 0:
             with before_training():  # a reward that cannot be called is found before any sampling
-                run.record_samples(ready.answers())
+                run.record_samples(ready.answers(0, 0))
             run.pause()
 
         size = settings.group_size
@@ -114,7 +114,7 @@ def reinforce(
             groups = torch.arange(len(drawn)).repeat_interleave(size)
             with run.explained():
                 trajectory = ready.sample(chosen, run.step)
-                scored = ready.score(chosen, trajectory)
+                scored = ready.score(chosen, trajectory, run.step, run.step * count)
                 greedy = torch.zeros(len(chosen))
                 if settings.baseline == "remax":
                     greedy = greedy_scores([i for i, _ in drawn], scored, ready, settings, run)
@@ -165,7 +165,7 @@ def reinforce(
             )
             run.checkpoint_if_due()
 
-        run.record_samples(ready.answers())
+        run.record_samples(ready.answers(run.step, run.step * settings.batch_size // size))
         run.model = policy
         probe = torch.tensor([ready.prompts[0]])
         return run.finish(save=lambda path: save(policy, ready.renderer.tokenizer, path, probe))
@@ -201,12 +201,12 @@ def greedy_scores(
     chosen = [(i, 0) for i in rows]
     best = ready.sample(chosen, run.step, greedy=True)
     values, _, _ = normalize_scores(
-        ready.score(chosen, best).scores,
+        ready.score(chosen, best, run.step, run.step * len(rows)).floats(),
         best,
         settings.score,
         first=run.state.scale,
         limit=settings.max_new_tokens,
-        batch=scored.scores,
+        batch=scored.floats(),
     )
     return values.float().repeat_interleave(settings.group_size)
 

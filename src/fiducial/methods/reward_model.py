@@ -8,6 +8,7 @@ pairs, and the prompt counts once.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ from ..train.progress import say
 from ..train.step import Stepper
 from .settings.reward_model import RewardModel
 from .setup import Prepared, prepare_offline
+
+SAMPLE = 512
+"""Number of training responses that set the zero of the scores where there is no reference data."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,10 @@ def reference_scores(
     renderer: Renderer,
     run: Run[None],
 ) -> ScoreFacts:
-    """Mean and standard deviation of the scores of the reference completions."""
+    """Mean and standard deviation of the scores of the reference completions.
+
+    Without reference data they are a random sample of the training responses.
+    """
     if settings.reference_data:
         rendered, _, _ = load(
             settings.reference_data,
@@ -263,7 +270,10 @@ def reference_scores(
             lambda r: renderer.completion(r.prompt, r.completion, r.where),
         )
     else:
-        rendered = [r for ranking in train for r in ranking.responses][:512]
+        every = [r for ranking in train for r in ranking.responses]
+        # files are often sorted, so their first rows are not like the others
+        drawn = random.Random(settings.seed).sample(range(len(every)), min(SAMPLE, len(every)))
+        rendered = [every[i] for i in sorted(drawn)]
     scores = all_scores(scorer, rendered, settings, run)
     return ScoreFacts(float(scores.mean()), float(scores.std()) if len(scores) > 1 else 1.0)
 

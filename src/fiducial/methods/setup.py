@@ -20,11 +20,11 @@ from ..data.row_types import PromptRow
 from ..data.sources import records
 from ..errors import InputError, RunError
 from ..models.contract import check_roles
-from ..models.load import SHARED, exists, load_policy, load_roles, load_scorer
+from ..models.load import exists, load_policy, load_roles, load_scorer
 from ..models.roles import Roles
 from ..rewards.load import check_names as check_rewards
 from ..rewards.load import load_rewards
-from ..rewards.types import Responses, Scored, Scorer
+from ..rewards.types import Responses, Scored, Scorer, TrainerState
 from ..rollout.agreement import check_online
 from ..rollout.samples import show_samples
 from ..rollout.sampling import (
@@ -36,9 +36,10 @@ from ..rollout.sampling import (
     sampling_params,
 )
 from ..rollout.trajectory import Trajectory
-from ..settings import LoraSettings, RowSettings, RunSettings
+from ..settings import LoraSettings, RowSettings, RunSettings, ScoreSettings
 from ..train.processes import Processes
 from ..train.renderer import load_renderer
+from .critic import critic_start
 
 T = TypeVar("T")
 NO_REFERENCE = (
@@ -100,6 +101,12 @@ class OnlineSettings(_Common, Protocol):
     @property
     def reward_weights(self) -> tuple[float, ...] | None: ...
 
+    @property
+    def score(self) -> ScoreSettings: ...
+
+    @property
+    def steps(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class Prepared(Generic[T]):
@@ -122,7 +129,7 @@ class PreparedOnline:
     """What a method that learns from its own samples needs for its loop.
 
     rows, prompts: the prompt rows, and their token ids. shown: number of prompts that are answered
-    before and after training.
+    before and after training. steps: iterations of the run.
     """
 
     renderer: Renderer
@@ -135,6 +142,7 @@ class PreparedOnline:
     processes: Processes
     seed: int
     shown: int
+    steps: int
     note: str
 
     def sample(
@@ -147,19 +155,30 @@ class PreparedOnline:
         prompts = [self.prompts[i] for i, _ in chosen]
         return sample_all(self.sampler, prompts, params, keys, self.processes)
 
-    def score(self, chosen: Sequence[tuple[int, int]], trajectory: Trajectory) -> Scored:
-        """The rewards of the responses to these prompts."""
-        rows = [self.rows[i] for i, _ in chosen]
-        return self.rewards.score(Responses.of(rows, trajectory, self.renderer))
+    def score(
+        self, chosen: Sequence[tuple[int, int]], trajectory: Trajectory, step: int, drawn: int
+    ) -> Scored:
+        """The rewards of the responses to these prompts.
 
-    def answers(self) -> list[dict[str, Any]]:
+        Args:
+            step, drawn: number of iterations done and of prompts drawn before, for functions that
+                ask for `trainer_state`.
+
+        Raises:
+            RunError: a reward failed, or no reward judges one of the responses.
+        """
+        return self._scored([self.rows[i] for i, _ in chosen], trajectory, step, drawn)
+
+    def answers(self, step: int, drawn: int) -> list[dict[str, Any]]:
         """What the policy answers to the first prompts, with its rewards, for the page."""
-        rows = self.rows[: self.shown]
+        rows, columns = self.rows[: self.shown], dict[str, Sequence[Any]]()
 
         def score(trajectory: Trajectory) -> list[float]:
-            return self.rewards.score(Responses.of(rows, trajectory, self.renderer)).scores
+            scored = self._scored(rows, trajectory, step, drawn)
+            columns.update(scored.columns)
+            return scored.floats()
 
-        return show_samples(
+        shown = show_samples(
             self.roles.policy,
             self.renderer,
             [(r.prompt, r.where) for r in rows],
@@ -169,6 +188,16 @@ class PreparedOnline:
             score=score,
             sampler=self.sampler,
         )
+        return [r | {name: c[i] for name, c in columns.items()} for i, r in enumerate(shown)]
+
+    def _scored(
+        self, rows: list[PromptRow], trajectory: Trajectory, step: int, drawn: int
+    ) -> Scored:
+        state = TrainerState(step, self.steps, drawn / len(self.rows))
+        responses = Responses.of(rows, trajectory, self.renderer, state)
+        scored = self.rewards.score(responses)
+        scored.floats(responses.where)
+        return scored
 
 
 def prepare_offline(
@@ -239,21 +268,19 @@ def prepare_online(
         check_rewards(settings.reward, settings.reward_weights)
     renderer = load_renderer(settings.model, settings.rows)
     prompts, rows, note = read_prompts(settings.data, settings, renderer)
-    start, alone = None, False
+    loaded = None
     if rewards is None:
         loaded = load_rewards(settings.reward, settings.reward_weights, settings.run, processes)
         rewards = loaded
-        start, alone = loaded.critic_start(renderer)
     rewards.check_rows(rows)
-    if critic is not None:
-        start = _critic_start(critic, start, alone, settings)
+    start = None if critic is None else critic_start(critic, loaded, renderer, settings)
     roles = load_roles(
         settings.model,
         settings.lora,
         settings.run,
         renderer.tokenizer,
         processes.device,
-        critic=None if critic is None else start,
+        critic=start,
         reference=reference,
         seed=settings.seed,
     )
@@ -263,7 +290,7 @@ def prepare_online(
         prompts,
         params,
         sampler,
-        {"model": settings.model, "critic": settings.model if start in (None, SHARED) else start},
+        {"model": settings.model, "critic": "" if start is None else start.folder},
     )
     if not reference:
         note = "; ".join(filter(None, [note, NO_REFERENCE]))
@@ -278,6 +305,7 @@ def prepare_online(
         processes,
         settings.seed,
         settings.run.samples,
+        settings.steps,
         notes(note, checked),
     )
 
@@ -331,22 +359,3 @@ def before_training() -> Iterator[None]:
         yield
     except RunError as error:
         raise InputError(str(error)) from error
-
-
-def _critic_start(asked: str, reward: str | None, alone: bool, settings: OnlineSettings) -> str:
-    """The folder that the critic starts from, or `SHARED`."""
-    if asked == "auto":
-        asked = "reward" if reward is not None and alone else "policy"
-    if asked == "shared":
-        if settings.lora.r > 0:
-            raise InputError(
-                "--critic.start shared: with --lora.r the trunk stays frozen except for the "
-                "policy's adapters: use policy or reward"
-            )
-        return SHARED
-    if asked == "reward" and reward is None:
-        raise InputError(
-            "--critic.start reward: no --reward is a reward model with the policy's tokenizer: "
-            "use policy or shared"
-        )
-    return reward if asked == "reward" and reward is not None else settings.model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from ..names import check_name
 from ..settings import LoraSettings, RunSettings
 from . import tabular as tabular  # registers its architecture, so that its folders load too
 from .roles import Policy, Reference, Roles, ScoreModel
-from .scores import ScoreFacts
+from .scores import CriticStart, ScoreFacts, adapter_scores, rescaled
+from .trainable import trainable
 from .trunk import context, plain
 from .weights import adapters_merged, check_adapter, pretrained
 
@@ -33,9 +35,6 @@ hf_logging.set_verbosity_error()  # it would warn about a new head, which is mea
 SHARED = "shared"
 """In place of a critic's folder: a value head on the policy's own trunk."""
 
-
-LINEAR = ("Linear", "Conv1D")
-"""Classes of layers that an adapter can be put on."""
 
 HEADS = ("score.", "classifier.", "classification_head.", "pre_classifier.", "dense.")
 """Beginnings of the names of a new scalar head."""
@@ -49,7 +48,7 @@ def load_tokenizer(name: str, *, flag: str = "--model") -> Any:
     """
     exists(name, flag)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(_with_tokenizer(name))
     except Exception as error:
         raise InputError(
             f"{flag}: no tokenizer can be loaded from {name}: {_first_line(error)}"
@@ -83,7 +82,7 @@ def load_roles(
     tokenizer: Any,
     device: torch.device,
     *,
-    critic: str | None = None,
+    critic: str | CriticStart | None = None,
     reference: bool = True,
     seed: int = 0,
 ) -> Roles:
@@ -91,8 +90,8 @@ def load_roles(
 
     Args:
         name: the model that the policy starts from, and that the reference stays.
-        critic: None for no critic; `SHARED` for a zero value head on the policy's trunk; else the
-            folder or Hub name of the model whose weights the critic starts from.
+        critic: None for no critic; the folder `SHARED` for a zero value head on the policy's trunk;
+            else the folder or Hub name of the model whose weights the critic starts from.
         reference: whether anything reads the reference; without one no weights are loaded for it.
         seed: of a new head.
 
@@ -101,13 +100,16 @@ def load_roles(
     """
     policy = load_policy(name, lora, run, tokenizer).to(device)
     own_critic = None
-    if critic == SHARED:
+    critic = CriticStart(critic) if isinstance(critic, str) else critic
+    if critic is not None and critic.folder == SHARED:
         weight = plain(policy.lm).get_output_embeddings().weight
         policy.value_head = nn.Linear(weight.shape[1], 1).to(weight.device)
         nn.init.zeros_(policy.value_head.weight)  # every state starts at value 0
         nn.init.zeros_(policy.value_head.bias)
     elif critic is not None:
-        own_critic = load_scorer(critic, lora, run, head="zero", seed=seed)
+        own_critic = load_scorer(
+            critic.folder, lora, run, head="zero", seed=seed, scale=(critic.scale, critic.shift)
+        )
     if not reference:
         return Roles(policy=policy, critic=own_critic)
     own = None
@@ -135,7 +137,7 @@ def load_policy(
     """
     model, on_disk = _pretrained(AutoModelForCausalLM, name, flag)
     _check_vocabulary(model, tokenizer, name)
-    return Policy(_prepare(model, lora, run, "CAUSAL_LM"), _precision(run), base_on_disk=on_disk)
+    return Policy(trainable(model, lora, run, "CAUSAL_LM"), _precision(run), base_on_disk=on_disk)
 
 
 def load_frozen(name: str, run: RunSettings, *, flag: str = "--model") -> Policy:
@@ -206,28 +208,31 @@ def load_scorer(
     tokenizer: Any = None,
     seed: int = 0,
     flag: str = "--model",
+    scale: tuple[float, float] = (1.0, 0.0),
 ) -> ScoreModel:
     """A model with one scalar output.
 
     Args:
         head: "saved": the folder must hold it; "normal": new, N(0, 1/sqrt(d+1)) as in Stiennon et
             al. 2020; "zero": new and zero, so that a critic starts at value 0. The folder of a
-            reward model keeps its head in any case.
+            reward model keeps its head in any case, and so does an adapter that holds one.
         seed: of a new normal head.
+        scale: factor and shift of the scores of a head that the folder holds.
 
     Raises:
         InputError: the folder has no weights, or no scalar head where it must have one.
     """
-    config = load_config(name, flag=flag)
+    config, heads = load_config(name, flag=flag), adapter_scores(Path(name))
     architectures = config.architectures or []
     has_head = any("SequenceClassification" in a for a in architectures) and config.num_labels == 1
+    has_head = has_head if heads is None else heads == 1
     if head == "saved" and not has_head:
-        raise InputError(
-            f"{flag}: {name} is no reward model: its config names {config.architectures}, not a "
-            "sequence classifier with one label"
-        )
+        what = f"config names {config.architectures}, not a sequence classifier with one label"
+        if _is_adapter(name):
+            what = f"adapter holds no `score` head of one label (modules_to_save), and its {what}"
+        raise InputError(f"{flag}: {name} is no reward model: its {what}")
     try:
-        new = () if has_head else HEADS
+        new = () if has_head and heads is None else HEADS  # an adapter may bring its own head
         model, _ = _pretrained(
             AutoModelForSequenceClassification, name, flag, new=new, num_labels=1
         )
@@ -254,9 +259,26 @@ def load_scorer(
                 )
             if model.score.bias is not None:
                 model.score.bias.zero_()
+    elif scale != (1.0, 0.0):
+        model.score = rescaled(model.score, *scale)
     _check_vocabulary(model, tokenizer, name)
-    facts = ScoreFacts.of(model.config)
-    return ScoreModel(_prepare(model, lora, run, "SEQ_CLS"), _precision(run), facts)
+    facts = ScoreFacts.of(model.config, f"{flag}: {name}/config.json")
+    if _is_adapter(name):  # the mean of the base's scores is not that of the adapter's
+        facts = replace(facts, mean=None, std=None)
+    return ScoreModel(trainable(model, lora, run, "SEQ_CLS"), _precision(run), facts)
+
+
+def _is_adapter(name: str) -> bool:
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def _with_tokenizer(name: str) -> str:
+    """The folder itself, or the base of an adapter folder that holds no tokenizer."""
+    if not _is_adapter(name) or (Path(name) / "tokenizer_config.json").is_file():
+        return name
+    from peft import PeftConfig
+
+    return str(PeftConfig.from_pretrained(name).base_model_name_or_path)
 
 
 def _precision(run: RunSettings) -> torch.dtype | None:
@@ -302,69 +324,6 @@ def _merged(auto: Any, name: str, flag: str, new: Sequence[str], options: dict[s
         model = PeftModel.from_pretrained(base, name, config=adapter)
     check_adapter(model, name, flag, unused=("lm_head", "embed_out") if new else ())
     return adapters_merged(model)
-
-
-def _prepare(model: Any, lora: LoraSettings, run: RunSettings, task: str) -> Any:
-    model.config.use_cache = True
-    _without_noise(model)
-    model.eval()
-    if run.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # transformers checkpoints in training mode only; without dropout that mode changes nothing
-        # else, which the contract compares
-        model.train()
-        if lora.r > 0:
-            model.enable_input_require_grads()
-    if lora.r == 0:
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    _check_targets(model, lora)
-    transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=0.0,
-        fan_in_fan_out=transposed,  # GPT-2 keeps its linear layers as Conv1D
-        target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
-        task_type=task,
-        modules_to_save=["score"] if task == "SEQ_CLS" else None,
-        exclude_modules=["score"] if task == "SEQ_CLS" else None,
-    )
-    with warnings.catch_warnings():  # tied weights are parted when adapters are merged
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
-        return get_peft_model(model, config)
-
-
-def _check_targets(model: Any, lora: LoraSettings) -> None:
-    """Checks that each name of --lora.target-modules is that of a layer.
-
-    Raises:
-        InputError: one is not; the message names the layers that there are.
-    """
-    names = [name for name, _ in model.named_modules()]
-    for target in lora.target_modules or ():
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            linear = [n for n, m in model.named_modules() if type(m).__name__ in LINEAR]
-            there = sorted({name.rpartition(".")[2] for name in linear})
-            raise InputError(
-                f"--lora.target-modules: the model has no layer {target!r}: it has "
-                f"{', '.join(there)}"
-            )
-
-
-def _without_noise(model: Any) -> None:
-    """Switch off what is random in training mode: dropout would make every forward pass another
-    policy.
-    """
-    noisy = ("dropout", "pdrop", "layerdrop", "jitter_noise", "jitter_eps", "drop_path_rate")
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for owner in (module, getattr(module, "config", None)):
-            for key, value in list(vars(owner).items()) if owner is not None else []:
-                if key.endswith(noisy) and isinstance(value, float):
-                    setattr(owner, key, 0.0)
 
 
 def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:

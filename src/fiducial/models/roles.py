@@ -288,11 +288,6 @@ class Roles:
         roles = {"policy": self._policy, "scorer": self._scorer, "critic": self.critic}
         return {name: module for name, module in roles.items() if module is not None}
 
-    @property
-    def has_reference(self) -> bool:
-        """Whether this run has a frozen reference."""
-        return self._reference is not None
-
     def reference(self, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
         """The reference's log-probabilities [B, T] in nats, 0 outside the mask, no gradient."""
         assert self._reference is not None, "this run has no reference"

@@ -2,179 +2,189 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-import math
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from ..data.prepare import messages_of
 from ..data.row_types import PromptRow
 from ..errors import InputError, RunError
 from ..train.processes import Processes
-from .types import Responses, Scored
+from .calling import Call, Takes, explained, finished
+from .types import Responses, Scored, Scorer
+from .values import Log, scores_of
 from .verifiable import VERIFIABLE, ColumnFault
+
+KEYWORDS = ("prompts", "completions", "prompt_ids", "completion_ids")
+"""What every function is offered beside the columns of the rows."""
+TRAINING = ("trainer_state", "log_metric", "log_extra")
+"""What a function is offered in training alone."""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A function's call on the main process, and what it logged."""
+
+    call: Call
+    log: Log
 
 
 class FunctionReward:
     """A function with TRL's signature, called once per batch, on the main process.
 
-    The signature is `def reward(prompts, completions, **columns) -> list[float]`.
+    The signature is `def reward(prompts, completions, **columns) -> list[float | None]`. It may be
+    any callable, also an asynchronous one. Of the keywords and columns it is given those that its
+    signature names, or all where it ends in `**columns`.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], processes: Processes) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        processes: Processes,
+        *,
+        flag: str = "--reward",
+        training: bool = False,
+    ) -> None:
+        """training: whether the function is offered what only exists in training.
+
+        Raises:
+            InputError: the function cannot be called by keyword.
+        """
         self.name, self.function, self.processes = name, function, processes
-        parameters = inspect.signature(function).parameters.values()
-        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self.takes = {p.name for p in parameters}
+        self.flag, self.training = flag, training
+        self.takes = Takes.of(function, name, flag)
+        self.columns: frozenset[str] = frozenset()  # of all rows, known from `check_rows` on
 
     @property
     def compares(self) -> bool:
         """Whether the function compares two responses instead of scoring each."""
-        return {"first", "second"} <= self.takes
+        return self.takes.names >= {"first", "second"}
 
     def score(self, responses: Responses) -> Scored:
         """The scores that the function returns, on every process."""
-        mine = self._call(responses) if self.processes.main else []
-        scores = self.processes.gather(mine)
-        return Scored(scores, {self.name: scores})
+        return score_together([self], responses)[0]
 
-    def _call(self, batch: Responses) -> list[float]:
-        chats = [not isinstance(p, str) for p in batch.prompts]
-        completions = [
-            [{"role": "assistant", "content": c}] if chat else c
-            for c, chat in zip(batch.completions, chats, strict=True)
-        ]
-        columns = self._columns(batch.columns)
-        if "completion_ids" in self.takes:
-            columns["completion_ids"] = batch.trajectory.responses(ending=True)
-        try:
-            out = self.function(
-                prompts=[messages_of(p) for p in batch.prompts], completions=completions, **columns
-            )
-        except ColumnFault as fault:
-            raise RunError(
-                f"{batch.where[fault.row] if batch.where else f'response {fault.row}'}: "
-                f"{fault.sentence}"
-            ) from fault
-        except Exception as error:
-            raise RunError(
-                f"the reward function {self.name} raised {type(error).__name__}: "
-                f"{error}{_line_of(error, self.function)}"
-            ) from error
-        return self.check(out, len(completions))
+    def begin(self, batch: Responses) -> _Begun | None:
+        """Call the function; on the main process alone."""
+        if not self.processes.main:
+            return None
+        log = Log(len(batch.completions))
+        return _Begun(Call.begin(self.function, self.takes.chosen(self._offered(batch, log))), log)
 
-    def _columns(self, rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-        names = {n for row in rows for n in row if self.takes_all or n in self.takes} - {
-            "prompts",
-            "completions",
-        }
-        return {n: [row.get(n) for row in rows] for n in sorted(names)}
+    def finish(self, begun: _Begun | None, batch: Responses) -> Scored:
+        """The scores of a call that has ended, on every process.
+
+        Raises:
+            RunError: the function failed, or returned something other than a number or None for
+                each response.
+        """
+        mine = []
+        if begun is not None:
+            if begun.call.failed is not None:
+                raise self._fault(begun.call.failed, batch) from begun.call.failed
+            who, rows = f"the reward function {self.name}", len(batch.completions)
+            scores = scores_of(begun.call.out, who, rows, batch.where)
+            mine = [(scores, begun.log.metrics, begun.log.columns)]
+        (found, logged, columns), *_ = self.processes.gather(mine)
+        return Scored(found, {self.name: found}, logged=logged, columns=columns)
 
     def check_rows(self, rows: Sequence[PromptRow]) -> None:
-        """Checks that each row has the columns that a verifiable reward needs.
+        """Checks that the function can be given what it needs, and that each row has the columns
+        that a verifiable reward reads.
 
         Users' functions are not called for this.
 
         Raises:
-            InputError: names the row's file:line, the function and the column.
+            InputError: names the function and the parameter, or the row's file:line and the column.
         """
+        self.columns = frozenset(n for r in rows for n in r.columns)
         if self.name not in VERIFIABLE:
+            self._check_parameters(rows)
             return
         try:
             self.function(
                 prompts=[""] * len(rows),
                 completions=[""] * len(rows),
-                **self._columns([r.columns for r in rows]),
+                **self.takes.chosen(self._columns([r.columns for r in rows])),
             )
         except ColumnFault as fault:
             raise InputError(f"{rows[fault.row].where}: {fault.sentence}") from fault
 
-    def check(self, out: Any, expected: int) -> list[float]:
-        """The returned value as a list with one finite number per response.
-
-        Raises:
-            RunError: the function returned something else.
-        """
-        if not isinstance(out, (list, tuple)) and not hasattr(out, "tolist"):
-            raise RunError(
-                f"the reward function {self.name} returned a {type(out).__name__} where a list of "
-                f"{expected} numbers is expected"
-            )
-        values = out.tolist() if hasattr(out, "tolist") else list(out)
-        if not isinstance(values, list) or len(values) != expected:
-            raise RunError(
-                f"the reward function {self.name} returned "
-                f"{len(values) if isinstance(values, list) else 1} numbers for {expected} responses"
-            )
-        for i, value in enumerate(values):
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise RunError(
-                    f"the reward function {self.name} returned {value!r} for response {i}: a "
-                    "finite number is expected"
+    def _check_parameters(self, rows: Sequence[PromptRow]) -> None:
+        given = {*KEYWORDS, *(TRAINING if self.training else ())}
+        missing = [n for n in self.takes.required if n not in given | self.columns]
+        if not missing:
+            if not self.takes.everything and not self.takes.names & {
+                "completions",
+                "completion_ids",
+            }:
+                raise InputError(
+                    f"{self.flag}: {self.name} takes no completions, so it cannot score them: name "
+                    "a parameter completions"
                 )
-        return [float(v) for v in values]
+            return
+        name, source = missing[0], rows[0].where.rpartition(":")[0] if rows else "the data"
+        if name in TRAINING:
+            raise InputError(
+                f"{self.flag}: {self.name} needs {name}, which is given in training only: give the "
+                f"parameter a default, such as {name}=None"
+            )
+        raise InputError(
+            f"{self.flag}: {self.name} needs {name}, which is neither a column of {source} nor one "
+            f"of {', '.join(sorted(given))}: add the column, or give the parameter a default"
+        )
+
+    def _offered(self, batch: Responses, log: Log) -> dict[str, Any]:
+        chats = [not isinstance(p, str) for p in batch.prompts]
+        trajectory = batch.trajectory
+        offered: dict[str, Any] = self._columns(batch.columns)
+        offered["prompts"] = [messages_of(p) for p in batch.prompts]
+        offered["completions"] = [
+            [{"role": "assistant", "content": c}] if chat else c
+            for c, chat in zip(batch.completions, chats, strict=True)
+        ]
+        if self.name in VERIFIABLE:  # they read text
+            return offered
+        ids = zip(trajectory.ids.tolist(), trajectory.prompt_lengths.tolist(), strict=True)
+        offered["prompt_ids"] = [row[:n] for row, n in ids]
+        offered["completion_ids"] = trajectory.responses(ending=True)
+        if self.training:
+            offered |= {"log_metric": log.log_metric, "log_extra": log.log_extra}
+            if batch.state is not None:
+                offered["trainer_state"] = batch.state
+        return offered
+
+    def _columns(self, rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+        """One value per row; None where a row does not have a column that others have."""
+        names = self.columns | {n for row in rows for n in row}
+        reserved = {*KEYWORDS, *TRAINING}
+        return {n: [row.get(n) for row in rows] for n in sorted(names - reserved)}
+
+    def _fault(self, error: BaseException, batch: Responses) -> RunError:
+        if isinstance(error, ColumnFault):
+            where = batch.where[error.row] if batch.where else f"response {error.row}"
+            return RunError(f"{where}: {error.sentence}")
+        return explained(error, f"the reward function {self.name}", self.function)
 
 
-def load_function(name: str, flag: str) -> Callable[..., Any]:
-    """The function that `file.py:function` or `module:function` names.
+def score_together(scorers: Sequence[Scorer], responses: Responses) -> list[Scored]:
+    """The scores of several scorers, in their order. Asynchronous functions wait for their answers
+    at the same time.
 
     Raises:
-        InputError: there is no such file, module or function, or the file cannot be run.
+        RunError: as the scorers.
     """
-    where, _, attribute = name.rpartition(":")
-    if where.endswith(".py"):
-        path = Path(where)
-        if not path.is_file():
-            raise InputError(f"{flag}: there is no file {where}")
-        spec = importlib.util.spec_from_file_location(f"fiducial_user_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.path.insert(0, str(path.resolve().parent))
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise InputError(
-                f"{flag}: {where} cannot be run: {type(error).__name__}: {error}"
-            ) from error
-        finally:
-            sys.path.pop(0)
-    else:
-        if not where or where.startswith("."):
-            raise InputError(
-                f"{flag}: {name} names neither a file that ends in .py nor a module: give "
-                "file.py:function or module:function"
-            )
-        try:
-            module = importlib.import_module(where)
-        except ImportError as error:
-            raise InputError(
-                f"{flag}: {where} is neither a file that ends in .py nor a module: {error}"
-            ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        there = [
-            n
-            for n, v in vars(module).items()
-            if inspect.isfunction(v) and v.__module__ == module.__name__
-        ]
-        raise InputError(
-            f"{flag}: {where} has no function {attribute}"
-            + (f"; it has {', '.join(there)}" if there else "")
-        )
-    found: Callable[..., Any] = function
-    return found
-
-
-def _line_of(error: Exception, function: Callable[..., Any]) -> str:
-    """The line of the function's file where the error arose, in parentheses, or nothing."""
-    trace, line = error.__traceback__, None
-    file = inspect.getsourcefile(function)
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == file:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f" ({Path(file).name}:{line})" if file and line else ""
+    begun = {
+        i: started
+        for i, scorer in enumerate(scorers)
+        if isinstance(scorer, FunctionReward) and (started := scorer.begin(responses)) is not None
+    }
+    calls = finished([b.call for b in begun.values()])
+    ended = {i: _Begun(c, b.log) for (i, b), c in zip(begun.items(), calls, strict=True)}
+    return [
+        scorer.finish(ended.get(i), responses)
+        if isinstance(scorer, FunctionReward)
+        else scorer.score(responses)
+        for i, scorer in enumerate(scorers)
+    ]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..data.prepare import messages_of
 from ..data.row_types import PromptRow
-from ..errors import RunError
+from ..errors import InputError, RunError
 from ..settings import RunSettings
 from ..train.processes import Processes
-from .function import load_function
-from .load import load_reward
+from .calling import Call, Takes, explained, finished
+from .function import FunctionReward
+from .load import load_any
 from .types import Responses, Scorer
+from .values import scores_of, shown
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Judge:
 
     scorer: a reward model or a function with TRL's signature; equal scores are a tie.
     compare: a function `(prompts, first, second) -> list[bool]`, true where the first response is
-        the better one. Exactly one of the two is given.
+        the better one, None where it does not judge the two. Exactly one of the two is given.
     """
 
     name: str
@@ -36,42 +36,55 @@ class Judge:
         """A judge by its name on the command line.
 
         Raises:
-            InputError: the name leads nowhere.
+            InputError: the name leads nowhere, or a function that compares needs more than it is
+                given.
         """
-        if ":" in name and not Path(name).is_dir():
-            function = load_function(name, "--judge")
-            if {"first", "second"} <= set(inspect.signature(function).parameters):
-                return Judge(name, compare=function)
-        return Judge(name, scorer=load_reward(name, run, processes, "--judge"))
+        scorer = load_any(name, run, processes, "--judge")
+        if not isinstance(scorer, FunctionReward) or not scorer.compares:
+            return Judge(name, scorer=scorer)
+        if more := [n for n in scorer.takes.required if n not in COMPARED]:
+            raise InputError(
+                f"--judge: {name} compares two responses and needs {more[0]}, which is none of "
+                f"{', '.join(COMPARED)}: give the parameter a default"
+            )
+        return Judge(name, compare=scorer.function)
 
     def check_rows(self, rows: Sequence[PromptRow]) -> None:
         """Refuse, before any work, rows that lack what the judge reads."""
         if self.scorer is not None:
             self.scorer.check_rows(rows)
 
-    def scores(self, responses: Responses) -> list[float] | None:
-        """One score per response, or None for a judge that only compares."""
+    def scores(self, responses: Responses) -> Sequence[float | None] | None:
+        """One score per response (None where the judge does not judge it), or None for a judge that
+        only compares.
+        """
         return None if self.scorer is None else self.scorer.score(responses).scores
 
     def prefers_first(
         self, prompts: Sequence[Any], first: Sequence[str], second: Sequence[str]
-    ) -> list[bool]:
-        """True where the first response is preferred, by a judge that compares.
+    ) -> list[bool | None]:
+        """True where the first response is preferred, by a judge that compares; None where the
+        judge does not say.
 
         Raises:
             RunError: the function failed, or did not return one truth value per comparison.
         """
         assert self.compare is not None
         asked = [messages_of(p) for p in prompts]
-        try:
-            out = list(self.compare(prompts=asked, first=list(first), second=list(second)))
-        except Exception as error:
+        given = dict(zip(COMPARED, (asked, list(first), list(second)), strict=True))
+        takes = Takes.of(self.compare, self.name, "--judge")
+        (call,) = finished([Call.begin(self.compare, takes.chosen(given))])
+        who = f"the judge {self.name}"
+        if call.failed is not None:
+            raise explained(call.failed, who, self.compare) from call.failed
+        found = scores_of(call.out, who, len(first))
+        if wrong := [x for x in found if x not in (0, 1, None)]:
             raise RunError(
-                f"the judge {self.name} raised {type(error).__name__}: {error}"
-            ) from error
-        if len(out) != len(first) or any(not isinstance(x, (bool, int)) for x in out):
-            raise RunError(
-                f"the judge {self.name} must return one true or false for each of {len(first)} "
-                "comparisons"
+                f"{who} returned {shown(wrong[0])}: it must return one true or false for each of "
+                f"{len(first)} comparisons, or None where it does not say"
             )
-        return [bool(x) for x in out]
+        return [None if x is None else bool(x) for x in found]
+
+
+COMPARED = ("prompts", "first", "second")
+"""What a function that compares is given."""

@@ -7,24 +7,28 @@ model, or one of the verifiable rewards of the package.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
-from ..errors import InputError
+from ..errors import InputError, RunError
 from ..models.load import exists, load_scorer
+from ..models.scores import CriticStart
 from ..names import check_name
 from ..settings import LoraSettings, RowSettings, RunSettings
 from ..train.processes import Processes
 from ..train.renderer import load_renderer
-from .function import FunctionReward, load_function
+from .calling import load_function
+from .function import FunctionReward, score_together
 from .model import ModelReward
 from .process import Aggregate, ProcessReward
-from .types import Responses, Scored, Scorer
+from .types import Responses, Scored, Scorer, all_logged
 from .verifiable import VERIFIABLE
 
 FORMS = f"the folder of a reward model, file.py:function, or one of {', '.join(VERIFIABLE)}"
@@ -33,6 +37,8 @@ FORMS = f"the folder of a reward model, file.py:function, or one of {', '.join(V
 @dataclass(frozen=True)
 class Rewards:
     """A weighted sum of scorers; itself a scorer.
+
+    A scorer that does not judge a response leaves its weight to those that do.
 
     models: those of them that are reward models, from which a critic may start.
     """
@@ -48,24 +54,69 @@ class Rewards:
             part.check_rows(rows)
 
     def score(self, responses: Responses) -> Scored:
-        """The weighted total of each response; process rewards are earned step by step."""
-        parts: dict[str, list[float]] = {}
-        total = [0.0] * len(responses.completions)
+        """The weighted total of each response; process rewards are earned step by step.
+
+        Raises:
+            RunError: a scorer failed, or a total is beyond all numbers.
+        """
+        scored = score_together(self.parts, responses)
+        parts = {s.name: one.scores for s, one in zip(self.parts, scored, strict=True)}
+        total = [
+            weighted_sum(row, self.weights) for row in zip(*(s.scores for s in scored), strict=True)
+        ]
+        if far := [i for i, (value, _) in enumerate(total) if value and not math.isfinite(value)]:
+            where = responses.where[far[0]] if responses.where else f"response {far[0]}"
+            raise RunError(
+                f"{where}: the weighted sum of the rewards is {total[far[0]][0]}: scale the "
+                "rewards down, or lower --reward-weights"
+            )
         steps: Tensor | None = None
-        for weight, scorer in zip(self.weights, self.parts, strict=True):
-            one = scorer.score(responses)
-            parts[scorer.name] = one.scores
-            total = [t + weight * s for t, s in zip(total, one.scores, strict=True)]
+        for weight, one in zip(self.weights, scored, strict=True):
             if one.steps is not None:
                 steps = weight * one.steps if steps is None else steps + weight * one.steps
-        return Scored(total, parts, steps)
+        if steps is not None:
+            steps = steps * torch.tensor([f for _, f in total], dtype=steps.dtype)[:, None]
+        names = [name for one in scored for name in one.columns]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise RunError(
+                f"two rewards log the column {twice[0]} with log_extra: rename it in one of them"
+            )
+        columns = {name: column for one in scored for name, column in one.columns.items()}
+        return Scored([value for value, _ in total], parts, steps, all_logged(scored), columns)
 
-    def critic_start(self, renderer: Renderer) -> tuple[str | None, bool]:
-        """The folder of a reward model that reads the policy's tokens, or None; and whether it is
-        all that counts, so that its scores are on the scale of the returns.
+    def critic_start(self, renderer: Renderer) -> tuple[CriticStart | None, bool]:
+        """A reward model that reads the policy's tokens, or None; and whether it is all that
+        counts, so that its scores, scaled and shifted, are the rewards.
         """
-        fitting = [m.name for m in self.models if m.same_tokens(renderer)]
-        return (fitting[0] if fitting else None), sum(w != 0 for w in self.weights) == 1
+        both = zip(self.parts, self.weights, strict=True)
+        fitting = [
+            (m, w) for p, w in both for m in self.models if p is m and w and m.same_tokens(renderer)
+        ]
+        if not fitting:
+            return None, False
+        model, weight = fitting[0]
+        start = CriticStart(model.name, weight, -weight * model.mean)
+        return start, sum(w != 0 for w in self.weights) == 1
+
+
+def weighted_sum(
+    scores: Sequence[float | None], weights: Sequence[float]
+) -> tuple[float | None, float]:
+    """The weighted sum of the scores that there are, times the factor by which the (absolute)
+    weights of all scores exceed theirs; and that factor.
+
+    The sum is None where no score of a weight other than 0 is there.
+    """
+    there = [(w, s) for w, s in zip(weights, scores, strict=True) if s is not None]
+    total = 0.0
+    for weight, score in there:
+        total += weight * score
+    if len(there) == len(scores):
+        return total, 1.0
+    everything, mine = sum(map(abs, weights)), sum(abs(w) for w, _ in there)
+    if not mine:
+        return None, 1.0
+    return total * (everything / mine), everything / mine
 
 
 def load_rewards(
@@ -81,7 +132,7 @@ def load_rewards(
             not the number of rewards.
     """
     check_names(names, weights)
-    parts = [load_reward(n, run, processes) for n in names]
+    parts = [load_reward(n, run, processes, training=True) for n in names]
     models = [p for p in parts if isinstance(p, ModelReward)]
     return Rewards(list(parts), [1.0] * len(names) if weights is None else list(weights), models)
 
@@ -96,6 +147,8 @@ def check_names(names: Sequence[str], weights: Sequence[float] | None) -> None:
         raise InputError(f"--reward is required: {FORMS}")
     if weights is not None and len(weights) != len(names):
         raise InputError(f"--reward-weights: {len(weights)} weights for {len(names)} rewards")
+    if far := [w for w in weights or () if not math.isfinite(w)]:
+        raise InputError(f"--reward-weights: {far[0]} is no finite number")
     for name in names:
         if _is_function(name):
             check_name("scorer", name, "--reward")
@@ -109,11 +162,14 @@ def load_reward(
     processes: Processes,
     flag: str = "--reward",
     aggregate: Aggregate | None = None,
+    *,
+    training: bool = False,
 ) -> FunctionReward | ModelReward | ProcessReward:
     """One scorer by its name.
 
     Args:
         flag: the setting that messages name.
+        training: whether functions are offered what only exists in training.
         aggregate: how a process reward model makes one score of those of the steps, where it is not
             as its folder says.
 
@@ -121,7 +177,7 @@ def load_reward(
         InputError: the name leads nowhere, the function compares two responses instead of scoring
             each, or `aggregate` is given for something other than a process reward model.
     """
-    scorer = _load(name, run, processes, flag)
+    scorer = load_any(name, run, processes, flag, training=training)
     if isinstance(scorer, FunctionReward) and scorer.compares:
         raise InputError(
             f"{flag}: {name} compares two responses where each needs a score: give a function with "
@@ -149,14 +205,20 @@ def load_reward_model(folder: str, run: RunSettings, processes: Processes) -> Mo
     return scorer
 
 
-def _load(
-    name: str, run: RunSettings, processes: Processes, flag: str
+def load_any(
+    name: str, run: RunSettings, processes: Processes, flag: str, *, training: bool = False
 ) -> FunctionReward | ModelReward | ProcessReward:
+    """What a name leads to, whether it scores responses or compares two.
+
+    Raises:
+        InputError: the name leads nowhere.
+    """
     if _is_function(name):
-        return FunctionReward(name, load_function(name, flag), processes)
+        function = load_function(name, flag)
+        return FunctionReward(name, function, processes, flag=flag, training=training)
     if not Path(name).is_dir():
         if name in VERIFIABLE:
-            return FunctionReward(name, VERIFIABLE[name], processes)
+            return FunctionReward(name, VERIFIABLE[name], processes, flag=flag)
         _check_folder(name, flag)
     model = load_scorer(name, LoraSettings(), run, head="saved", flag=flag)
     model = model.requires_grad_(False).to(processes.device)

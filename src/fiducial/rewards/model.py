@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ..data.render import Renderer, same_tokens
+from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..models.roles import ScoreModel
 from ..train.processes import Processes
+from .reading import Reader
 from .types import Responses, Scored
 
 
@@ -21,38 +22,22 @@ class ModelReward:
     def __init__(
         self, name: str, scorer: ScoreModel, renderer: Renderer, tokens: int, processes: Processes
     ) -> None:
-        self.name, self.scorer, self.renderer, self.tokens, self.processes = (
-            name,
-            scorer,
-            renderer,
-            tokens,
-            processes,
-        )
+        self.name, self.scorer, self.tokens, self.processes = name, scorer, tokens, processes
+        self.reader = Reader(name, renderer)
         self.mean = scorer.facts.mean or 0.0
-        self._compared: tuple[Renderer, bool] | None = None
 
     def same_tokens(self, renderer: Renderer) -> bool:
-        """Whether the policy has the same tokens as this model, so that nothing is encoded again.
-
-        A pad token that only this model has does not count as a difference.
-        """
-        if self._compared is None or self._compared[0] is not renderer:
-            self._compared = renderer, same_tokens(self.renderer, renderer)
-        return self._compared[1]
+        """Whether the policy has the same tokens as this model."""
+        return self.reader.same_tokens(renderer)
 
     def check_rows(self, rows: Sequence[PromptRow]) -> None:
-        """A model needs no columns, so there is nothing to check."""
+        """Refuse prompts that the model's chat template cannot render."""
+        self.reader.check_rows(rows)
 
     def score(self, responses: Responses) -> Scored:
         """The model's score for each response, on every process."""
-        if self.same_tokens(responses.renderer):
-            trajectory = responses.trajectory
-            both = zip(trajectory.ids.tolist(), trajectory.lengths.tolist(), strict=True)
-            rows = [r[:n] for r, n in both]
-        else:
-            texts = zip(responses.prompts, responses.completions, strict=True)
-            rows = [self.renderer.completion(p, c or " ", "response").ids for p, c in texts]
-        scores = [s - self.mean for s in self.score_ids(rows)]
+        raw = self.score_ids([r.ids for r in self.reader.read(responses)])
+        scores = [s - self.mean for s in raw]
         return Scored(scores, {self.name: scores})
 
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:

@@ -19,11 +19,12 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from ..data.render import Renderer, same_tokens
+from ..data.render import Rendered, Renderer
 from ..data.row_types import PromptRow
 from ..data.steps import Steps
 from ..models.roles import ScoreModel
 from ..train.processes import Processes
+from .reading import Reader
 from .types import Responses, Scored
 
 Aggregate = Literal["last", "min", "product"]
@@ -72,45 +73,29 @@ class ProcessReward:
     def __init__(
         self, name: str, scorer: ScoreModel, renderer: Renderer, tokens: int, processes: Processes
     ) -> None:
-        self.name, self.scorer, self.renderer, self.tokens, self.processes = (
-            name,
-            scorer,
-            renderer,
-            tokens,
-            processes,
-        )
+        self.name, self.scorer, self.tokens, self.processes = name, scorer, tokens, processes
+        self.reader = Reader(name, renderer)
         steps = scorer.facts.steps
         assert steps is not None, f"{name} is no process reward model"
         self.how: Aggregate = cast(Aggregate, steps.aggregate)
         self.finder = Steps(renderer, steps.separator)
-        self._policy: tuple[Renderer, bool, Steps] | None = None
+        self._policy: tuple[Renderer, Steps] | None = None
 
     def check_rows(self, rows: Sequence[PromptRow]) -> None:
-        """A model needs no columns, so there is nothing to check."""
+        """Refuse prompts that the model's chat template cannot render."""
+        self.reader.check_rows(rows)
 
     def steps(self, batch: Responses) -> list[list[float]]:
         """For each response the scores of its steps, each in (0, 1)."""
-        rows: list[list[int]] = []
-        ends: list[list[int]] = []
-        if self._of(batch.renderer)[0]:
-            trajectory = batch.trajectory
-            for ids, start, response in zip(
-                trajectory.ids.tolist(),
-                trajectory.prompt_lengths.tolist(),
-                trajectory.responses(ending=True),
-                strict=True,
-            ):
-                rows.append(ids[:start] + response)
-                ends.append([start + k for k in self.finder.ends(response)])
-        else:
-            for prompt, completion in zip(batch.prompts, batch.completions, strict=True):
-                rendered = self.renderer.completion(prompt, completion or " ", "response")
-                columns = [t for t, mine in enumerate(rendered.mask) if mine]
-                rows.append(rendered.ids)
-                ends.append(
-                    [columns[k] for k in self.finder.ends([rendered.ids[t] for t in columns])]
-                )
-        return self.score_ids(rows, ends)
+        rows = self.reader.read(batch)
+        return self.score_ids([r.ids for r in rows], [self._ends(r) for r in rows])
+
+    def _ends(self, row: Rendered) -> list[int]:
+        """The columns with which the steps end; a response without a token ends with its prompt."""
+        columns = [t for t, mine in enumerate(row.mask) if mine]
+        if not columns:
+            return [len(row) - 1]
+        return [columns[k] for k in self.finder.ends([row.ids[t] for t in columns])]
 
     def score_ids(
         self, rows: Sequence[Sequence[int]], ends: Sequence[Sequence[int]]
@@ -146,7 +131,7 @@ class ProcessReward:
         """
         scored, trajectory = self.steps(responses), responses.trajectory
         earned = torch.zeros(trajectory.ids.shape, dtype=torch.float64)
-        finder = self._of(responses.renderer)[1]
+        finder = self._finder_of(responses.renderer)
         chosen = trajectory.mask.tolist()
         both = zip(scored, trajectory.responses(ending=True), strict=True)
         for i, (steps, response) in enumerate(both):
@@ -157,15 +142,11 @@ class ProcessReward:
         scores = [aggregate(steps, self.how) for steps in scored]
         return Scored(scores, {self.name: scores}, earned)
 
-    def _of(self, renderer: Renderer) -> tuple[bool, Steps]:
-        """Whether the policy has the same tokens as this model, and a finder of steps in them."""
+    def _finder_of(self, renderer: Renderer) -> Steps:
+        """Finds steps in the policy's tokens."""
         if self._policy is None or self._policy[0] is not renderer:
-            self._policy = (
-                renderer,
-                same_tokens(self.renderer, renderer),
-                Steps(renderer, self.finder.separator),
-            )
-        return self._policy[1:]
+            self._policy = renderer, Steps(renderer, self.finder.separator)
+        return self._policy[1]
 
 
 def _chosen_column(mask: Sequence[bool], column: int) -> int:

@@ -23,10 +23,24 @@ from .types import Scored
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """Mean and standard deviation of the scores of a run's first batch."""
+    """Mean and standard deviation of the scores of a batch; std is 0 where they do not differ."""
 
     mean: float
     std: float
+
+    @staticmethod
+    def of(scores: Tensor) -> ScoreScale:
+        """Of scores [N]. What float32 cannot tell apart does not differ."""
+        high, low, size = scores.max(), scores.min(), scores.abs().max()
+        std = float(scores.std(correction=0)) if high - low > 1e-6 * (1 + size) else 0.0
+        return ScoreScale(float(scores.mean()), std)
+
+    @property
+    def factor(self) -> float:
+        """What scores are multiplied by; 1 where they do not differ, because rounding errors would
+        be made as large as scores.
+        """
+        return 1 / (self.std + 1e-8) if self.std else 1.0
 
 
 def shape(
@@ -46,7 +60,8 @@ def shape(
     every token pays beta * log(pi / pi_ref).
 
     Args:
-        first: the scale that `normalise: first` holds to; None in the first batch, which sets it.
+        first: the scale that `normalise: first` holds to; None until a batch with differing scores
+            sets it.
         beta: the KL coefficient; 0 where there is no reference.
         kl_in_reward: whether the KL is paid in the reward (k1); otherwise it is a term of the loss.
         limit: the largest number of tokens that a response may have, for the length penalty.
@@ -54,10 +69,9 @@ def shape(
     Returns:
         The rewards, the metrics of the batch, and the scale to hold to from now on.
     """
-    mask, raw = trajectory.mask, torch.tensor(scored.scores, dtype=torch.float64)
-    scores, scale, first = normalize_scores(
-        scored.scores, trajectory, settings, first=first, limit=limit
-    )
+    each = scored.floats()
+    mask, raw = trajectory.mask, torch.tensor(each, dtype=torch.float64)
+    scores, scale, first = normalize_scores(each, trajectory, settings, first=first, limit=limit)
     steps = torch.zeros(mask.shape, dtype=torch.float64)
     if scored.steps is not None:
         steps = scale * select(scored.steps, mask)
@@ -82,6 +96,8 @@ def shape(
         "completions/finished": float(trajectory.finished.float().mean()),
         "sampler_gap": float(gap),
     }
+    if settings.normalise != "none":
+        metrics["objective/scale"] = scale
     return rewards.to(logprobs.logprobs.dtype), metrics, first
 
 
@@ -127,26 +143,26 @@ def normalize_scores(
     """Scores [N] on the scale of the settings, minus the penalties for being cut or long.
 
     Args:
-        first: the scale of the first batch; None in the first batch.
+        first: the scale of the first batch with differing scores; None until there was one.
         limit: the largest number of tokens that a response may have, for the length penalty.
         batch: the scores that set the scale, where they are not `scores`: a greedy response is
             measured on the scale of the sampled ones.
 
     Returns:
-        The scores, the factor by which they were multiplied, and the scale of the first batch where
-        `normalise` is "first".
+        The scores, the factor by which they were multiplied, and the scale to hold to where
+        `normalise` is "first": None as long as no batch had differing scores. Such a batch is
+        shifted by its mean and not scaled.
     """
     values = torch.tensor(scores, dtype=torch.float64)
     others = values if batch is None else torch.tensor(batch, dtype=torch.float64)
     scale = 1.0
-    if settings.normalise == "first":
-        if first is None:
-            first = ScoreScale(float(others.mean()), float(others.std(correction=0)))
-        scale = 1 / (first.std + 1e-8)
-        values = (values - first.mean) * scale
-    elif settings.normalise == "batch":
-        scale = float(1 / (others.std(correction=0) + 1e-8))
-        values = (values - others.mean()) * scale
+    if settings.normalise != "none":
+        held = first if settings.normalise == "first" else None
+        found = held or ScoreScale.of(others)
+        scale = found.factor
+        values = (values - found.mean) * scale
+        if settings.normalise == "first" and found.std:
+            first = found
     if settings.clip is not None:
         values = values.clamp(-settings.clip, settings.clip)
     values = values - settings.missing_eos_penalty * (~trajectory.finished).float()

@@ -20,14 +20,18 @@ from ..settings import RunSettings
 from ..train.processes import Processes
 
 
-def best_rows(scores: Sequence[float], n: int) -> list[int]:
+def best_rows(scores: Sequence[float | None], n: int) -> list[int]:
     """For each n consecutive scores the place of the highest.
 
-    Among equal scores the first drawn wins, which keeps the model's own proportions among them.
+    Among equal scores the first drawn wins, which keeps the model's own proportions among them. A
+    response without a score is never chosen where another has one.
     """
-    return [
-        max(range(start, start + n), key=scores.__getitem__) for start in range(0, len(scores), n)
-    ]
+
+    def height(i: int) -> float:
+        score = scores[i]
+        return -math.inf if score is None else score
+
+    return [max(range(start, start + n), key=height) for start in range(0, len(scores), n)]
 
 
 @dataclass
@@ -42,6 +46,8 @@ class BestOf:
     kept: list[float] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
     """The number of the prompt of each response that was kept."""
+    drawn_prompts: list[int] = field(default_factory=list)
+    """The number of the prompt of each score in `drawn`."""
 
     @staticmethod
     def open(
@@ -78,30 +84,39 @@ class BestOf:
     def keep(self, numbers: list[int], responses: Responses) -> tuple[list[int], Responses]:
         """The best of each n consecutive responses. Their scores are added to `kept`.
 
+        Responses that the reward does not judge are passed over.
+
         Args:
             numbers: for each response the number of its prompt.
 
         Raises:
-            RunError: a score is not finite.
+            RunError: a score is not finite, or none of the n responses to a prompt has one.
         """
         scores = self.scorer.score(responses).scores
-        if any(not math.isfinite(s) for s in scores):
+        if any(s is not None and not math.isfinite(s) for s in scores):
             raise RunError(
                 f"{self.name} gave a score that is not finite, so there is no best response: mend "
                 "the reward, or give another one with --score"
             )
         best = best_rows(scores, self.n)
-        self.drawn += scores
-        self.kept += [scores[i] for i in best]
+        for i in best:
+            if scores[i] is None:
+                raise RunError(
+                    f"{responses.where[i]}: {self.name} judges none of the {self.n} responses to "
+                    "this row, so there is no best one: give another reward with --score, or "
+                    "remove the row"
+                )
+        judged = [i for i, s in enumerate(scores) if s is not None]
+        self.drawn += [s for s in scores if s is not None]
+        self.drawn_prompts += [numbers[i] for i in judged]
+        self.kept += [s for i in best if (s := scores[i]) is not None]
         self.prompts += (chosen := [numbers[i] for i in best])
         return chosen, responses.take(best)
 
     def means(self) -> dict[str, dict[str, float]]:
         """The mean score, with its interval, of all responses drawn and of those kept."""
         return {
-            "drawn_score": intervals.mean(
-                self.drawn, [p for p in self.prompts for _ in range(self.n)]
-            ),
+            "drawn_score": intervals.mean(self.drawn, self.drawn_prompts),
             "kept_score": intervals.mean(self.kept, self.prompts),
         }
 

@@ -49,6 +49,7 @@ def collect(settings: Collect) -> dict[str, Any]:
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     counts = {"prompts": len(model.rows), "responses": 0, "pairs": 0, "ties": 0, "duplicates": 0}
+    counts["not_judged"] = 0
     for numbers, responses in model.answer(
         settings.samples, params, seed=settings.seed, title="collect"
     ):
@@ -61,9 +62,11 @@ def collect(settings: Collect) -> dict[str, Any]:
     if processes.main:
         ties, duplicates = counts["ties"], counts["duplicates"]
         left = f" ({ties:,} ties and {duplicates:,} pairs of equal text left out)"
+        if without := counts["not_judged"]:
+            left += f" ({without:,} pairs that the judge does not judge left out)"
         say(
             f"collect: {counts['pairs']:,} pairs from {counts['responses']:,} responses to "
-            f"{counts['prompts']:,} prompts in {out}{left if ties + duplicates else ''}"
+            f"{counts['prompts']:,} prompts in {out}{left if ties + duplicates + without else ''}"
         )
         if not counts["pairs"]:
             raise InputError(
@@ -83,7 +86,7 @@ def judged(
     """Preference rows of one block, and their counts.
 
     Every pair of texts that are equal or empty counts as a duplicate, every pair of equal scores as
-    a tie; both are left out.
+    a tie, and every pair of which the judge does not judge one as not judged; all are left out.
     """
     texts, rows = responses.completions, []
     scores = judge.scores(responses)
@@ -92,8 +95,9 @@ def judged(
     for group in groups:
         if settings.pairs == "extremes":
             assert scores is not None
+            place = {i: s for i in group if (s := scores[i]) is not None} or dict.fromkeys(group, 0)
             candidates.append(
-                (max(group, key=lambda i: scores[i]), min(group, key=lambda i: scores[i]))
+                (max(place, key=place.__getitem__), min(place, key=place.__getitem__))
             )
         else:
             candidates += itertools.combinations(group, 2)
@@ -110,10 +114,14 @@ def judged(
             [texts[b] for _, b in usable],
         )
     for k, (a, b) in enumerate(usable):
-        if scores is not None and scores[a] == scores[b]:
+        one, other = (scores[a], scores[b]) if scores is not None else (first[k], not first[k])
+        if one is None or other is None or (scores is None and first[k] is None):
+            counts["not_judged"] += 1
+            continue
+        if one == other:
             counts["ties"] += 1
             continue
-        a_wins = first[k] if scores is None else scores[a] > scores[b]
+        a_wins = one > other
         won, lost = (a, b) if a_wins else (b, a)
         prompt = messages_of(responses.prompts[a])
         row: dict[str, Any] = {

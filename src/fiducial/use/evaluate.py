@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core import intervals, kl
 from ..core.reductions import select
-from ..errors import InputError
+from ..errors import InputError, RunError
 from ..models.load import load_policy
 from ..rewards.judge import Judge
 from ..rewards.types import Responses
@@ -59,7 +59,7 @@ def evaluate(settings: Evaluate) -> dict[str, Estimate]:
         "finished": intervals.mean(finished, numbers),
     }
     if judge and judge.scorer:
-        out["score"] = intervals.mean(_scores(judge, responses), numbers)
+        out["score"] = _mean_score(judge, responses, numbers)
     if best is not None:
         out |= best.means()
         if processes.main:
@@ -71,13 +71,14 @@ def evaluate(settings: Evaluate) -> dict[str, Estimate]:
         # other random streams, because equal models must not give equal responses
         _, theirs = everything(other, settings, settings.seed + 1)
         pairs = zip(responses, theirs, strict=True)
-        wins = [w for mine, their in pairs for w in compare(judge, mine, their)]
+        compared = [w for mine, their in pairs for w in compare(judge, mine, their)]
+        wins, of = _judged(compared, numbers, judge.name)
         if settings.samples == 1:
             out["win_rate"] = intervals.wilson(sum(wins), len(wins))
         else:
-            out["win_rate"] = intervals.mean(wins, numbers)
+            out["win_rate"] = intervals.mean(wins, of)
         if judge.scorer:
-            out["baseline_score"] = intervals.mean(_scores(judge, theirs), numbers)
+            out["baseline_score"] = _mean_score(judge, theirs, numbers)
     if settings.out and processes.main:
         path = Path(settings.out)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +101,10 @@ def everything(
     return [i for numbers, _ in blocks for i in numbers], [r for _, r in blocks]
 
 
-def compare(judge: Judge, mine: Responses, theirs: Responses) -> list[float]:
-    """1 where the model's response wins, one half at a tie, 0 where it loses."""
+def compare(judge: Judge, mine: Responses, theirs: Responses) -> list[float | None]:
+    """1 where the model's response wins, one half at a tie, 0 where it loses; None where the judge
+    does not judge one of the two.
+    """
     if (
         judge.compare is not None
     ):  # who stands first is drawn by position, so that a judge who likes the first gains nobody
@@ -115,12 +118,18 @@ def compare(judge: Judge, mine: Responses, theirs: Responses) -> list[float]:
             for m, t, s in zip(mine.completions, theirs.completions, swap, strict=True)
         ]
         return [
-            float(w != s)
+            None if w is None else float(w != s)
             for w, s in zip(judge.prefers_first(mine.prompts, first, second), swap, strict=True)
         ]
     a, b = judge.scores(mine), judge.scores(theirs)
     assert a is not None and b is not None
-    return [1.0 if x > y else 0.5 if x == y else 0.0 for x, y in zip(a, b, strict=True)]
+    return [_win(x, y) for x, y in zip(a, b, strict=True)]
+
+
+def _win(mine: float | None, theirs: float | None) -> float | None:
+    if mine is None or theirs is None:
+        return None
+    return 1.0 if mine > theirs else 0.5 if mine == theirs else 0.0
 
 
 def divergence(
@@ -190,5 +199,20 @@ def _open(name: str, flag: str, settings: Evaluate, processes: Processes) -> Mod
     )
 
 
-def _scores(judge: Judge, responses: list[Responses]) -> list[float]:
-    return [s for block in responses for s in judge.scores(block) or []]
+def _mean_score(judge: Judge, responses: list[Responses], numbers: list[int]) -> Estimate:
+    """The mean score of the responses that the judge judges; `n` is their number."""
+    every = [s for block in responses for s in judge.scores(block) or []]
+    return intervals.mean(*_judged(every, numbers, judge.name))
+
+
+def _judged(
+    values: list[float | None], numbers: list[int], judge: str
+) -> tuple[list[float], list[int]]:
+    """The values that there are, and the prompt's number of each."""
+    there = [(v, n) for v, n in zip(values, numbers, strict=True) if v is not None]
+    if not there:
+        raise RunError(
+            f"the judge {judge} judges none of the responses (it returned None for each): give a "
+            "judge that applies to these prompts"
+        )
+    return [v for v, _ in there], [n for _, n in there]

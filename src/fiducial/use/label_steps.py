@@ -51,7 +51,7 @@ def label_steps(settings: LabelSteps) -> dict[str, Any]:
     """Write rows with prompt, completions, labels and rates, for `fiducial prm`.
 
     Returns:
-        Counts: prompts, responses, steps, recoverable, unsplit.
+        Counts: prompts, responses, steps, recoverable, unsplit, not_judged.
 
     Raises:
         InputError: a row, the judge or the model cannot be used, or no response has steps that can
@@ -76,7 +76,7 @@ def label_steps(settings: LabelSteps) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     labeler = Labeler(settings, model, judge)
     counts = {"prompts": len(model.rows), "responses": 0, "steps": 0, "recoverable": 0}
-    counts["unsplit"] = 0
+    counts |= {"unsplit": 0, "not_judged": 0}
     per_block = max(1, BLOCK // (settings.samples * settings.completions))
     total = len(model.rows) * settings.samples
     with Progress("label-steps", total, show=processes.main) as bar:
@@ -88,6 +88,11 @@ def label_steps(settings: LabelSteps) -> dict[str, Any]:
                 with open(out, "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             bar.advance(by=len(numbers))
+    if not counts["steps"] and counts["not_judged"]:
+        raise InputError(
+            f"--judge: {settings.judge} judges no response, or no completion of one: it returned "
+            "None for each; give a judge that applies to these prompts"
+        )
     if not counts["steps"]:
         raise InputError(
             f"--separator: none of {counts['responses']:,} responses has steps that end with "
@@ -96,9 +101,12 @@ def label_steps(settings: LabelSteps) -> dict[str, Any]:
     if processes.main:
         unsplit = counts["unsplit"]
         left = f" ({unsplit:,} responses left out: empty, or two steps share a token)"
+        left = left if unsplit else ""
+        if without := counts["not_judged"]:
+            left += f" ({without:,} responses left out: the judge does not judge how they end)"
         say(
             f"label-steps: {counts['steps']:,} steps of {counts['responses']:,} responses to "
-            f"{counts['prompts']:,} prompts in {out}{left if unsplit else ''}; "
+            f"{counts['prompts']:,} prompts in {out}{left}; "
             f"{counts['recoverable'] / counts['steps']:.1%} are labeled right: from there the "
             f"model ended right at least once in {settings.completions} completions, so right "
             "means recoverable, not valid"
@@ -132,16 +140,20 @@ class Labeler:
         ends = [finder.ends(r) for r in tokens]
         texts = [split(c, settings.separator) if c.strip() else [] for c in responses.completions]
         usable = [i for i in range(len(numbers)) if len(texts[i]) == len(ends[i])]
+        outcomes = [self.right(s) for s in self.judge.scores(responses) or []]
+        judged = [i for i in usable if outcomes[i] is not None]
         prefixes = [
-            Prefix(i, k, tokens[i][: end + 1]) for i in usable for k, end in enumerate(ends[i][:-1])
+            Prefix(i, k, tokens[i][: end + 1]) for i in judged for k, end in enumerate(ends[i][:-1])
         ]
-        outcomes = [score >= settings.threshold for score in self.judge.scores(responses) or []]
         rates = self.completed(prefixes, numbers)
 
         rows = []
-        for i in usable:
+        for i in judged:
             # nothing is left to complete after the last step: its rate is the outcome
-            mine = [rates[i, k] for k in range(len(ends[i]) - 1)] + [float(outcomes[i])]
+            found = [rates[i, k] for k in range(len(ends[i]) - 1)] + [float(outcomes[i] or 0)]
+            mine = [r for r in found if r is not None]
+            if len(mine) < len(found):
+                continue
             rows.append(
                 {
                     "prompt": messages_of(responses.prompts[i]),
@@ -154,19 +166,25 @@ class Labeler:
             counts["recoverable"] += sum(r > 0 for r in mine)
         counts["responses"] += len(numbers)
         counts["unsplit"] += len(numbers) - len(usable)
+        counts["not_judged"] += len(usable) - len(rows)
         return rows
+
+    def right(self, score: float | None) -> bool | None:
+        """Whether a completion is right, by its score; None where the judge does not judge it."""
+        return None if score is None else score >= self.settings.threshold
 
     def completed(
         self, prefixes: Sequence[Prefix], numbers: list[int]
-    ) -> dict[tuple[int, int], float]:
-        """The share of each prefix's completions that end right.
+    ) -> dict[tuple[int, int], float | None]:
+        """The share of each prefix's completions that end right, of those that the judge judges;
+        None where it judges none.
 
         A completion's random stream is keyed by its prompt, response, step and number, so blocks,
         groups and processes do not change it.
         """
         settings, model, params = self.settings, self.model, self.params
         n, longest = settings.completions, settings.max_new_tokens
-        rates: dict[tuple[int, int], float] = {}
+        rates: dict[tuple[int, int], float | None] = {}
         lengths, limit = (
             [len(model.ids[i]) for i in numbers],
             context(plain(model.policy.lm).config),
@@ -195,8 +213,9 @@ class Labeler:
             rows = [model.rows[i] for i in prompt]
             scores = self.judge.scores(Responses.of(rows, trajectory, model.renderer)) or []
             for k, p in enumerate(group):
-                right = [s >= settings.threshold for s in scores[k * n : (k + 1) * n]]
-                rates[p.response, p.step] = sum(right) / n
+                each = [self.right(s) for s in scores[k * n : (k + 1) * n]]
+                right = [r for r in each if r is not None]
+                rates[p.response, p.step] = sum(right) / len(right) if right else None
         return rates
 
 

@@ -24,7 +24,8 @@ class CriticSettings(Settings):
 
     start: Literal["auto", "reward", "policy", "shared"] = "auto"
     """Start from the reward model (Stiennon et al. 2020), from the policy with a new head, or share
-    the policy's trunk with a new head. auto: reward where possible, otherwise policy.
+    the policy's trunk with a new head. auto: reward where its scores alone are the rewards,
+    otherwise policy.
     """
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of the critic. None: the policy's."""

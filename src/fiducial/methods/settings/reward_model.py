@@ -36,7 +36,7 @@ class RewardModel(Settings):
     """
     reference_data: RowsName | None = None
     """Rows with prompt and completion whose mean score becomes 0, as in Huang et al. 2024 (N+).
-    None: the responses of the training pairs.
+    None: 512 responses of the training pairs, drawn at random.
     """
     seed: int = 0
     """Random seed for the new head and for the order of the prompts."""

@@ -1,0 +1,85 @@
+"""A loaded model made ready for training: no dropout, checkpointing, adapters."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from ..errors import InputError
+from ..settings import LoraSettings, RunSettings
+
+LINEAR = ("Linear", "Conv1D")
+"""Classes of layers that an adapter can be put on."""
+
+
+def trainable(model: Any, lora: LoraSettings, run: RunSettings, task: str) -> Any:
+    """The model without randomness, and with checkpointing and adapters where they are asked for.
+
+    Args:
+        task: peft's name of what the model is for: CAUSAL_LM or SEQ_CLS.
+
+    Raises:
+        InputError: --lora.target-modules names a layer that the model does not have.
+    """
+    model.config.use_cache = True
+    _without_noise(model)
+    model.eval()
+    if run.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers checkpoints in training mode only; without dropout that mode changes nothing
+        # else, which the contract compares
+        model.train()
+        if lora.r > 0:
+            model.enable_input_require_grads()
+    if lora.r == 0:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    _check_targets(model, lora)
+    transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        fan_in_fan_out=transposed,  # GPT-2 keeps its linear layers as Conv1D
+        target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
+        task_type=task,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+        exclude_modules=["score"] if task == "SEQ_CLS" else None,
+    )
+    with warnings.catch_warnings():  # tied weights are parted when adapters are merged
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        return get_peft_model(model, config)
+
+
+def _check_targets(model: Any, lora: LoraSettings) -> None:
+    """Checks that each name of --lora.target-modules is that of a layer.
+
+    Raises:
+        InputError: one is not; the message names the layers that there are.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for target in lora.target_modules or ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            linear = [n for n, m in model.named_modules() if type(m).__name__ in LINEAR]
+            there = sorted({name.rpartition(".")[2] for name in linear})
+            raise InputError(
+                f"--lora.target-modules: the model has no layer {target!r}: it has "
+                f"{', '.join(there)}"
+            )
+
+
+def _without_noise(model: Any) -> None:
+    """Switch off what is random in training mode: dropout would make every forward pass another
+    policy.
+    """
+    noisy = ("dropout", "pdrop", "layerdrop", "jitter_noise", "jitter_eps", "drop_path_rate")
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for owner in (module, getattr(module, "config", None)):
+            for key, value in list(vars(owner).items()) if owner is not None else []:
+                if key.endswith(noisy) and isinstance(value, float):
+                    setattr(owner, key, 0.0)
