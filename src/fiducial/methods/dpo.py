@@ -20,6 +20,7 @@ from ..core import intervals
 from ..core.reductions import select
 from ..core.shared_prefix import SharedPrefix, common_length, shared_prefix
 from ..data.batches import pad
+from ..data.pairs import preference_rows
 from ..data.prepare import text_of
 from ..data.render import Rendered, Renderer
 from ..data.row_types import PreferenceRow
@@ -109,10 +110,8 @@ def prepare(settings: DPO, processes: Processes, skipped: Path | None = None) ->
     """
 
     def render(renderer: Renderer) -> Callable[[PreferenceRow], Pair]:
-        return lambda row: Pair(
-            renderer.completion(row.prompt, row.chosen, row.where),
-            renderer.completion(row.prompt, row.rejected, row.where),
-        )
+        both = preference_rows(renderer)
+        return lambda row: Pair(*both(row))
 
     rows = RowFormat[Pair]((PreferenceRow,), render, lambda row: text_of(row.prompt))
     return prepare_offline(settings, processes, rows, skipped=skipped)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from ..data.batches import Batches
-from ..data.prepare import load, split
+from ..data.prepare import joined, load, split
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..data.sources import records
@@ -340,6 +340,7 @@ def read(
         rendered, kept, note = load(
             name, settings, rows.accept, rows.render(renderer), skipped=file
         )
+        note = joined(note, renderer.take_notes(len({r.where for r in kept})))
         if rows.join is None:
             return Elements(rendered, [rows.key(r) for r in kept], kept), note
         keys, items = rows.join(rendered, kept)
@@ -360,7 +361,8 @@ def read_prompts(
     def render(row: PromptRow) -> list[int]:
         return fitting_prompt(row, renderer, settings.max_new_tokens)
 
-    return load(source, settings.rows, (PromptRow,), render)
+    prompts, rows, note = load(source, settings.rows, (PromptRow,), render)
+    return prompts, rows, joined(note, renderer.take_notes(len(rows)))
 
 
 @contextlib.contextmanager

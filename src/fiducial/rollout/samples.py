@@ -12,8 +12,9 @@ from ..data.row_types import Content
 from ..models.load import context
 from ..models.roles import Policy, plain
 from ..train.processes import Processes
+from ..train.progress import say
 from .local import local_sampler
-from .sampling import Keys, SamplingParams, sample_all
+from .sampling import Keys, SamplingParams, never_ended, sample_all
 from .trajectory import Trajectory
 
 
@@ -46,6 +47,8 @@ def show_samples(
     numbers = list(range(len(kept)))
     keys = Keys(seed, 0, numbers, [0] * len(kept))
     sampled = sample_all(local_sampler(policy), [ids for _, ids in kept], params, keys, processes)
+    if processes.main and (note := never_ended(sampled, params, renderer)):
+        say(note)
     scores = score(sampled) if score else [None] * len(kept)
     return [
         {
