@@ -199,7 +199,8 @@ def only_text(record: Object, where: str) -> None:
         InputError: names the column.
     """
     for key in record:
-        if key.lower() in _OTHER_MEDIA and record[key] not in (None, "", [], {}):
+        value = record[key]
+        if key in _OTHER_MEDIA and value and isinstance(value, str | bytes | list | dict):
             refuse(
                 where,
                 key,

@@ -50,7 +50,8 @@ _NOTES = {
     "spelled": "{n} of {total} rows ({share:.1%}) spell a special token in a message: it stays "
     "text",
     "turns": "{n} of {total} conversations ({share:.1%}) are trained turn by turn, each behind its "
-    "own prompt, because the chat template rewrites earlier turns or does not end them",
+    "own prompt: in one sequence their tokens would not be those that are sampled, because the "
+    "chat template rewrites earlier turns or does not end them",
     "opened": "{n} of {total} rows ({share:.1%}) have an answer without the thinking that the chat "
     "template's prompt opens; they are trained with an empty one",
     "sampled": "{n} of {total} rows ({share:.1%}) are trained on the very tokens that were sampled",

@@ -231,10 +231,12 @@ def _chat_row(record: Object, where: str) -> Row:
 
 
 def _prompt_row(record: Object, where: str) -> Row:
+    given = record.get("prompt")
+    pair = record.get("chosen") is not None and record.get("rejected") is not None
     prompt = (
-        as_prompt(record["prompt"], "prompt", where)
-        if record.get("prompt") is not None and not isinstance(record["prompt"], Blank)
-        else split_common_prompt(record, where)[0]
+        split_common_prompt(record, where)[0]
+        if pair and (given is None or isinstance(given, Blank))
+        else as_prompt(given, "prompt", where)
     )
     return PromptRow(
         prompt, {key: value for key, value in record.items() if key != "prompt"}, where

@@ -187,7 +187,9 @@ class ChatTemplate:
             for end in range(len(added), 0, -1):
                 if begun.endswith(added[:end]):
                     return added[end:]
-        raise _unknown(where, "begins an assistant's turn in another way than it asks for one")
+        raise _unknown(
+            where, "rewrites earlier turns and begins a turn in another way than it asks for one"
+        )
 
     def _first_special(self, text: str) -> str | None:
         found = [(text.find(t), -len(t), t) for t in self._special if t in text]

@@ -35,7 +35,7 @@ from ..data.prepare import text_of
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..models.load import load_policy, load_teacher
-from ..models.roles import Roles, TokenOutputs
+from ..models.roles import Roles, TokenOutputs, plain
 from ..models.save import save
 from ..rollout.local import local_sampler
 from ..rollout.samples import show_samples
@@ -51,7 +51,7 @@ from ..rollout.trajectory import Trajectory
 from ..run import Run
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
-from ..train.renderer import load_renderer
+from ..train.renderer import load_renderer, same_ends
 from ..train.step import Stepper
 from .settings.distill import Distill
 from .setup import Elements, RowFormat, check_names, read
@@ -177,6 +177,7 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
     train, held_out, note = read(settings.data, settings.rows, rows, renderer, settings.seed)
     policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
     policy = policy.to(processes.device)
+    same_ends(plain(policy.lm), renderer)
     teacher = load_teacher(
         settings.teacher, policy, renderer.tokenizer, renderer.max_length, settings.run
     )

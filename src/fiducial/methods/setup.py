@@ -19,7 +19,7 @@ from ..data.row_types import PromptRow
 from ..data.sources import records
 from ..errors import InputError, RunError
 from ..models.load import SHARED, exists, load_policy, load_roles, load_scorer
-from ..models.roles import Roles
+from ..models.roles import Roles, plain
 from ..rewards.load import check_names as check_rewards
 from ..rewards.load import load_rewards
 from ..rewards.types import Responses, Scored, Scorer
@@ -36,7 +36,7 @@ from ..rollout.sampling import (
 from ..rollout.trajectory import Trajectory
 from ..settings import LoraSettings, RowSettings, RunSettings
 from ..train.processes import Processes
-from ..train.renderer import load_renderer
+from ..train.renderer import load_renderer, same_ends
 
 T = TypeVar("T")
 
@@ -234,6 +234,7 @@ def prepare_offline(
         roles = Roles(scorer=model)
     else:
         policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
+        same_ends(plain(policy.lm), renderer)
         roles = Roles(policy=policy.to(processes.device))
     batches = Batches(len(train), settings.batch_size, settings.seed)
     total = settings.steps or max(1, round(settings.epochs * batches.per_epoch))
@@ -281,6 +282,7 @@ def prepare_online(
         critic=None if critic is None else start,
         seed=settings.seed,
     )
+    same_ends(plain(roles.policy.lm), renderer)
     return PreparedOnline(
         renderer,
         rows,

@@ -44,6 +44,19 @@ def load_renderer(name: str, rows: RowSettings, *, flag: str = "--model") -> Ren
     return Renderer(tokenizer, rows.max_length or limit, rows.on_long, rows.train_on, ends)
 
 
+def same_ends(model: Any, renderer: Renderer) -> None:
+    """Let a model's generation config name everything that ends a response, the end of a turn in
+    the chat template included, so that what is saved stops where it was sampled.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    known = config.eos_token_id
+    ids = known if isinstance(known, list) else [] if known is None else [known]
+    if new := sorted(renderer.ends - set(ids)):
+        config.eos_token_id = [*ids, *new] if len(ids) + len(new) > 1 else new[0]
+
+
 def end_ids(name: str, vocabulary: int, *, flag: str = "--model") -> frozenset[int]:
     """The ids at which the model's own configs end a response.
 
