@@ -225,4 +225,4 @@ def test_the_templates_that_trl_ships():
                 assert before == as_asked(r, talk, number), path.name
                 assert [i for i in labels if i in r.ends] == labels[-1:], path.name
                 answer = talk[number].content.rpartition("</think>")[2].strip()
-                assert r.decode(labels).strip().endswith(answer), path.name
+                assert answer in r.decode(labels), path.name
