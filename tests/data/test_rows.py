@@ -527,6 +527,12 @@ BAD = {
         b'{"prompt": "p", "completion": "c", "images": ["a.png"]}',
         "key 'images' is not supported, because only text is read here",
     ),
+    "an image in a message": (
+        messages(
+            b'{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}'
+        ),
+        r"key 'messages\[0\].content' holds a part of type 'image', and only text is read here",
+    ),
     "a sound": (b'{"text": "a", "audio": {"path": "a.wav"}}', "key 'audio' is not supported"),
     # ids
     "ids that are none": (
@@ -709,6 +715,13 @@ def test_reading_and_rendering_rows_imports_nothing_heavy():
 
 # Keys that hold nothing, and labels
 # --------------------------------------------------------------------------------------------
+
+
+def test_a_content_of_parts_of_text_is_their_text():
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    row = {"messages": [{"role": "user", "content": parts}, assistant("yes")]}
+    assert parse_row(row, W, SFT) == ChatRow((U, A), W)
+
 
 NOTHING = dict.fromkeys(
     ("prompt", "completion", "text", "messages", "chosen", "rejected", "completions", "labels")

@@ -102,13 +102,13 @@ def test_responses_that_never_end_are_said(make, tmp_path, capsys):
         return never_ended(sampler.sample(prompts, params, keys), params, renderer)
 
     never = sampled([2])
-    assert never.startswith("none of the 3 first responses ended within 2 tokens; what ends one is")
+    assert never.startswith("none of 3 sampled responses ended within 2 tokens; what ends one is")
     assert "</s>" in never and "--stop" in never
     assert sampled(range(64)) == ""
     generate(Generate(model=folder, prompts=rows, out=str(tmp_path / "o"), max_new_tokens=1))
     said = capsys.readouterr()
     lines = [json.loads(x) for x in (tmp_path / "o").read_text().splitlines()]
-    assert ("none of the 3 first responses" in said.err + said.out) == (
+    assert ("none of 3 sampled responses" in said.err + said.out) == (
         not any(line["finished"] for line in lines)
     )
 

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 GUARD = "\ufdd0"
@@ -136,12 +137,19 @@ def tags(special: Collection[str]) -> frozenset[str]:
     return frozenset(pairs | {f"</{t[1:]}" for t in pairs})
 
 
-def spelled(text: str, control: Collection[str]) -> tuple[str, bool]:
+def spelled(text: str, control: frozenset[str]) -> tuple[str, bool]:
     """The text with a `GUARD` in each control token that it spells, so that it stays text, and
     whether there was one.
     """
-    long = [re.escape(t) for t in sorted(control, key=len, reverse=True) if len(t) > 1]
-    if not long or not any(t in text for t in control):
+    pattern = _any_of(control)
+    if pattern is None:
         return text, False
-    guarded, count = re.subn("|".join(long), lambda m: m[0][0] + GUARD + m[0][1:], text)
+    guarded, count = pattern.subn(lambda m: m[0][0] + GUARD + m[0][1:], text)
     return guarded, count > 0
+
+
+@lru_cache(maxsize=64)
+def _any_of(words: frozenset[str]) -> re.Pattern[str] | None:
+    """Matches any of the words, the longest first; a single character cannot be cut."""
+    long = [re.escape(t) for t in sorted(words, key=len, reverse=True) if len(t) > 1]
+    return re.compile("|".join(long)) if long else None

@@ -68,6 +68,22 @@ def as_messages(value: object, key: str, where: str) -> tuple[Message, ...]:
     )
 
 
+def _joined_parts(content: list[Any], key: str, where: str) -> object:
+    """A content that is a list of parts, as of models that read images too, as one text."""
+    if not all(isinstance(part, dict) and "type" in part for part in content):
+        return content
+    for part in content:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            refuse(
+                where,
+                key,
+                f"holds a part of type {shown(repr(part.get('type')), quote=False)}, and only text "
+                "is read here",
+                "leave the row out, or write the content as text",
+            )
+    return "".join(part["text"] for part in content) if content else content
+
+
 def _message(item: object, key: str, where: str) -> Message:
     if not isinstance(item, dict):
         refuse(
@@ -76,6 +92,8 @@ def _message(item: object, key: str, where: str) -> Message:
             f"is {kind_of(item)} where a message belongs",
             'write {"role": ..., "content": ...}',
         )
+    if isinstance(item.get("content"), list):
+        item = item | {"content": _joined_parts(item["content"], f"{key}.content", where)}
     for name in ("role", "content"):
         if not isinstance(item.get(name), str):
             problem = (

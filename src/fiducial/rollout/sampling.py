@@ -144,7 +144,7 @@ def never_ended(trajectory: Trajectory, params: SamplingParams, renderer: Render
         return ""
     names = renderer.tokenizer.convert_ids_to_tokens(sorted(params.stop_ids))
     return (
-        f"none of the {len(trajectory)} first responses ended within {params.max_new_tokens} "
+        f"none of {len(trajectory)} sampled responses ended within {params.max_new_tokens} "
         f"tokens; what ends one is {', '.join(map(str, names))}: give more with --max-new-tokens, "
         "or name the token that ends an answer of this model (--stop; in training --rows.eos-token)"
     )
