@@ -60,7 +60,9 @@ class RowSettings(Settings):
     chat_template: str | None = None
     """`chatml` or a Jinja file, for a tokenizer without a template. None: the tokenizer's own."""
     eos_token: str | None = None
-    """The token that ends a response. None: the tokenizer's EOS token."""
+    """The token that is learned as the end of plain text. None: the tokenizer's EOS token.
+    Responses also end where the chat template ends a turn, and at what the model's configs name.
+    """
     held_out: float = Field(default=0.1, ge=0, lt=1)
     """Share of the prompts kept for evaluation and never trained on. Our choice; no published
     value. ppo, reinforce and grpo train on all prompts: measure them with `fiducial eval`.

@@ -224,7 +224,7 @@ def test_a_template_that_writes_no_end_token_gets_a_learned_eos():
     tokenizer.chat_template = turns + "{% if add_generation_prompt %}assistant: {% endif %}"
     r = Renderer(tokenizer, 100)
     row = r.completion((Message("user", "ab"),), (Message("assistant", "xy"),), W)
-    assert tokens(r, row)[0] == "<s>" and labels(r, row) == ["x", "y", "\n", "</s>"]
+    assert tokens(r, row)[0] == "u" and labels(r, row) == ["x", "y", "\n", "</s>"]
 
 
 @pytest.mark.parametrize("first", ["user", "assistant"])

@@ -20,6 +20,7 @@ from fiducial.data.row_types import (
     Message,
     PreferenceRow,
     PromptRow,
+    SampledIds,
     StepsRow,
     TextRow,
 )
@@ -512,12 +513,32 @@ BAD = {
     "NaN before a tear": (b'{"score": NaN, "text": ', "NaN is not a finite number"),
     # labels
     "NaN label": (labelled(b"NaN"), "key 'label': NaN is not a finite number"),
-    "null label": (
-        labelled(b"null"),
-        r"key 'label' is null \(None\) where true or false belongs; write true, false, 1 or 0",
+    "text label": (
+        labelled(b'"yes"'),
+        r"key 'label' is text \('yes'\) where true or false belongs; write true, false, 1 or 0",
     ),
-    "text label": (labelled(b'"true"'), r"key 'label' is text \('true'\) where"),
-    "float label": (labelled(b"1.0"), r"key 'label' is a number \(1.0\) where"),
+    "float label": (labelled(b"0.5"), r"key 'label' is a number \(0.5\) where"),
+    "a null among labels": (
+        steps(b'["a", "b"]', b"[true, null]"),
+        r"key 'labels\[1\]' is null \(None\) where true or false belongs",
+    ),
+    # what is not text
+    "an image": (
+        b'{"prompt": "p", "completion": "c", "images": ["a.png"]}',
+        "key 'images' is not supported, because only text is read here",
+    ),
+    "an image in a message": (
+        messages(
+            b'{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}'
+        ),
+        r"key 'messages\[0\].content' holds a part of type 'image', and only text is read here",
+    ),
+    "a sound": (b'{"text": "a", "audio": {"path": "a.wav"}}', "key 'audio' is not supported"),
+    # ids
+    "ids that are none": (
+        b'{"prompt": "p", "completion": "c", "completion_ids": [1, -2], "tokenizer": "t"}',
+        "key 'completion_ids' holds something else than token ids",
+    ),
     "label 2": (labelled(b"2"), r"key 'label' is a number \(2\) where"),
     "label -1": (labelled(b"-1"), "key 'label' is a number"),
     "text for steps": (steps(b'"a"', b"[true]"), "key 'completions' is text where a list"),
@@ -666,7 +687,8 @@ def test_what_is_written_as_json_lines_is_read_equal(tmp_path_factory, lines, bo
 @given(objects)
 @settings(deadline=None)
 def test_any_columns_reach_the_prompt_row(columns):
-    columns.pop("prompt", None)
+    for other in ("prompt", "image", "images", "video", "videos", "audio", "audios"):
+        columns.pop(other, None)
     assert parse_row({"prompt": "p", **columns}, W, (PromptRow,)) == PromptRow("p", columns, W)
 
 
@@ -689,3 +711,96 @@ def test_reading_and_rendering_rows_imports_nothing_heavy():
     code += f"    assert not {heavy} & set(sys.modules), name"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+
+
+# Keys that hold nothing, and labels
+# --------------------------------------------------------------------------------------------
+
+
+def test_a_content_of_parts_of_text_is_their_text():
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    row = {"messages": [{"role": "user", "content": parts}, assistant("yes")]}
+    assert parse_row(row, W, SFT) == ChatRow((U, A), W)
+
+
+NOTHING = dict.fromkeys(
+    ("prompt", "completion", "text", "messages", "chosen", "rejected", "completions", "labels")
+)
+GAPS = [
+    ({"text": "a"}, TextRow("a", W)),
+    ({"prompt": "p", "completion": "c"}, CompletionRow("p", "c", W)),
+    ({"prompt": "p", "completion": "c", "label": None}, CompletionRow("p", "c", W)),
+    ({"prompt": "p", "completion": "c", "label": 0}, LabeledRow("p", "c", False, W)),
+    ({"prompt": "p", "chosen": "a", "rejected": "b"}, PreferenceRow("p", "a", "b", None, W)),
+    ({"chosen": "x a", "rejected": "x b"}, PreferenceRow("x", " a", " b", None, W)),
+    (
+        {"prompt": "p", "completions": ["a"], "labels": [True]},
+        StepsRow("p", ("a",), (True,), W),
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), GAPS)
+def test_null_says_that_a_key_is_not_there(row, expected):
+    assert parse_row({**NOTHING, "images": None, **row}, W, ACCEPT) == expected
+
+
+@pytest.mark.parametrize("row", [{"prompt": "p", "number": None}, {"prompt": "p", "images": []}])
+def test_a_column_of_a_prompt_keeps_its_null(row):
+    columns = {k: v for k, v in row.items() if k != "prompt"}
+    assert parse_row(row, W, (PromptRow,)) == PromptRow("p", columns, W)
+
+
+@pytest.mark.parametrize(
+    ("row", "accept", "message"),
+    [
+        ({"prompt": None}, (PromptRow,), "key 'prompt' is null"),
+        ({"prompt": "p", "completion": None}, SFT, "key 'completion' is null"),
+        ({"prompt": "p", "chosen": None, "rejected": "b"}, ACCEPT, "key 'chosen' is null"),
+        (
+            {"prompt": "p", "completion": "c", "label": None},
+            (LabeledRow,),
+            r"key 'label' is null \(None\) where true or false belongs",
+        ),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b", "messages": None},
+            SFT,
+            r"found the keys prompt\+chosen\+rejected where",
+        ),
+    ],
+)
+def test_a_row_that_lacks_what_its_format_needs_is_refused(row, accept, message):
+    with pytest.raises(InputError, match=f"^{W}: {message}"):
+        parse_row(row, W, accept)
+
+
+GOOD_LABELS = (True, 1, 1.0, "true", "True", "TRUE", "1", "1.0", " true ")
+BAD_LABELS = (False, 0, 0.0, "false", "False", "0", "0.0")
+NO_LABELS = ("yes", "bad", 2, -1, 0.5, "", [], [True], {"a": 1})
+
+
+@pytest.mark.parametrize("value", (*GOOD_LABELS, *BAD_LABELS, *NO_LABELS), ids=repr)
+def test_a_label_is_understood_in_every_form_or_refused(value):
+    outcome = {"prompt": "p", "completion": "c", "label": value}
+    steps = {"prompt": "p", "completions": ["a"], "labels": [value]}
+    if value in NO_LABELS:
+        for row in (outcome, steps):
+            with pytest.raises(InputError, match=f"^{W}: key 'label.* where true or false belongs"):
+                parse_row(row, W, (LabeledRow, StepsRow))
+    else:
+        good = value in GOOD_LABELS
+        assert parse_row(outcome, W, (LabeledRow,)).label is good
+        assert parse_row(steps, W, (StepsRow,)).labels == (good,)
+    if value in GOOD_LABELS:
+        assert parse_row(outcome, W, SFT) == CompletionRow("p", "c", W)
+        return
+    with pytest.raises(InputError, match=f"^{W}: key 'label'"):  # never learned as good
+        parse_row(outcome, W, SFT)
+
+
+def test_ids_of_an_answer_come_with_their_tokenizer():
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_ids": [3, 2], "tokenizer": "t"}
+    parsed = parse_row(row, W, (PreferenceRow,))
+    assert parsed.chosen_sampled == SampledIds((3, 2), "t") and parsed.rejected_sampled is None
+    unknown = parse_row({"prompt": "p", "completion": "a", "completion_ids": [3]}, W, SFT)
+    assert unknown.sampled == SampledIds((), "")

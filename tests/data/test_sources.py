@@ -25,6 +25,7 @@ from fiducial.data.row_types import (
     Message,
     PreferenceRow,
     PromptRow,
+    SampledIds,
     StepsRow,
     TextRow,
 )
@@ -234,6 +235,14 @@ def test_what_the_csv_module_writes_is_read_equal(tmp_path_factory, table, endin
             ),
         ),
         ("prompt,chosen,rejected,margin\np,a,b,\n", PreferenceRow("p", "a", "b", None, "W")),
+        ("text,prompt,completion\n,p,c\n", CompletionRow("p", "c", "W")),
+        ("prompt,completion,label\np,c,\n", CompletionRow("p", "c", "W")),
+        ("prompt,text\np,\n", PromptRow("p", {"text": ""}, "W")),
+        ("prompt,completion,label\np,5,0.0\n", LabeledRow("p", "5", False, "W")),
+        (
+            'prompt,completion,completion_ids,tokenizer\np,c,"[5, 2]",t\n',
+            CompletionRow("p", "c", "W", SampledIds((5, 2), "t")),
+        ),
         ("prompt,completion,label\np,5,True\n", LabeledRow("p", "5", True, "W")),
         ("prompt,completion,label\np,[1],0\n", LabeledRow("p", "[1]", False, "W")),
         (
@@ -280,7 +289,7 @@ def test_cells(tmp_path, content, row):
         ),
         (b"prompt,completion,label\np,c,yes\n", r":row 1: key 'label' is text \('yes'\)"),
         (b"prompt,completion,label\np,c,nan\n", ":row 1: key 'label' is text"),
-        (b"prompt,completion,label\np,c,\n", ":row 1: key 'label' is text"),
+        (b"prompt,completion,label\n,c,1\n", ":row 1: key 'prompt' is empty"),
         (
             b"prompt,chosen,rejected,margin\np,a,b,nan\n",
             ":row 1: key 'margin' is nan where a finite number",

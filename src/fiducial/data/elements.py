@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..settings import RowSettings
-from .prepare import load, split
+from .prepare import joined, load, split
 from .render import Renderer
 
 T = TypeVar("T")
@@ -70,6 +70,7 @@ def read(
         rendered, kept, note = load(
             name, settings, rows.accept, rows.render(renderer), skipped=file
         )
+        note = joined(note, renderer.take_notes(len({r.where for r in kept})))
         if rows.join is None:
             return Elements(rendered, [rows.key(r) for r in kept], kept), note
         keys, items = rows.join(rendered, kept)

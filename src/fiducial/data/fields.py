@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ..errors import InputError
-from .row_types import ROLES, Content, Message
+from .row_types import ROLES, Content, Message, SampledIds
 from .strict_json import shown
 
 Object = dict[str, Any]
@@ -68,6 +68,22 @@ def as_messages(value: object, key: str, where: str) -> tuple[Message, ...]:
     )
 
 
+def _joined_parts(content: list[Any], key: str, where: str) -> object:
+    """A content that is a list of parts, as of models that read images too, as one text."""
+    if not all(isinstance(part, dict) and "type" in part for part in content):
+        return content
+    for part in content:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            refuse(
+                where,
+                key,
+                f"holds a part of type {shown(repr(part.get('type')), quote=False)}, and only text "
+                "is read here",
+                "leave the row out, or write the content as text",
+            )
+    return "".join(part["text"] for part in content) if content else content
+
+
 def _message(item: object, key: str, where: str) -> Message:
     if not isinstance(item, dict):
         refuse(
@@ -76,6 +92,8 @@ def _message(item: object, key: str, where: str) -> Message:
             f"is {kind_of(item)} where a message belongs",
             'write {"role": ..., "content": ...}',
         )
+    if isinstance(item.get("content"), list):
+        item = item | {"content": _joined_parts(item["content"], f"{key}.content", where)}
     for name in ("role", "content"):
         if not isinstance(item.get(name), str):
             problem = (
@@ -161,15 +179,53 @@ def as_answer(
     return answer
 
 
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
 def as_label(value: object, key: str, where: str) -> bool:
-    if not isinstance(value, int) or value not in (0, 1):
+    known = _LABELS.get(str(value).strip().lower())
+    if known is None or not isinstance(value, bool | int | float | str):
         refuse(
             where,
             key,
             f"is {kind_of(value)} ({shown(repr(value), quote=False)}) where true or false belongs",
             "write true, false, 1 or 0",
         )
-    return bool(value)
+    return known
+
+
+def as_sampled(record: Object, key: str, where: str) -> SampledIds | None:
+    """The token ids under a key, with the fingerprint of their tokenizer; None without them."""
+    value, tokenizer = record.get(key), record.get("tokenizer")
+    if value is None:
+        return None
+    if not isinstance(tokenizer, str):  # nobody knows what they are the ids of
+        return SampledIds((), "")
+    ids = as_list(value, key, "token ids", where)
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        refuse(where, key, "holds something else than token ids", "write whole numbers from 0 on")
+    return SampledIds(tuple(ids), tokenizer)
+
+
+_OTHER_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+
+def only_text(record: Object, where: str) -> None:
+    """Refuses a row with images, videos or audio: a model would be taught to answer unseen things.
+
+    Raises:
+        InputError: names the column.
+    """
+    for key in record:
+        value = record[key]
+        if key in _OTHER_MEDIA and value and isinstance(value, str | bytes | list | dict):
+            refuse(
+                where,
+                key,
+                "is not supported, because only text is read here and the model would learn to "
+                "answer what it cannot see",
+                "remove the column if the row makes sense without it, or leave the row out",
+            )
 
 
 def as_margin(value: object, where: str) -> float | None:

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .prepare import Several
 from .render import Rendered, Renderer
 from .row_types import ChatRow, CompletionRow, Content, TextRow
 
 LANGUAGE_ROWS = (TextRow, ChatRow, CompletionRow)
+Language = TextRow | ChatRow | CompletionRow
 
 
-def language_rows(renderer: Renderer) -> Callable[[TextRow | ChatRow | CompletionRow], Rendered]:
+def language_rows(renderer: Renderer) -> Callable[[Language], Rendered | Several]:
     """A function that renders any of these rows."""
 
-    def render(row: TextRow | ChatRow | CompletionRow) -> Rendered:
+    def render(row: Language) -> Rendered | Several:
         if isinstance(row, TextRow):
             return renderer.text(row)
         if isinstance(row, ChatRow):
-            return renderer.chat(row)
-        return renderer.completion(row.prompt, row.completion, row.where)
+            return Several(renderer.turns(row))
+        return renderer.completion(row.prompt, row.completion, row.where, row.sampled)
 
     return render
 
 
-def language_prompt(row: TextRow | ChatRow | CompletionRow) -> tuple[Content, str] | None:
+def language_prompt(row: Language) -> tuple[Content, str] | None:
     """A prompt for samples made from such a row, and the row's file:line.
 
     Plain text gives its first four words. A conversation that begins with the assistant gives None.

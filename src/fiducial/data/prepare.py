@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,18 +17,25 @@ from .rows import read_rows
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Several:
+    """What was made of one row, where it is not one element."""
+
+    items: Sequence[Any]
+
+
 def load(
     source: str,
     settings: RowSettings,
     accept: tuple[type, ...],
-    render: Callable[[Any], T],
+    render: Callable[[Any], T | Several],
     *,
     skipped: Path | None = None,
 ) -> tuple[list[T], list[Any], str]:
-    """Read and render every row.
+    """Read and render every row, to one element or to `Several`.
 
     Returns:
-        the rendered rows, the rows they were made from, and one sentence on the rows that were
+        the elements, the row that each was made from, and one sentence on the rows that were
         skipped ("" if none was).
 
     Raises:
@@ -40,8 +48,10 @@ def load(
     bad = found.skipped
     for row in found.rows:
         try:
-            rendered.append(render(row))
-            kept.append(row)
+            made = render(row)
+            items = made.items if isinstance(made, Several) else [made]
+            rendered += items
+            kept += [row] * len(items)
         except InputError as error:
             if settings.on_error == "stop":
                 raise
@@ -94,3 +104,8 @@ def messages_of(content: Content) -> Any:
         if isinstance(content, str)
         else [{"role": m.role, "content": m.content} for m in content]
     )
+
+
+def joined(*notes: str) -> str:
+    """Several sentences of a note as one; those that say nothing are left out."""
+    return "; ".join(note for note in notes if note)

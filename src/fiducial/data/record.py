@@ -21,6 +21,10 @@ EMPTY = "the file is empty; give a file with at least one row"
 BOM = b"\xef\xbb\xbf"
 
 
+class Blank(str):
+    """An empty cell of a table without types: no text, and the same as a key that is not there."""
+
+
 class Record(NamedTuple):
     """One row as it is in its source."""
 

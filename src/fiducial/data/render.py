@@ -1,26 +1,28 @@
 """Token ids and the loss mask, made together. Nothing later infers a mask from pad ids, or decodes
 and encodes again.
 
-A prompt and a completion are tokenized separately and joined as ids. Joined as text, they could
-have a token that belongs to both. A sequence begins with one BOS if the tokenizer adds one. EOS is
-a label at the end of every response, even if EOS is also the pad token.
+A sequence begins with the ids of its prompt, exactly as they are when a response is sampled. What
+follows has the ids that the tokenizer gives the whole text, where those begin with the prompt's;
+otherwise it is encoded apart (see `encoding`). Plain text begins with one BOS if the tokenizer adds
+one, and special tokens that it spells are read as such, as in TRL. In a conversation the chat
+template alone writes special tokens, BOS included, as `apply_chat_template` does; what a message
+spells stays text. The token that ends a response is a label, even if it is also the pad token.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from ..errors import InputError
-from .row_types import ChatRow, Content, Message, TextRow
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from .encoding import Encoder
+from .row_types import ChatRow, Content, Message, SampledIds, TextRow
+from .templates import CHATML as CHATML
+from .templates import ChatTemplate, Turn
+from .templates import set_chat_template as set_chat_template
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +44,41 @@ class Rendered:
         return sum(self.mask)
 
 
+_NOTES = {
+    "apart": "{n} of {total} rows ({share:.1%}) have a token that would reach across the seam of "
+    "prompt and answer, so the two are encoded apart",
+    "spelled": "{n} of {total} rows ({share:.1%}) spell a special token in a message: it stays "
+    "text",
+    "turns": "{n} of {total} conversations ({share:.1%}) are trained turn by turn, each behind its "
+    "own prompt: in one sequence their tokens would not be those that are sampled, because the "
+    "chat template rewrites earlier turns or does not end them",
+    "opened": "{n} of {total} rows ({share:.1%}) have an answer without the thinking that the chat "
+    "template's prompt opens; they are trained with an empty one",
+    "sampled": "{n} of {total} rows ({share:.1%}) are trained on the very tokens that were sampled",
+    "foreign": "{n} of {total} rows ({share:.1%}) hold token ids of another tokenizer or "
+    "another text; their text is encoded anew",
+    "bos": "the chat template writes no BOS token although the tokenizer adds one to plain text: "
+    "conversations begin without it, as they do in transformers",
+}
+"""What is said of rows that were rendered in another way than their text alone says."""
+
+
 @dataclass(frozen=True)
 class Renderer:
-    """How text becomes tokens for one tokenizer."""
+    """How text becomes tokens for one tokenizer.
+
+    end_ids: what ends a response beside the tokenizer's EOS and the token with which its chat
+        template ends a turn: the ids that the model's configs name.
+    seen: places of the rows that a note speaks of, by its kind.
+    """
 
     tokenizer: Any
     max_length: int
     on_long: Literal["truncate", "error"] = "truncate"
     train_on: Literal["all", "last"] = "all"
-    _bos: list[int] = field(init=False, repr=False)
+    end_ids: frozenset[int] = frozenset()
+    seen: dict[str, set[str]] = field(default_factory=dict, repr=False, compare=False)
+    encoder: Encoder = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -58,135 +86,221 @@ class Renderer:
                 "the tokenizer has no EOS token, so a model could not learn to stop: choose one of "
                 "its tokens with --rows.eos-token"
             )
-        probe = self.tokenizer("a").input_ids
-        bos = self.tokenizer.bos_token_id
-        object.__setattr__(self, "_bos", [bos] if bos is not None and probe[:1] == [bos] else [])
+        object.__setattr__(self, "encoder", Encoder.of(self.tokenizer))
 
     @property
     def eos(self) -> int:
         return int(self.tokenizer.eos_token_id)
 
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The tokenizer's chat template."""
+        return ChatTemplate.of(self.tokenizer, self.end_ids | {self.eos})
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Every id that ends a response."""
+        return self.template.ends
+
+    @cached_property
+    def hidden(self) -> frozenset[int]:
+        """Ids that are no part of a response's text: its ends, BOS and padding."""
+        named = (self.tokenizer.bos_token_id, self.tokenizer.pad_token_id)
+        return self.ends | {i for i in named if i is not None}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the vocabulary, to tell whether token ids in a file are of this tokenizer."""
+        return self.encoder.fingerprint()
+
     def text(self, row: TextRow) -> Rendered:
         """Plain text: every token but the first is a label, and so is the EOS after it."""
-        ids = self._ended(self._encode(row.text, first=True))
+        ids = self._ended(self.encoder.encode(row.text, bos=True))
         return self._fit(ids, [False] + [True] * (len(ids) - 1), row.where, prompt_length=1)
 
     def prompt(self, prompt: Content, where: str) -> list[int]:
         """The ids after which a response is sampled."""
         if isinstance(prompt, str):
-            return self._encode(prompt, first=True)
-        return self._encode(self._template(prompt, where, generation=True), first=True)
+            return self.encoder.encode(prompt, bos=True)
+        text = self.template.render(self._guarded(prompt, where), where, generation=True)
+        return self._begun(self.encoder.encode(text), where)
 
-    def completion(self, prompt: Content, completion: Content, where: str) -> Rendered:
-        """Prompt and completion; the labels are the completion and its EOS."""
-        prompt_ids = self.prompt(prompt, where)
+    def completion(
+        self,
+        prompt: Content,
+        completion: Content,
+        where: str,
+        sampled: SampledIds | None = None,
+    ) -> Rendered:
+        """Prompt and completion; the labels are the completion and the token that ends it.
+
+        Args:
+            sampled: the tokens of the completion as a model chose them. They are used as they are
+                if they are of this tokenizer and say the same text: one that was cut has no end.
+
+        Raises:
+            InputError: the row does not fit, has nothing to learn, or the chat template refuses it.
+        """
+        if sampled is not None and self._sampled(completion, sampled, where):
+            before = self.prompt(prompt, where)
+            return self._labeled(before + list(sampled.ids), len(before), where)
         if isinstance(completion, str) and isinstance(prompt, str):
-            ids = self._ended(self._encode(completion))
-            mask = [True] * len(ids)
-        else:
-            messages = _messages(prompt, "user")
-            ids, mask = self._turns(messages, _messages(completion, "assistant"), where)
-        # Without BOS and with an empty prompt, the first token has nothing to be predicted from.
-        if not prompt_ids:
-            mask[0] = False
-        return self._fit(
-            prompt_ids + ids, [False] * len(prompt_ids) + mask, where, prompt_length=len(prompt_ids)
-        )
+            ids, start, apart = self.encoder.joined(prompt, completion, bos=True)
+            self._see("apart", where, apart)
+            return self._labeled(self._ended(ids), start, where)
+        asked, answer = _messages(prompt, "user"), _messages(completion, "assistant")
+        return self._one(asked + answer, len(asked), where, every=True)
 
     def chat(self, row: ChatRow) -> Rendered:
-        """A conversation.
+        """A conversation as one sequence.
 
         The labels are every assistant turn, or the last one alone, with the token that ends it.
+
+        Raises:
+            InputError: as for `completion`; or the turns have no common sequence (see `turns`).
         """
-        first = next(i for i, m in enumerate(row.messages) if m.role == "assistant")
-        prompt_ids = self.prompt(row.messages[:first], row.where) if first else []
-        ids, mask = self._turns(row.messages[:first], row.messages[first:], row.where)
-        if self.train_on == "last":
-            last_false = max((i for i, m in enumerate(mask) if not m), default=-1)
-            mask = [m and i > last_false for i, m in enumerate(mask)]
-        if not prompt_ids:
-            mask[0] = False
-        return self._fit(
-            prompt_ids + ids,
-            [False] * len(prompt_ids) + mask,
-            row.where,
-            prompt_length=len(prompt_ids),
-        )
+        return self._one(row.messages, 0, row.where, every=self.train_on == "all")
+
+    def turns(self, row: ChatRow) -> list[Rendered]:
+        """A conversation as one sequence if every turn has the same tokens in it as when it is
+        sampled, and its end; otherwise as one sequence for each of the assistant's turns.
+        """
+        every = self.train_on == "all"
+        parts, common = self._parts(row.messages, 0, row.where, every=every, ended=True)
+        if common is not None:
+            return [common]
+        self._see("turns", row.where)
+        out: list[Rendered] = []
+        for ids, mask in parts:
+            start = mask.index(True) if any(mask) else len(ids)
+            if out and start >= self.max_length and self.on_long == "truncate":
+                out[-1] = replace(out[-1], truncated=True)
+                break
+            out.append(self._fit(ids, mask, row.where, start))
+        return out
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a response, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        """The text of a response, without the tokens that end it, BOS and padding.
 
-    def _encode(self, text: str, *, first: bool = False) -> list[int]:
-        ids = (
-            list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-            if text
-            else []
-        )
-        if first and self._bos and ids[:1] != self._bos:
-            return self._bos + ids
-        return ids
+        Other special tokens, such as <think>, are part of the text.
+        """
+        return self.encoder.decode([i for i in ids if i not in self.hidden])
+
+    def take_notes(self, total: int) -> str:
+        """One sentence on each peculiarity of the rows rendered since the last call, or "".
+
+        Args:
+            total: number of rows that were rendered.
+        """
+        said = [
+            text.format(n=f"{n:,}", total=f"{total:,}", share=n / max(total, 1))
+            for kind, text in _NOTES.items()
+            if (n := len(self.seen.get(kind, ())))
+        ]
+        self.seen.clear()
+        return "; ".join(said)
+
+    def _see(self, kind: str, where: str, happened: bool = True) -> None:
+        if happened:
+            self.seen.setdefault(kind, set()).add(where)
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """The ids with one EOS at the end, whether or not the text had its own."""
-        return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
+        """The ids with one end, whether or not the text had its own."""
+        return ids if ids and ids[-1] in self.ends else [*ids, self.eos]
 
-    def _template(
-        self, messages: Sequence[Message], where: str, *, generation: bool = False
-    ) -> str:
-        if not self.tokenizer.chat_template:
-            raise InputError(
-                f"{where}: this row is made of chat messages and the tokenizer has no chat "
-                "template: give one with --rows.chat-template (chatml or a Jinja file), or write "
-                "the prompt as plain text"
-            )
-        plain = [{"role": m.role, "content": m.content} for m in messages]
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    plain, tokenize=False, add_generation_prompt=generation
-                )
-            )
-        except Exception as error:
-            raise InputError(
-                f"{where}: the chat template refuses these messages: {error}"
-            ) from error
+    def _begun(self, ids: list[int], where: str) -> list[int]:
+        self._see("bos", "", bool(self.encoder.bos) and tuple(ids[:1]) != self.encoder.bos)
+        return ids
 
-    def _turns(
-        self, before: tuple[Message, ...], turns: tuple[Message, ...], where: str
-    ) -> tuple[list[int], list[bool]]:
-        """Ids and mask of `turns`, which follow `before` and its generation prompt."""
-        ids: list[int] = []
-        mask: list[bool] = []
-        done = self._template(before, where, generation=True) if before else ""
-        for i, turn in enumerate(turns):
-            so_far = before + turns[: i + 1]
-            asks = (
-                i + 1 < len(turns) and turns[i + 1].role == "assistant" and turn.role != "assistant"
-            )
-            text = self._template(so_far, where, generation=asks)
-            if not text.startswith(done):
-                raise InputError(
-                    f"{where}: the chat template rewrites earlier turns when a turn is added, so "
-                    "it is unknown which tokens belong to a turn: give a template that only "
-                    "appends, with --rows.chat-template"
-                )
-            piece = self._encode(text[len(done) :], first=not before and i == 0)
-            done = text
-            if turn.role != "assistant":
-                ids, mask = ids + piece, mask + [False] * len(piece)
-                continue
-            last = i + 1 == len(turns)
-            end = len(piece) - piece[::-1].index(self.eos) if self.eos in piece else None
-            # Text that a template puts after the end of the last turn is never sampled, so it is
-            # not trained on.
-            if last:
-                piece = piece[:end] if end is not None else [*piece, self.eos]
-                ids, mask = ids + piece, mask + [True] * len(piece)
-            else:
-                end = len(piece) if end is None else end
-                ids, mask = ids + piece, mask + [True] * end + [False] * (len(piece) - end)
-        return ids, mask
+    def _guarded(self, messages: Sequence[Message], where: str) -> tuple[Message, ...]:
+        guarded, found = self.template.guarded(messages, where)
+        self._see("spelled", where, found)
+        return guarded
+
+    def _sampled(self, completion: Content, sampled: SampledIds, where: str) -> bool:
+        """Whether the ids are of this tokenizer and say the completion's text."""
+        content = completion if isinstance(completion, str) else completion[-1].content
+        one = isinstance(completion, str) or len(completion) == 1
+        ids = list(sampled.ids)
+        fits = (
+            one
+            and sampled.tokenizer == self.fingerprint
+            and (self.decode(ids) == content or self.decode(ids[:-1]) == content)
+        )
+        self._see("sampled" if fits else "foreign", where)
+        return fits
+
+    def _one(
+        self, messages: tuple[Message, ...], first: int, where: str, *, every: bool
+    ) -> Rendered:
+        parts, common = self._parts(messages, first, where, every=every)
+        if common is not None:
+            return common
+        raise InputError(
+            f"{where}: the chat template rewrites earlier turns when a turn is added, so the "
+            f"{len(parts)} turns of the assistant have no common sequence of tokens: write all but "
+            "the last into the prompt"
+        )
+
+    def _parts(
+        self,
+        messages: tuple[Message, ...],
+        first: int,
+        where: str,
+        *,
+        every: bool,
+        ended: bool = False,
+    ) -> tuple[list[tuple[list[int], list[bool]]], Rendered | None]:
+        """Ids and mask of each of the assistant's turns from message `first` on, and the one
+        sequence that holds all of them, if there is one.
+
+        Args:
+            ended: every turn must end there with a token that ends a response.
+        """
+        numbers = [i for i, m in enumerate(messages) if m.role == "assistant" and i >= first]
+        numbers = numbers if every else numbers[-1:]
+        guarded = self._guarded(messages[: numbers[-1] + 1], where)
+        turns = [self.template.turn(guarded, i, where) for i in numbers]
+        self._see("opened", where, any(t.opened for t in turns))
+        spans: list[tuple[int, int]] = []
+        whole = self._answered(turns[-1], where)
+        for turn in turns[:-1]:
+            span = self._span(turn, turns[-1], whole[0])
+            if span is None or (ended and whole[0][span[1] - 1] not in self.ends):
+                parts = [self._answered(t, where) for t in turns]
+                return [_masked(ids, start) for ids, start in parts], None
+            spans.append(span)
+        ids, start = whole
+        mask = [False] * len(ids)
+        for a, b in [*spans, (start, len(ids))]:
+            mask[a:b] = [True] * (b - a)
+        mask[0] = False  # nothing comes before the first token that it could be predicted from
+        length = spans[0][0] if spans else start
+        return [(ids, mask)], self._fit(ids, mask, where, prompt_length=length)
+
+    def _answered(self, turn: Turn, where: str) -> tuple[list[int], int]:
+        """Ids of a turn behind its prompt, with its end, and how many are the prompt's."""
+        ids, start, apart = self.encoder.joined(turn.prompt, turn.answer)
+        self._see("apart", where, apart)
+        return self._ended(self._begun(ids, where)), start
+
+    def _span(self, turn: Turn, last: Turn, whole: list[int]) -> tuple[int, int] | None:
+        """Where an earlier turn stands in a conversation's ids, its end included; None if it does
+        not stand there with the tokens that are sampled.
+        """
+        text = turn.prompt + turn.answer
+        if not (last.prompt + last.answer).startswith(text):
+            return None
+        ids, start, apart = self.encoder.joined(turn.prompt, turn.answer)
+        if apart or whole[: len(ids)] != ids:
+            return None
+        # The first token of the next turn may be what ends this one.
+        after = ids[-1] not in self.ends and whole[len(ids)] in self.ends
+        return start, len(ids) + after
+
+    def _labeled(self, ids: list[int], start: int, where: str) -> Rendered:
+        ids, mask = _masked(ids, start)
+        return self._fit(ids, mask, where, prompt_length=start)
 
     def _fit(self, ids: list[int], mask: list[bool], where: str, prompt_length: int) -> Rendered:
         if not any(mask):
@@ -204,6 +318,11 @@ class Renderer:
                 "with --rows.on-error skip"
             )
         return Rendered(ids[: self.max_length], mask[: self.max_length], where, truncated=True)
+
+
+def _masked(ids: list[int], start: int) -> tuple[list[int], list[bool]]:
+    """The ids, with all from `start` on as labels but the very first of a sequence."""
+    return ids, [i >= max(start, 1) for i in range(len(ids))]
 
 
 def same_tokens(one: Renderer, other: Renderer) -> bool:
@@ -228,20 +347,3 @@ def _tokens(tokenizer: Any, without: str | None) -> Any:
 
 def _messages(content: Content, role: str) -> tuple[Message, ...]:
     return (Message(role, content),) if isinstance(content, str) else content
-
-
-def set_chat_template(tokenizer: Any, template: str | None) -> None:
-    """Sets the template to `chatml` or to the text of a Jinja file; None keeps the tokenizer's own.
-
-    Raises:
-        InputError: the template is neither.
-    """
-    if template is None:
-        return
-    if template == "chatml":
-        tokenizer.chat_template = CHATML
-        return
-    path = Path(template)
-    if not path.is_file():
-        raise InputError(f"--rows.chat-template: {template} is neither chatml nor a file")
-    tokenizer.chat_template = path.read_text(encoding="utf-8")

@@ -23,6 +23,17 @@ renders.
 
 
 @dataclass(frozen=True, slots=True)
+class SampledIds:
+    """The token ids of an answer as a model sampled them, its end included if it has one.
+
+    tokenizer: the fingerprint of the tokenizer that they are of.
+    """
+
+    ids: tuple[int, ...]
+    tokenizer: str
+
+
+@dataclass(frozen=True, slots=True)
 class TextRow:
     """Plain text. The model is trained on every token of it."""
 
@@ -51,12 +62,14 @@ class PromptRow:
 class CompletionRow:
     """A prompt and one answer to it.
 
-    In this and the following rows, prompt and answers are all text or all messages.
+    In this and the following rows, prompt and answers are all text or all messages, and `sampled`
+    has the tokens of an answer that a model gave, if they are known.
     """
 
     prompt: Content
     completion: Content
     where: str
+    sampled: SampledIds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +81,8 @@ class PreferenceRow:
     rejected: Content
     margin: float | None
     where: str
+    chosen_sampled: SampledIds | None = None
+    rejected_sampled: SampledIds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +93,7 @@ class LabeledRow:
     completion: Content
     label: bool
     where: str
+    sampled: SampledIds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +104,7 @@ class StepsRow:
     completions: tuple[str, ...]
     labels: tuple[bool, ...]
     where: str
+    sampled: SampledIds | None = None
 
 
 Row = TextRow | ChatRow | PromptRow | CompletionRow | PreferenceRow | LabeledRow | StepsRow

@@ -26,12 +26,14 @@ from .fields import (
     as_margin,
     as_messages,
     as_prompt,
+    as_sampled,
     as_text,
     kind_of,
     must_differ,
+    only_text,
     refuse,
 )
-from .record import EMPTY
+from .record import EMPTY, Blank
 from .row_types import (
     ChatRow,
     CompletionRow,
@@ -43,6 +45,7 @@ from .row_types import (
     StepsRow,
     TextRow,
 )
+from .row_types import Message as Message
 from .sources import records
 from .strict_json import leaves, shown
 
@@ -134,7 +137,13 @@ def parse_row(record: object, where: str, accept: tuple[type, ...]) -> Row:
                     f"holds a lone surrogate ({lone[0]!a}), which is not a character",
                     "remove it or write both surrogates of the pair",
                 )
-    return _choose(record, where, accept).build(record, where)
+    only_text(record, where)
+    # Joined files, Parquet and CSV fill in null or an empty cell for keys that a row does not have.
+    present = {k: v for k, v in record.items() if v is not None and not isinstance(v, Blank)}
+    if empty := _with_gap(record, present, accept):
+        return empty.build(record, where)
+    form = _choose(present, where, accept)
+    return form.build(record if form.row is PromptRow else present, where)
 
 
 def _steps_row(record: Object, where: str) -> Row:
@@ -152,11 +161,12 @@ def _steps_row(record: Object, where: str) -> Row:
         tuple(as_text(step, f"completions[{i}]", where) for i, step in enumerate(steps)),
         tuple(as_label(label, f"labels[{i}]", where) for i, label in enumerate(labels)),
         where,
+        as_sampled(record, "completion_ids", where),
     )
 
 
 def _completion_row(record: Object, where: str) -> Row:
-    if isinstance(label := record.get("label"), int) and label == 0:
+    if "label" in record and not as_label(record["label"], "label", where):
         refuse(
             where,
             "label",
@@ -164,12 +174,14 @@ def _completion_row(record: Object, where: str) -> Row:
             "remove the row, or remove the label if it means something else",
         )
     prompt, (completion,) = _prompt_and_answers(record, ("completion",), where)
-    return CompletionRow(prompt, completion, where)
+    return CompletionRow(prompt, completion, where, as_sampled(record, "completion_ids", where))
 
 
 def _labeled_row(record: Object, where: str) -> Row:
     prompt, (completion,) = _prompt_and_answers(record, ("completion",), where)
-    return LabeledRow(prompt, completion, as_label(record["label"], "label", where), where)
+    label = as_label(record["label"], "label", where)
+    sampled = as_sampled(record, "completion_ids", where)
+    return LabeledRow(prompt, completion, label, where, sampled)
 
 
 def _prompt_and_answers(
@@ -188,7 +200,15 @@ def _preference_row(record: Object, where: str) -> Row:
     else:
         prompt, (chosen, rejected) = _prompt_and_answers(record, ("chosen", "rejected"), where)
         must_differ(chosen, rejected, where)
-    return PreferenceRow(prompt, chosen, rejected, as_margin(record.get("margin"), where), where)
+    return PreferenceRow(
+        prompt,
+        chosen,
+        rejected,
+        as_margin(record.get("margin"), where),
+        where,
+        as_sampled(record, "chosen_ids", where),
+        as_sampled(record, "rejected_ids", where),
+    )
 
 
 def _chat_row(record: Object, where: str) -> Row:
@@ -211,10 +231,12 @@ def _chat_row(record: Object, where: str) -> Row:
 
 
 def _prompt_row(record: Object, where: str) -> Row:
+    given = record.get("prompt")
+    pair = record.get("chosen") is not None and record.get("rejected") is not None
     prompt = (
-        as_prompt(record["prompt"], "prompt", where)
-        if "prompt" in record
-        else split_common_prompt(record, where)[0]
+        split_common_prompt(record, where)[0]
+        if pair and (given is None or isinstance(given, Blank))
+        else as_prompt(given, "prompt", where)
     )
     return PromptRow(
         prompt, {key: value for key, value in record.items() if key != "prompt"}, where
@@ -251,6 +273,19 @@ _FORMATS = (  # the most specific first
     _Format(PromptRow, ("prompt",), _prompt_row, "fiducial ppo"),
     _Format(PromptRow, ("chosen", "rejected"), _prompt_row, "fiducial ppo"),
 )
+
+
+def _with_gap(record: Object, present: Object, accept: tuple[type, ...]) -> _Format | None:
+    """The format that a row would have if one of its keys held something, where it has no other.
+
+    Building it refuses the row, by the name of the key.
+    """
+    matching = [form for form in _FORMATS if all(key in present for key in form.keys)]
+    if any(form.row in accept for form in matching):
+        return None
+    found = set(matching[0].keys) if matching else set()
+    whole = [f for f in _FORMATS if f.row in accept and all(key in record for key in f.keys)]
+    return next((form for form in whole if found <= set(form.keys)), None)
 
 
 def _choose(record: Object, where: str, accept: tuple[type, ...]) -> _Format:

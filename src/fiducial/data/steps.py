@@ -87,7 +87,7 @@ class Steps:
     def _text(self, token: int) -> str:
         """The text that a token adds to the text before it.
 
-        Special tokens add no text, unless they are part of the separator.
+        The tokens that a response's text leaves out add none, unless they hold the separator.
         """
         if token not in self._texts:
             tokenizer = self.renderer.tokenizer
@@ -102,8 +102,8 @@ class Steps:
                 if both.startswith(alone)
                 else str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
             )
-            special = token in tokenizer.all_special_ids and not (
+            silent = token in self.renderer.hidden and not (
                 self.separator and self.separator in text
             )
-            self._texts[token] = "" if special else text
+            self._texts[token] = "" if silent else text
         return self._texts[token]

@@ -14,12 +14,11 @@ from typing import Any, BinaryIO, cast
 from ..errors import InputError
 from . import record as base
 from .json_files import too_long
-from .record import EMPTY, Record, nearest_file, open_bytes
+from .record import EMPTY, Blank, Record, nearest_file, open_bytes
 from .strict_json import shown, strict_json_text
 
-_LIST_KEYS = {"messages", "completions", "labels"}
+_LIST_KEYS = {"messages", "completions", "labels", "completion_ids", "chosen_ids", "rejected_ids"}
 _CONTENT_KEYS = {"prompt", "completion", "chosen", "rejected"}
-_SCALARS = {"true": True, "True": True, "false": False, "False": False, "1": 1, "0": 0}
 
 
 def csv_records(path: Path, source: str) -> Iterator[Record]:
@@ -76,7 +75,7 @@ def _csv_record(where: str, header: list[str], row: list[str]) -> Record:
         cells = {key: _cell(key, text, where) for key, text in zip(header, row, strict=True)}
         return Record(
             where,
-            {key: cell for key, cell in cells.items() if not (key == "margin" and cell == "")},
+            {key: Blank() if cell == "" else cell for key, cell in cells.items()},
         )
     except InputError as error:
         return Record(where, error, ",".join(row)[:8000].encode(errors="surrogateescape"))
@@ -92,8 +91,6 @@ def _cell(key: str, text: str, where: str) -> object:
         offset = len(text[: byte.start()].encode(errors="surrogateescape"))
         bad = f"byte offset {offset} of the cell (0x{ord(byte[0]) - 0xDC00:02x})"
         raise InputError(f"{where}: key {shown(key)}: {bad} is not UTF-8; save the file as UTF-8")
-    if key == "label":
-        return _SCALARS.get(text, text)
     if key == "margin" and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[Nn]a[Nn]", text):
         return float(text)
     if (key in _LIST_KEYS and text.lstrip().startswith("[")) or (

@@ -17,7 +17,7 @@ from .. import verbs
 from ..core import intervals, kl
 from ..core.reductions import select
 from ..data.prepare import split, text_of
-from ..data.row_types import Message
+from ..data.row_types import Message, SampledIds
 from ..rewards.load import load_reward_model
 from ..rewards.model import ModelReward
 from ..rollout.sampling import sampling_params
@@ -267,18 +267,21 @@ def reward_model(folder: Path, world: StoryWorld, judge: ModelReward) -> RewardM
     different = list(dict.fromkeys(prompts))
     _, held = split(different, RowSettings().held_out, world.seed)
     names = {different[i] for i in held}
+    held_rows = [r for r, prompt in zip(rows, prompts, strict=True) if prompt in names]
     triples = [
         tuple(str(r[column][-1]["content"]) for column in ("prompt", "chosen", "rejected"))
-        for r, prompt in zip(rows, prompts, strict=True)
-        if prompt in names
+        for r in held_rows
     ]
     scores = judge.score_ids(
         [
             judge.reader.renderer.completion(
-                (Message("user", p),), (Message("assistant", text),), ""
+                (Message("user", p),),
+                (Message("assistant", text),),
+                "",
+                SampledIds(tuple(r[f"{side}_ids"]), r["tokenizer"]),
             ).ids
-            for p, *both in triples
-            for text in both
+            for r, (p, *both) in zip(held_rows, triples, strict=True)
+            for side, text in zip(("chosen", "rejected"), both, strict=True)
         ]
     )
     gaps = [scores[i] - scores[i + 1] for i in range(0, len(scores), 2)]

@@ -38,6 +38,7 @@ from ..data.row_types import PromptRow
 from ..models.load import load_policy, load_teacher
 from ..models.roles import Roles, TokenOutputs
 from ..models.save import save
+from ..models.trunk import plain
 from ..rollout.agreement import check_online
 from ..rollout.samples import show_samples
 from ..rollout.sampling import (
@@ -52,7 +53,7 @@ from ..rollout.trajectory import Trajectory
 from ..run import Run
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
-from ..train.renderer import load_renderer
+from ..train.renderer import load_renderer, same_ends
 from ..train.step import Stepper
 from .settings.distill import Distill
 from .setup import check_names, notes
@@ -180,6 +181,7 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
     train, held_out, note = read(settings.data, settings.rows, rows, renderer, settings.seed)
     policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
     policy = policy.to(processes.device)
+    same_ends(plain(policy.lm), renderer)
     teacher = load_teacher(
         settings.teacher, policy, renderer.tokenizer, renderer.max_length, settings.run
     )

@@ -22,6 +22,7 @@ from ..core.reductions import select
 from ..core.shared_prefix import SharedPrefix, common_length, shared_prefix
 from ..data.batches import pad
 from ..data.elements import RowFormat
+from ..data.pairs import preference_rows
 from ..data.prepare import text_of
 from ..data.render import Rendered, Renderer
 from ..data.row_types import PreferenceRow
@@ -125,10 +126,8 @@ def prepare(settings: DPO, processes: Processes, skipped: Path | None = None) ->
     """
 
     def render(renderer: Renderer) -> Callable[[PreferenceRow], Pair]:
-        return lambda row: Pair(
-            renderer.completion(row.prompt, row.chosen, row.where),
-            renderer.completion(row.prompt, row.rejected, row.where),
-        )
+        both = preference_rows(renderer)
+        return lambda row: Pair(*both(row))
 
     rows = RowFormat[Pair](
         (PreferenceRow,),

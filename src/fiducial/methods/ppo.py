@@ -24,7 +24,7 @@ from ..core import advantages, kl
 from ..core.reductions import whiten
 from ..data.batches import Batches, pad, stream
 from ..data.language import LANGUAGE_ROWS, language_rows
-from ..data.prepare import load
+from ..data.prepare import joined, load
 from ..data.render import Rendered
 from ..models.save import save
 from ..rewards.shaping import ScoreScale, shape
@@ -150,7 +150,10 @@ def prepare(
     if settings.ptx.data is None:
         return ready, []
     render = language_rows(ready.renderer)
-    return ready, load(settings.ptx.data, settings.rows, LANGUAGE_ROWS, render)[0]
+    rows, kept, note = load(settings.ptx.data, settings.rows, LANGUAGE_ROWS, render)
+    about = joined(note, ready.renderer.take_notes(len({r.where for r in kept})))
+    note = joined(ready.note, about and f"--ptx.data: {about}")
+    return replace(ready, note=note), rows
 
 
 def improve(

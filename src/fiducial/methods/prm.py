@@ -146,14 +146,15 @@ def solver(renderer: Renderer, separator: str) -> Callable[[Any], Solution]:
 
     def render(row: StepsRow | LabeledRow) -> Solution:
         if isinstance(row, LabeledRow):
-            rendered = renderer.completion(row.prompt, row.completion, row.where)
+            rendered = renderer.completion(row.prompt, row.completion, row.where, row.sampled)
             found = ends(rendered)
             return Solution(rendered, found, [row.label] * len(found), row.label)
         text = separator.join(row.completions)
-        rendered = renderer.completion(row.prompt, text, row.where)
-        found = ends(
-            rendered if not rendered.truncated else uncut.completion(row.prompt, text, row.where)
-        )
+        rendered = renderer.completion(row.prompt, text, row.where, row.sampled)
+        if rendered.truncated:
+            found = ends(uncut.completion(row.prompt, text, row.where, row.sampled))
+        else:
+            found = ends(rendered)
         if len(found) != len(row.completions):
             raise InputError(
                 f"{row.where}: the row has {len(row.completions)} steps and the tokens of its text "

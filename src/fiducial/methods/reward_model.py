@@ -9,7 +9,6 @@ pairs, and the prompt counts once.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +19,10 @@ from .. import losses
 from ..core import intervals
 from ..data.batches import pad
 from ..data.elements import RowFormat
+from ..data.pairs import preference_rows
 from ..data.prepare import load, text_of
 from ..data.render import Rendered, Renderer
 from ..data.row_types import CompletionRow, PreferenceRow
-from ..errors import InputError
 from ..models.roles import ScoreModel
 from ..models.save import pick_pad_token, save
 from ..models.scores import ScoreFacts
@@ -105,37 +104,24 @@ def prepare(
         InputError: a row or the model cannot be used.
     """
 
-    def render(renderer: Renderer) -> Callable[[PreferenceRow], tuple[Rendered, Rendered]]:
-        return lambda row: (
-            renderer.completion(row.prompt, row.chosen, row.where),
-            renderer.completion(row.prompt, row.rejected, row.where),
-        )
-
     def key(row: PreferenceRow) -> str:
         return text_of(row.prompt)
 
     def ids(ranking: Ranking) -> list[list[int]]:
         return [r.ids for r in ranking.responses]
 
-    rows = RowFormat((PreferenceRow,), render, key, ids, rankings)
+    rows = RowFormat((PreferenceRow,), preference_rows, key, ids, rankings)
     return prepare_offline(settings, processes, rows, scorer=True, skipped=skipped)
 
 
 def rankings(
     pairs: list[tuple[Rendered, Rendered]], rows: list[PreferenceRow]
 ) -> tuple[list[str], list[Ranking]]:
-    """The prompts, and the ranking of each: all rows of a prompt together.
-
-    Raises:
-        InputError: all pairs of a prompt are equal after truncation.
-    """
+    """The prompts, and the ranking of each: all rows of a prompt together."""
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(text_of(row.prompt), []).append(i)
-    ranked = [
-        _rank([pairs[i] for i in g], [rows[i].margin for i in g], rows[g[0]].where)
-        for g in groups.values()
-    ]
+    ranked = [_rank([pairs[i] for i in g], [rows[i].margin for i in g]) for g in groups.values()]
     return list(groups), ranked
 
 
@@ -157,9 +143,7 @@ def announce(ready: Prepared[Ranking], run: Run[None]) -> None:
         say(f"reward: the tokenizer has no pad token of its own, so the saved model uses {token}")
 
 
-def _rank(
-    pairs: list[tuple[Rendered, Rendered]], margins: list[float | None], where: str
-) -> Ranking:
+def _rank(pairs: list[tuple[Rendered, Rendered]], margins: list[float | None]) -> Ranking:
     numbers: dict[tuple[int, ...], int] = {}
     responses: list[Rendered] = []
     indices = []
@@ -169,11 +153,6 @@ def _rank(
                 numbers[tuple(r.ids)] = len(responses)
                 responses.append(r)
         indices.append((numbers[tuple(pair[0].ids)], numbers[tuple(pair[1].ids)]))
-    if all(w == l for w, l in indices):  # noqa: E741
-        raise InputError(
-            f"{where}: chosen and rejected are the same tokens after truncation: raise "
-            "--rows.max-length, or leave the row out"
-        )
     return Ranking(responses, indices, [m or 0.0 for m in margins])
 
 
@@ -267,7 +246,7 @@ def reference_scores(
             settings.reference_data,
             settings.rows,
             (CompletionRow,),
-            lambda r: renderer.completion(r.prompt, r.completion, r.where),
+            lambda r: renderer.completion(r.prompt, r.completion, r.where, r.sampled),
         )
     else:
         every = [r for ranking in train for r in ranking.responses]

@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from ..data.batches import Batches
 from ..data.elements import Elements, RowFormat, read
-from ..data.prepare import load
+from ..data.prepare import joined, load
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..data.sources import records
@@ -22,6 +22,7 @@ from ..errors import InputError, RunError
 from ..models.contract import check_roles
 from ..models.load import exists, load_policy, load_roles, load_scorer
 from ..models.roles import Roles
+from ..models.trunk import plain
 from ..rewards.load import check_names as check_rewards
 from ..rewards.load import load_rewards
 from ..rewards.types import Responses, Scored, Scorer, TrainerState
@@ -38,7 +39,7 @@ from ..rollout.sampling import (
 from ..rollout.trajectory import Trajectory
 from ..settings import LoraSettings, RowSettings, RunSettings, ScoreSettings
 from ..train.processes import Processes
-from ..train.renderer import load_renderer
+from ..train.renderer import load_renderer, same_ends
 from .critic import critic_start
 
 T = TypeVar("T")
@@ -234,6 +235,7 @@ def prepare_offline(
         roles = Roles(scorer=model)
     else:
         policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
+        same_ends(plain(policy.lm), renderer)
         roles = Roles(policy=policy.to(processes.device))
     sequences = [ids for item in [*train.items, *held_out.items] for ids in rows.ids(item)]
     checked = check_roles(roles, sequences, max(map(len, sequences)), {"model": settings.model})
@@ -284,6 +286,7 @@ def prepare_online(
         reference=reference,
         seed=settings.seed,
     )
+    same_ends(plain(roles.policy.lm), renderer)
     params = sampling_params(renderer, settings.max_new_tokens, settings.temperature, settings.stop)
     sampler, checked = check_online(
         roles,
@@ -349,7 +352,8 @@ def read_prompts(
     def render(row: PromptRow) -> list[int]:
         return fitting_prompt(row, renderer, settings.max_new_tokens)
 
-    return load(source, settings.rows, (PromptRow,), render)
+    prompts, rows, note = load(source, settings.rows, (PromptRow,), render)
+    return prompts, rows, joined(note, renderer.take_notes(len(rows)))
 
 
 @contextlib.contextmanager

@@ -87,12 +87,13 @@ def _compared(module: Policy | ScoreModel, path: Path, probe: Tensor) -> tuple[T
 
 
 def _same_ending(model: Any, tokenizer: Any) -> None:
-    """Put the EOS that was trained into the saved configs, so that others stop where we do.
+    """Add the EOS that was trained to the saved configs, so that others stop where we do.
 
     --rows.eos-token may have chosen another one than the model's own.
     """
     for config in (model.config, getattr(model, "generation_config", None)):
         known = getattr(config, "eos_token_id", None)
-        known_ids = known if isinstance(known, list) else [known]
-        if config is not None and tokenizer.eos_token_id not in known_ids:
-            config.eos_token_id = tokenizer.eos_token_id
+        ids = known if isinstance(known, list) else [] if known is None else [known]
+        if config is not None and tokenizer.eos_token_id not in ids:
+            ids = [tokenizer.eos_token_id, *ids]
+            config.eos_token_id = ids if len(ids) > 1 else ids[0]

@@ -156,6 +156,16 @@ def _unfinished(history: _History) -> str | None:
     return None
 
 
+def _never_ended(history: _History) -> str | None:
+    first = history.points("completions/finished")[:1]
+    if first and first[0][1] == 0:
+        return (
+            f"None of the responses of the first batch (step {first[0][0]}) ended by itself: raise "
+            "max_new_tokens, or name the token that ends an answer of this model with --stop."
+        )
+    return None
+
+
 def _longer(history: _History) -> str | None:
     name = "completions/mean_length"
     start, late = history.start(name), history.late(name)
@@ -249,6 +259,7 @@ _ALARMS: tuple[Callable[[_History], str | None], ...] = (
     _update_kl,
     _clipping,
     _no_spread,
+    _never_ended,
     _unfinished,
     _longer,
     _collapse,

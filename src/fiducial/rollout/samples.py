@@ -12,8 +12,9 @@ from ..data.row_types import Content
 from ..models.roles import Policy
 from ..models.trunk import context, plain
 from ..train.processes import Processes
+from ..train.progress import say
 from .agreement import agreeing_sampler
-from .sampling import Keys, Sampler, SamplingParams, sample_all
+from .sampling import Keys, Sampler, SamplingParams, never_ended, sample_all
 from .trajectory import Trajectory
 
 
@@ -50,6 +51,8 @@ def show_samples(
     asked = [ids for _, ids in kept]
     sampler = sampler or agreeing_sampler(policy, asked, params)[0]
     sampled = sample_all(sampler, asked, params, keys, processes)
+    if processes.main and (note := never_ended(sampled, params, renderer)):
+        say(note)
     scores = score(sampled) if score else [None] * len(kept)
     return [
         {

@@ -97,12 +97,13 @@ def sample_all(
 def sampling_params(
     renderer: Renderer, max_new_tokens: int, temperature: float = 1.0, stop: Sequence[str] = ()
 ) -> SamplingParams:
-    """With the tokenizer's EOS and the tokens named in `stop` as what ends a response.
+    """With everything that ends a response: what the tokenizer, its chat template and the model's
+    configs say (`Renderer.ends`), and the tokens named in `stop`.
 
     Raises:
         InputError: a stop token is not in the vocabulary.
     """
-    ids = frozenset({renderer.eos, *(stop_id(renderer, text) for text in stop)})
+    ids = renderer.ends | {stop_id(renderer, text) for text in stop}
     return SamplingParams(max_new_tokens, temperature, ids)
 
 
@@ -135,3 +136,15 @@ def fitting_prompt(row: PromptRow, renderer: Renderer, max_new_tokens: int) -> l
     if not ids:
         raise InputError(f"{row.where}: the prompt has no token to start from")
     return ids
+
+
+def never_ended(trajectory: Trajectory, params: SamplingParams, renderer: Renderer) -> str:
+    """A sentence for the case that all of these responses were cut at the limit; else ""."""
+    if bool(trajectory.finished.any()) or not len(trajectory):
+        return ""
+    names = renderer.tokenizer.convert_ids_to_tokens(sorted(params.stop_ids))
+    return (
+        f"none of {len(trajectory)} sampled responses ended within {params.max_new_tokens} "
+        f"tokens; what ends one is {', '.join(map(str, names))}: give more with --max-new-tokens, "
+        "or name the token that ends an answer of this model (--stop; in training --rows.eos-token)"
+    )

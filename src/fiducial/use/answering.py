@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..data.prepare import load
+from ..data.prepare import joined, load
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..data.sources import records
@@ -14,10 +14,17 @@ from ..models.load import exists, load_policy
 from ..models.roles import Policy, Roles
 from ..rewards.types import Responses
 from ..rollout.agreement import check_online
-from ..rollout.sampling import Keys, Sampler, SamplingParams, fitting_prompt, sample_all
+from ..rollout.sampling import (
+    Keys,
+    Sampler,
+    SamplingParams,
+    fitting_prompt,
+    never_ended,
+    sample_all,
+)
 from ..settings import LoraSettings, RowSettings, RunSettings
 from ..train.processes import Processes
-from ..train.progress import Progress
+from ..train.progress import Progress, say
 from ..train.renderer import load_renderer
 
 BLOCK = 512
@@ -64,7 +71,9 @@ class Model:
         def render(row: PromptRow) -> list[int]:
             return fitting_prompt(row, renderer, max_new_tokens)
 
-        ids, kept, _ = load(prompts, rows, (PromptRow,), render)
+        ids, kept, note = load(prompts, rows, (PromptRow,), render)
+        if (note := joined(note, renderer.take_notes(len(kept)))) and processes.main:
+            say(f"{prompts}: {note}")
         policy = load_policy(name, LoraSettings(), RunSettings(), renderer.tokenizer, flag=flag)
         policy = policy.to(processes.device)
         params = SamplingParams(max_new_tokens)
@@ -88,5 +97,8 @@ class Model:
                 prompts = [self.ids[i] for i in numbers]
                 sampled = sample_all(self.sampler, prompts, params, keys, self.processes)
                 rows = [self.rows[i] for i in numbers]
+                note = never_ended(sampled, params, self.renderer) if start == 0 else ""
+                if note and self.processes.main:
+                    say(note)
                 yield numbers, Responses.of(rows, sampled, self.renderer)
                 bar.advance(by=len(numbers))

@@ -83,12 +83,13 @@ def judged(
     settings: Collect,
     counts: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Preference rows of one block, and their counts.
+    """Preference rows of one block, with the tokens that were sampled, and their counts.
 
     Every pair of texts that are equal or empty counts as a duplicate, every pair of equal scores as
     a tie, and every pair of which the judge does not judge one as not judged; all are left out.
     """
     texts, rows = responses.completions, []
+    tokens = responses.trajectory.responses(ending=True)
     scores = judge.scores(responses)
     groups = [list(g) for _, g in itertools.groupby(range(len(numbers)), key=lambda i: numbers[i])]
     candidates: list[tuple[int, int]] = []
@@ -128,6 +129,11 @@ def judged(
             "prompt": prompt,
             "chosen": _as(prompt, texts[won]),
             "rejected": _as(prompt, texts[lost]),
+        }
+        row |= {
+            "chosen_ids": tokens[won],
+            "rejected_ids": tokens[lost],
+            "tokenizer": responses.renderer.fingerprint,
         }
         if scores is not None:
             row |= {"chosen_score": scores[won], "rejected_score": scores[lost]}

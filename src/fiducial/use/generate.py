@@ -18,7 +18,8 @@ from .settings import Generate
 
 
 def generate(settings: Generate) -> int:
-    """Write one line per response: prompt, completion, tokens, finished.
+    """Write one line per response: prompt, completion, tokens, finished; to a file also the token
+    ids, for training on exactly what was sampled.
 
     A best of n also has its score and `of`, the n.
 
@@ -51,7 +52,10 @@ def generate(settings: Generate) -> int:
     for numbers, responses in model.answer(samples, params, seed=settings.seed, title="generate"):
         if best is not None:
             _, responses = best.keep(numbers, responses)
-        lines = [json.dumps(row, ensure_ascii=False) for row in as_rows(responses, best)]
+        rows = as_rows(responses, best)
+        if out is not None:
+            rows = [row | ids for row, ids in zip(rows, token_ids(responses), strict=True)]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         count += len(lines)
         if processes.main and out is None:
             print("\n".join(lines), file=sys.stdout)
@@ -63,6 +67,13 @@ def generate(settings: Generate) -> int:
     if best is not None and processes.main:
         say(f"generate: {best.summary()}")
     return count
+
+
+def token_ids(responses: Responses) -> list[dict[str, Any]]:
+    """The columns by which a file keeps the tokens that were sampled, one row per response."""
+    mark = responses.renderer.fingerprint
+    sampled = responses.trajectory.responses(ending=True)
+    return [{"completion_ids": ids, "tokenizer": mark} for ids in sampled]
 
 
 def as_rows(responses: Responses, best: BestOf | None) -> list[dict[str, Any]]:

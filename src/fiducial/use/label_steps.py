@@ -160,6 +160,8 @@ class Labeler:
                     "completions": texts[i],
                     "labels": [r > 0 for r in mine],
                     "rates": mine,
+                    "completion_ids": tokens[i],
+                    "tokenizer": model.renderer.fingerprint,
                 }
             )
             counts["steps"] += len(mine)

@@ -43,7 +43,7 @@ class Collect(Settings):
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     stop: tuple[str, ...] = ()
-    """Tokens that end a response, in addition to EOS."""
+    """Tokens that end a response, in addition to the model's own ends."""
     seed: int = 0
     """Random seed for sampling."""
     rows: RowSettings = RowSettings()
@@ -83,7 +83,7 @@ class LabelSteps(Settings):
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     stop: tuple[str, ...] = ()
-    """Tokens that end a solution, in addition to EOS."""
+    """Tokens that end a solution, in addition to the model's own ends."""
     seed: int = 0
     """Random seed for sampling."""
     rows: RowSettings = RowSettings()
@@ -129,7 +129,7 @@ class Generate(Settings):
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature. 0: always take the most likely token."""
     stop: tuple[str, ...] = ()
-    """Tokens that end a response, in addition to EOS."""
+    """Tokens that end a response, in addition to the model's own ends."""
     seed: int = 0
     """Random seed for sampling."""
     rows: RowSettings = RowSettings()
@@ -173,7 +173,7 @@ class Evaluate(Settings):
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     stop: tuple[str, ...] = ()
-    """Tokens that end a response, in addition to EOS."""
+    """Tokens that end a response, in addition to the model's own ends."""
     seed: int = 0
     """Random seed for sampling."""
     rows: RowSettings = RowSettings()

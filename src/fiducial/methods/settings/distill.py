@@ -46,7 +46,7 @@ class Distill(Settings):
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; it divides the logits of both models. 1: GKD."""
     stop: tuple[str, ...] = ()
-    """Tokens that end a response, in addition to EOS."""
+    """Tokens that end a response, in addition to the model's own ends."""
     eval_samples: int = Field(default=128, gt=0)
     """Responses to held-out prompts per evaluation. 128: our choice; no published value."""
     seed: int = 0

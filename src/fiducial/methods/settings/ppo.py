@@ -103,7 +103,7 @@ class PPO(Settings):
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; it divides the logits in every log-probability too. 1: InstructGPT."""
     stop: tuple[str, ...] = ()
-    """Tokens that end a response, in addition to EOS."""
+    """Tokens that end a response, in addition to the model's own ends."""
     seed: int = 0
     """Random seed for the order of the prompts and for sampling."""
     resume: bool = False

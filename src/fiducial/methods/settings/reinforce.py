@@ -65,7 +65,7 @@ class Reinforce(Settings):
     without change.
     """
     stop: tuple[str, ...] = ()
-    """Tokens that end a response, in addition to EOS."""
+    """Tokens that end a response, in addition to the model's own ends."""
     seed: int = 0
     """Random seed for the order of the prompts and for sampling."""
     resume: bool = False
