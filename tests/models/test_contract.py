@@ -373,6 +373,7 @@ def test_a_shared_prompt_that_changes_a_pair_is_found(folder, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # peft, in this test
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_an_adapter_on_tied_embeddings_is_merged_as_it_was_trained(folder, tmp_path, target):
     tied = folder("llama", tie_word_embeddings=True)
