@@ -122,3 +122,12 @@ def test_a_run_says_what_was_compared(go, capsys, method):
         capsys.readouterr().err.split()
     ) + " ".join(capsys.readouterr().out.split())
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_a_reward_model_that_is_computed_otherwise_is_refused(go, monkeypatch, method):
+    reward = str(go("reward").path / "model")
+    known = ScoreModel._score
+    monkeypatch.setattr(ScoreModel, "_score", lambda self, hidden: known(self, hidden) + 0.1)
+    with pytest.raises(InputError, match=r"--reward: .* gives other scores here than in plain"):
+        go(method, reward=(reward,))

@@ -31,8 +31,11 @@ class ModelReward:
         return self.reader.same_tokens(renderer)
 
     def check_rows(self, rows: Sequence[PromptRow]) -> None:
-        """Refuse prompts that the model's chat template cannot render."""
+        """Refuse prompts that the chat template cannot render, and a model that would be computed
+        otherwise than in plain transformers.
+        """
         self.reader.check_rows(rows)
+        self.reader.check_model(self.scorer, rows)
 
     def score(self, responses: Responses) -> Scored:
         """The model's score for each response, on every process."""

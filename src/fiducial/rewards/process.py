@@ -82,8 +82,11 @@ class ProcessReward:
         self._policy: tuple[Renderer, Steps] | None = None
 
     def check_rows(self, rows: Sequence[PromptRow]) -> None:
-        """Refuse prompts that the model's chat template cannot render."""
+        """Refuse prompts that the chat template cannot render, and a model that would be computed
+        otherwise than in plain transformers.
+        """
         self.reader.check_rows(rows)
+        self.reader.check_model(self.scorer, rows)
 
     def steps(self, batch: Responses) -> list[list[float]]:
         """For each response the scores of its steps, each in (0, 1)."""

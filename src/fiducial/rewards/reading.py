@@ -14,7 +14,12 @@ from dataclasses import replace
 from ..data.render import Rendered, Renderer, same_tokens
 from ..data.row_types import Content, Message, PromptRow
 from ..errors import InputError, RunError
+from ..models.contract import check_scorer, probe_rows
+from ..models.roles import ScoreModel
 from .types import Responses
+
+PROBED = 64
+"""Prompts from which those are chosen that a model is checked on."""
 
 
 class Reader:
@@ -52,6 +57,17 @@ class Reader:
                     "with, or write the prompts as plain text"
                 )
             self.renderer.prompt(row.prompt, row.where)
+
+    def check_model(self, scorer: ScoreModel, rows: Sequence[PromptRow]) -> None:
+        """Checks that the model scores the first prompts as plain transformers does.
+
+        Raises:
+            InputError: it does not.
+        """
+        ids = [self.renderer.prompt(row.prompt, row.where)[: self.limit] for row in rows[:PROBED]]
+        if any(ids):
+            probed = probe_rows([i for i in ids if i], max(map(len, ids)))
+            check_scorer(scorer, probed, self.name, "--reward")
 
     def read(self, batch: Responses) -> list[Rendered]:
         """Each response with its prompt; the labels are the response and its ending.
