@@ -40,7 +40,7 @@ CONTROL = "core/intervals.py"
 TESTS = {  # the first pattern that fits decides; the tests that fail soonest come first
     "core/shared_prefix.py": ["core/test_shared_prefix.py", "exact/test_pairs.py"],
     "core/intervals.py": ["core/test_intervals.py"],
-    "core/best_of_n.py": ["exact/test_best_of_n.py"],
+    "core/best_of_n.py": ["exact/test_best_of_n.py", "use/test_best_of.py"],
     "core/logprobs.py": ["core/test_logprobs.py", "models/test_models.py"],
     "core/kl.py": ["core/test_kl.py", "exact/test_penalties.py", "exact/test_policy_gradient.py"],
     "core/corrections.py": ["exact/test_weights.py", "methods/test_reinforce_grpo.py"],
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=40, help="mutants in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=list(FOLDERS), help="folders or files")
-    parser.add_argument("--seconds", type=float, default=240, help="processor time of a mutant")
+    parser.add_argument("--seconds", type=float, default=90, help="processor time of a mutant")
     parser.add_argument("--list", action="store_true", help="only name the mutants")
     args = parser.parse_args()
     files = sorted(

@@ -64,3 +64,17 @@ def test_values_of_one_cluster_count_as_the_one_they_are():
     assert (
         intervals.mean([0.0, 1.0], ["a", "a"])["high"] == INF
     )  # one cluster says nothing of its spread
+
+
+def test_a_ratio_is_of_the_totals_with_the_interval_of_the_delta_method():
+    # 6 nats over 4 tokens; residuals 2 - 1.5, 1 - 1.5, 3 - 3 and their squares 1/4, 1/4, 0:
+    # half = z sqrt(3/2 * 1/2) / 4
+    found = intervals.ratio([2.0, 1.0, 3.0], [1, 1, 2])
+    half = 1.959963984540054 * math.sqrt(0.75) / 4
+    assert (found["value"], found["n"]) == (1.5, 3)
+    assert (found["low"], found["high"]) == pytest.approx((1.5 - half, 1.5 + half), rel=1e-12)
+    # the first two of one prompt: their residuals cancel, and the third has none
+    paired = intervals.ratio([2.0, 1.0, 3.0], [1, 1, 2], ["a", "a", "b"])
+    assert (paired["low"], paired["value"], paired["high"]) == (1.5, 1.5, 1.5)
+    for nothing in (intervals.ratio([], []), intervals.ratio([0.0], [0])):
+        assert all(math.isnan(nothing[name]) for name in ("value", "low", "high"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fiducial.core.best_of_n import expected_best_of
+from fiducial.core.best_of_n import expected_best_of, kl_bound
 from fiducial.lab.worlds import exact
 
 EXACT = 1e-12
@@ -91,3 +91,10 @@ def test_17_the_expectation_of_expected_best_of_is_the_reward_of_the_best_of_n()
 def test_17_expected_best_of_refuses_what_has_no_answer(scores, values, n, message):
     with pytest.raises(ValueError, match=message):
         expected_best_of(scores, values, n)
+
+
+def test_17_the_bound_of_a_single_sample_is_zero_and_of_none_there_is_none():
+    assert kl_bound(1) == 0
+    assert kl_bound(2) == pytest.approx(math.log(2) - 0.5, abs=1e-15)
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        kl_bound(0)

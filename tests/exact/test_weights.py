@@ -425,3 +425,13 @@ def test_stale_by_hand():
         corrections.off_policy_mask(old - fallen, old, advantage, mask, threshold=0.6).tolist()
         == mask.tolist()
     )
+
+
+def test_a_response_exactly_at_the_threshold_is_kept_and_only_a_worse_one_is_left_out():
+    """A quarter of a nat per token less likely; an advantage of 0 in sum is not negative."""
+    old = torch.zeros(3, 2, dtype=torch.float64)
+    new, mask = old - 0.25, torch.ones(3, 2, dtype=torch.bool)
+    advantages = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [2.0, -1.0]]).double()
+    for threshold, kept in ((0.25, [True] * 3), (0.125, [False, True, True])):
+        found = corrections.off_policy_mask(new, old, advantages, mask, threshold=threshold)
+        assert found.all(1).tolist() == kept and found.any(1).tolist() == kept

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, RunError
+from ..errors import RunError
 from ..settings import OptimizerSettings
 from .processes import Processes
+from .progress import say
 
 
 def learning_rate(
@@ -40,18 +41,9 @@ def warmup_steps(settings: OptimizerSettings, total: int, usual: int) -> int:
     Args:
         usual: the method's own warm-up, where the settings give none; it is limited to a tenth of
             the run, so that a short run is trained at its rate too.
-
-    Raises:
-        InputError: the settings ask for more than the run has, so that its rate never reaches the
-            peak.
     """
     if settings.warmup_steps is None:
         return min(usual, total // 10)
-    if settings.warmup_steps > total:
-        raise InputError(
-            f"--optimizer.warmup-steps {settings.warmup_steps} in a run of {total} optimizer "
-            f"steps: the learning rate would never reach its peak; give at most {total}"
-        )
     return settings.warmup_steps
 
 
@@ -79,13 +71,15 @@ class Stepper:
         usual_warmup: int = 0,
     ) -> None:
         """Args:
-            peak: the largest learning rate. total: optimizer steps of the run.
-            usual_warmup: the method's warm-up, where the settings give none.
-
-        Raises:
-            InputError: as `warmup_steps`.
+        peak: the largest learning rate. total: optimizer steps of the run.
+        usual_warmup: the method's warm-up, where the settings give none.
         """
         self.warmup = warmup_steps(settings, total, usual_warmup)
+        if self.warmup > total and processes.main:
+            say(
+                f"--optimizer.warmup-steps {self.warmup} in a run of {total} optimizer steps: the "
+                f"learning rate ends at {total / self.warmup:.0%} of its peak"
+            )
         trained = [p for p in module.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if decays(p)], "weight_decay": settings.weight_decay},
