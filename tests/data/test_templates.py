@@ -90,6 +90,17 @@ def test_each_turn_is_trained_as_it_is_sampled(name, train_on, talk):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_is_one_sequence_only_where_every_turn_keeps_its_tokens(name):
+    r, messages = Renderer(with_template(name), 512), TALKS["two turns"]
+    if name in APART - {"glm"}:
+        with pytest.raises(InputError, match=f"^{W}: the chat template rewrites earlier turns"):
+            r.chat(ChatRow(messages, W))
+        return
+    found = learned([r.chat(ChatRow(messages, W))])
+    assert [before for before, _ in found] == [as_asked(r, messages, i) for i in (1, 3)]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_prompt_and_completion_are_the_last_turn_of_the_conversation(name):
     r, messages = Renderer(with_template(name), 512, train_on="last"), TALKS["two turns"]
     row = r.completion(messages[:3], messages[3:], W)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class ChatTemplate:
     tail: str = ""
     parts: bool = False
     _added: dict[str, int] = field(default_factory=dict, repr=False)
+    _words: frozenset[str] = frozenset()
     _control: frozenset[str] = frozenset()
     _structure: frozenset[str] = frozenset()
 
@@ -64,7 +66,7 @@ class ChatTemplate:
         added, special = added_tokens(tokenizer)
         named = {t for t in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) if t}
         named |= {t for t, i in added.items() if i in ends}
-        found = ChatTemplate(tokenizer, ends, _added=added)
+        found = ChatTemplate(tokenizer, ends, _added=added, _words=frozenset(added))
         if not tokenizer.chat_template:
             return found
         asked = (Message("user", "a"),)
@@ -195,9 +197,7 @@ class ChatTemplate:
         """The token that ends a turn: the first token after its content, or, of several without a
         gap, the first that is known to end a response. Configs may name only the end of a text.
         """
-        words = "|".join(re.escape(t) for t in sorted(self._added, key=len, reverse=True))
-        run = re.search(f"(?:{words})+", tail) if words else None
-        tokens = re.findall(words, run[0]) if run else []
+        tokens = _first_run(tail, self._words)
         known = (t for t in tokens if self._added[t] in self.ends)
         return next(known, tokens[0] if tokens else None)
 
@@ -205,6 +205,14 @@ class ChatTemplate:
         """The tail up to the token that ends the turn; all of it if it has none."""
         end = self._end_of(tail)
         return tail if end is None else tail[: tail.find(end) + len(end)]
+
+
+@lru_cache(maxsize=64)
+def _first_run(text: str, words: frozenset[str]) -> tuple[str, ...]:
+    """The first of these words in a text, and those that follow it without a gap."""
+    either = "|".join(re.escape(t) for t in sorted(words, key=len, reverse=True))
+    run = re.search(f"(?:{either})+", text) if words else None
+    return tuple(re.findall(either, run[0])) if run else ()
 
 
 def _unknown(where: str, what: str) -> InputError:
