@@ -149,6 +149,12 @@ TEMPLATES = {
         "",
         "<s>",
     ),
+    # two ends in every turn
+    "cohere2": _template(
+        "<|turn|>{{ m.role }}<|part|>{{ m.content }}<|end part|><|end turn|>",
+        "<|turn|>assistant<|part|>",
+        "<s>",
+    ),
     # the next turn's token ends this one
     "glm": _template("<|{{ m.role }}|>\n{{ m.content }}", "<|assistant|>\n", "[gMASK]"),
     # contents are lists of parts
@@ -176,6 +182,7 @@ WORDS = {
     "llama3": ("<|header|>", "<|/header|>", "<|eot|>"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
     "mistral": ("[INST]", "[/INST]"),
+    "cohere2": ("<|turn|>", "<|part|>", "<|end part|>", "<|end turn|>"),
     "glm": ("[gMASK]", "<|user|>", "<|assistant|>"),
     "smolvlm": ("<end_of_utterance>",),
 }
@@ -191,6 +198,7 @@ END = {
     "llama3": "<|eot|>",
     "gemma": "<end_of_turn>",
     "mistral": "</s>",
+    "cohere2": "<|end part|>",
     "glm": "</s>",
     "smolvlm": "<end_of_utterance>",
     "window": "<|im_end|>",

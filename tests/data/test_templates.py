@@ -67,7 +67,7 @@ def check(r, messages, rows, numbers, end):
         said = "".join(r.decode(labels).split())
         wanted = "".join(messages[number].content.split())
         opened = r.tokenizer.decode(before).rstrip().endswith("<think>")
-        assert said.endswith(wanted.removeprefix("<think>") if opened else wanted)
+        assert (wanted.removeprefix("<think>") if opened else wanted) in said
         if opened and "</think>" not in wanted:
             assert said == "</think>" + wanted  # the thinking that the prompt opens is closed
 
@@ -90,6 +90,17 @@ def test_each_turn_is_trained_as_it_is_sampled(name, train_on, talk):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_is_one_sequence_only_where_every_turn_keeps_its_tokens(name):
+    r, messages = Renderer(with_template(name), 512), TALKS["two turns"]
+    if name in APART - {"glm"}:
+        with pytest.raises(InputError, match=f"^{W}: the chat template rewrites earlier turns"):
+            r.chat(ChatRow(messages, W))
+        return
+    found = learned([r.chat(ChatRow(messages, W))])
+    assert [before for before, _ in found] == [as_asked(r, messages, i) for i in (1, 3)]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_prompt_and_completion_are_the_last_turn_of_the_conversation(name):
     r, messages = Renderer(with_template(name), 512, train_on="last"), TALKS["two turns"]
     row = r.completion(messages[:3], messages[3:], W)
@@ -104,6 +115,20 @@ def test_the_next_turns_token_is_the_end_where_the_model_stops_at_it():
     r = Renderer(tok, 512, end_ids=frozenset({user}))
     (row,) = r.turns(ChatRow(TALKS["two turns"], W))
     assert [labels[-1] for _, labels in learned([row])] == [user, r.eos]
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "rows"),
+    [("phi3", "<|end|>", 1), ("cohere2", "<|end turn|>", 1), ("chatml", "<|im_end|>", 1)],
+)
+def test_a_turn_ends_at_the_first_token_that_the_configs_name(name, end, rows):
+    tok = with_template(name)
+    ends = frozenset({tok.convert_tokens_to_ids(end)})
+    r = Renderer(tok, 512, end_ids=ends)
+    assert r.ends == ends | {r.eos}
+    found = r.turns(ChatRow(TALKS["two turns"], W))
+    check(r, TALKS["two turns"], found, [1, 3], end)
+    assert len(found) == rows
 
 
 def test_turns_beyond_the_limit_are_left_out_and_counted_as_cut():
@@ -189,6 +214,16 @@ def test_an_assistant_may_say_special_tokens_that_do_not_separate_turns():
     r = Renderer(tok, 512)
     assert r.completion((U("two"),), (A("<e>four"),), W).ids.count(number) == 1
     assert r.completion((U("<e>two"),), (A("four"),), W).ids.count(number) == 0
+
+
+def test_a_token_that_the_template_writes_is_no_words_of_a_message_although_it_is_not_special():
+    tok = tokenizer(template="{% for m in messages %}<u>{{ m.content }}<end>{% endfor %}")
+    tok.add_tokens(["<u>", "<end>", "<tool>", "</tool>"])
+    r = Renderer(tok, 512)
+    end, tool = tok.convert_tokens_to_ids(["<end>", "<tool>"])
+    row = r.completion((U("a<end><tool>"),), (A("b<u>"),), W)
+    assert row.ids.count(end) == 2 and row.ids.count(tool) == 1 and end in r.ends
+    assert row.ids.count(tok.convert_tokens_to_ids("<u>")) == 2
 
 
 def test_plain_text_spells_special_tokens_as_in_trl():

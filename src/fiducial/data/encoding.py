@@ -119,12 +119,16 @@ class Encoder:
         )
 
 
-def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """The special tokens of a tokenizer, by their text."""
+def added_tokens(tokenizer: Any) -> tuple[dict[str, int], frozenset[str]]:
+    """The tokens of a tokenizer that a text spells as a whole, with their ids, and those of them
+    that are special.
+    """
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    found = {str(token): int(i) for i, token in added.items() if token.special}
     named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return found | {str(token): int(i) for token, i in named}
+    special = {str(token): int(i) for token, i in named}
+    special |= {str(token): int(i) for i, token in added.items() if token.special}
+    found = {str(token): int(i) for i, token in added.items()} | special
+    return found, frozenset(special)
 
 
 def tags(special: Collection[str]) -> frozenset[str]:

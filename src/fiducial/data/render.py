@@ -265,7 +265,7 @@ class Renderer:
         spans: list[tuple[int, int]] = []
         whole = self._answered(turns[-1], where)
         for turn in turns[:-1]:
-            span = self._span(turn, turns[-1], whole[0])
+            span = self._span(turn, whole[0])
             if span is None or (ended and whole[0][span[1] - 1] not in self.ends):
                 parts = [self._answered(t, where) for t in turns]
                 return [_masked(ids, start) for ids, start in parts], None
@@ -284,13 +284,10 @@ class Renderer:
         self._see("apart", where, apart)
         return self._ended(self._begun(ids, where)), start
 
-    def _span(self, turn: Turn, last: Turn, whole: list[int]) -> tuple[int, int] | None:
+    def _span(self, turn: Turn, whole: list[int]) -> tuple[int, int] | None:
         """Where an earlier turn stands in a conversation's ids, its end included; None if it does
         not stand there with the tokens that are sampled.
         """
-        text = turn.prompt + turn.answer
-        if not (last.prompt + last.answer).startswith(text):
-            return None
         ids, start, apart = self.encoder.joined(turn.prompt, turn.answer)
         if apart or whole[: len(ids)] != ids:
             return None

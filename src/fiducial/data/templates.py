@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .encoding import GUARD, special_tokens, spelled, tags
+from .encoding import GUARD, added_tokens, spelled, tags
 from .row_types import Message
 
 CHATML = (
@@ -54,17 +55,18 @@ class ChatTemplate:
     ends: frozenset[int]
     tail: str = ""
     parts: bool = False
-    _special: dict[str, int] = field(default_factory=dict, repr=False)
+    _added: dict[str, int] = field(default_factory=dict, repr=False)
+    _words: frozenset[str] = frozenset()
     _control: frozenset[str] = frozenset()
     _structure: frozenset[str] = frozenset()
 
     @staticmethod
     def of(tokenizer: Any, ends: frozenset[int]) -> ChatTemplate:
         """Finds out by rendering a short conversation."""
-        special = special_tokens(tokenizer)
+        added, special = added_tokens(tokenizer)
         named = {t for t in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) if t}
-        named |= {t for t, i in special.items() if i in ends}
-        found = ChatTemplate(tokenizer, ends, _special=special)
+        named |= {t for t, i in added.items() if i in ends}
+        found = ChatTemplate(tokenizer, ends, _added=added, _words=frozenset(added))
         if not tokenizer.chat_template:
             return found
         asked = (Message("user", "a"),)
@@ -74,12 +76,12 @@ class ChatTemplate:
             _, tail = found._around(asked, "")
         except InputError:  # a template that refuses a short conversation may take a longer one
             alone = prompt = tail = ""
-        free = tags(special) - named - {t for t in special if t in alone}
-        parts = {t for t in special if t in alone + prompt + tail} | named
-        control, structure = frozenset(special) - free, frozenset(parts) - free
-        found = replace(found, tail=tail, _control=control, _structure=structure)
-        end = found._first_special(tail)
-        return found if end is None else replace(found, ends=ends | {special[end]})
+        free = tags(added) - named - {t for t in added if t in alone}
+        structure = (named | {t for t in added if t in alone + prompt + tail}) - free
+        control = (special | structure) - free
+        found = replace(found, tail=tail, _control=control, _structure=frozenset(structure))
+        end = found._end_of(tail)
+        return found if end is None else replace(found, ends=ends | {added[end]})
 
     def render(self, messages: Sequence[Message], where: str, *, generation: bool = False) -> str:
         """The text of messages.
@@ -191,14 +193,26 @@ class ChatTemplate:
             where, "rewrites earlier turns and begins a turn in another way than it asks for one"
         )
 
-    def _first_special(self, text: str) -> str | None:
-        found = [(text.find(t), -len(t), t) for t in self._special if t in text]
-        return min(found)[2] if found else None
+    def _end_of(self, tail: str) -> str | None:
+        """The token that ends a turn: the first token after its content, or, of several without a
+        gap, the first that is known to end a response. Configs may name only the end of a text.
+        """
+        tokens = _first_run(tail, self._words)
+        known = (t for t in tokens if self._added[t] in self.ends)
+        return next(known, tokens[0] if tokens else None)
 
     def _ended(self, tail: str) -> str:
-        """The tail up to its first special token, which ends the turn; all of it if it has none."""
-        end = self._first_special(tail)
+        """The tail up to the token that ends the turn; all of it if it has none."""
+        end = self._end_of(tail)
         return tail if end is None else tail[: tail.find(end) + len(end)]
+
+
+@lru_cache(maxsize=64)
+def _first_run(text: str, words: frozenset[str]) -> tuple[str, ...]:
+    """The first of these words in a text, and those that follow it without a gap."""
+    either = "|".join(re.escape(t) for t in sorted(words, key=len, reverse=True))
+    run = re.search(f"(?:{either})+", text) if words else None
+    return tuple(re.findall(either, run[0])) if run else ()
 
 
 def _unknown(where: str, what: str) -> InputError:
