@@ -127,17 +127,6 @@ def make_model(kind: str, folder: Path, **changes: Any) -> str:
     return str(folder)
 
 
-def in_one_kernel(folder: Path) -> None:
-    """Let a saved GPT-2 compute its activation in one kernel instead of seven: the same function,
-    up to rounding, in half of the time.
-    """
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    assert config["activation_function"] == "gelu_new"
-    config["activation_function"] = "gelu_pytorch_tanh"
-    path.write_text(json.dumps(config), encoding="utf-8")
-
-
 def sample(
     policy: Policy,
     prompts: Sequence[Sequence[int]],

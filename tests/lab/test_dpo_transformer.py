@@ -9,14 +9,12 @@ from fiducial.lab.runs.measured import run
 from fiducial.lab.runs.plan import Plan
 from fiducial.lab.worlds import policies
 from fiducial.lab.worlds.files import write_world
-from support import in_one_kernel
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_transformer_ends_within_a_twentieth_of_the_optimum(tmp_path, seed):
     world, model = policies.mild(seed)
     folder = write_world(world, model, tmp_path / "world", copies=25)
-    in_one_kernel(folder / "transformer")
     plan = Plan("dpo", "transformer", 1e-3, 1200, seed=seed, points=2)
     found = run(plan, folder, tmp_path / "run")
     assert found.result.path[0].total_variation > 0.4

@@ -11,7 +11,6 @@ from fiducial.lab.runs.measured import run
 from fiducial.lab.runs.plan import Plan
 from fiducial.lab.worlds import policies
 from fiducial.lab.worlds.files import write_world
-from support import in_one_kernel
 
 SEEDS = (0, 1, 2)
 
@@ -23,7 +22,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for seed in SEEDS:
         world, model = policies.mild(seed)
         out[seed] = write_world(world, model, tmp_path_factory.mktemp(f"mild-{seed}"), copies=1)
-        in_one_kernel(out[seed] / "transformer")
     return out
 
 
