@@ -299,6 +299,20 @@ def stratified(pool: list[Mutant], count: int, rng: random.Random) -> list[Mutan
     return [m for one in rounds for m in one if m is not None][:count]
 
 
+def try_one(mutant: Mutant, seconds: float, log: Path, table: dict[str, dict[str, int]]) -> float:
+    """Plant a mutant, print it if it survives, and count it in the table; returns the time."""
+    verdict, used = run(mutant, mutant.path, seconds, log)
+    if verdict == "survived" and mutant.name in EQUIVALENT:
+        verdict = "equivalent"
+    row = table.setdefault(mutant.path.split("/")[0], {})
+    row[verdict] = row.get(verdict, 0) + 1
+    if verdict in ("survived", "too long"):
+        old, new = (" ".join(text.split()) for text in (mutant.old, mutant.new))
+        print(f"{verdict}: src/fiducial/{mutant.path}:{mutant.line}", flush=True)
+        print(f"    - {old}\n    + {new}", flush=True)
+    return used
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", type=int, default=40, help="mutants in all")
@@ -322,23 +336,20 @@ def main() -> None:
         return
     warm()
     log = Path(os.environ.get("TMPDIR", "/tmp")) / f"mutations-{os.getpid()}.log"
-    verdict, used = run(None, CONTROL, args.seconds, log)
+    verdict, _ = run(None, CONTROL, args.seconds, log)
     assert verdict == "survived", f"the tests fail without a mutant: {log}"
     table: dict[str, dict[str, int]] = {}
     total = 0.0
-    for mutant in sorted(chosen, key=lambda m: (m.path, m.start)):
-        verdict, used = run(mutant, mutant.path, args.seconds, log)
-        total += used
-        if verdict == "survived" and mutant.name in EQUIVALENT:
-            verdict = "equivalent"
-        row = table.setdefault(mutant.path.split("/")[0], {})
-        row[verdict] = row.get(verdict, 0) + 1
-        if verdict in ("survived", "too long"):
-            print(f"{verdict}: src/fiducial/{mutant.path}:{mutant.line}", flush=True)
-            print(f"    - {mutant.old}\n    + {mutant.new}".replace("\n        ", " "), flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for number, mutant in enumerate(chosen, start=1):
+            total += try_one(mutant, args.seconds, log, table)
+            print(f"{number}/{len(chosen)}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("stopped before the last mutant")
     log.unlink(missing_ok=True)
     print(f"\n{'folder':10}" + "".join(f"{c:>12}" for c in ("mutants", *COLUMNS)))
-    for folder, row in table.items():
+    for folder, row in sorted(table.items()):
         numbers = (sum(row.values()), *(row.get(c, 0) for c in COLUMNS))
         print(f"{folder:10}" + "".join(f"{n:12}" for n in numbers))
     print(f"{total / 60:.0f} minutes of processor time")

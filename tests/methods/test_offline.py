@@ -150,5 +150,8 @@ def test_the_reference_is_computed_for_the_pairs_of_the_run_alone(
     monkeypatch.setattr(dpo_page, "cached", lambda *a: asked.append(inner(*a)) or asked[-1])
     first_step("dpo")
     assert len(asked[-1]) == 3
-    first_step("dpo", out=str(tmp_path / "two"), rows=RowSettings(held_out=0.3))
+    shown = {"run": RunSettings(samples=2), "max_new_tokens": 3}
+    _, run = first_step("dpo", out=str(tmp_path / "two"), rows=RowSettings(held_out=0.3), **shown)
     assert len(asked[-1]) == 3 + 3
+    samples = map(json.loads, (run.path / "samples.jsonl").read_text().splitlines())
+    assert [row["step"] for row in samples] == [0, 0, 1, 1]  # before training and after
