@@ -8,10 +8,11 @@ apart, and the second as the continuation that it is: tokenizers that mark the b
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -100,9 +101,18 @@ class Encoder:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _ids(self, text: str) -> list[int]:
-        if not text:
-            return []
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return list(self._recent(text)) if text else []
+
+    @functools.cached_property
+    def _recent(self) -> Callable[[str], tuple[int, ...]]:
+        """The ids of a text. Those of the last few are kept: an anchor is asked for with every
+        text, a prompt with each of its responses, and a call of a tokenizer takes long.
+        """
+
+        def ids(text: str) -> tuple[int, ...]:
+            return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+        return functools.lru_cache(maxsize=64)(ids)
 
     def _after_anchor(self, text: str) -> list[int]:
         for anchor in _ANCHORS:
