@@ -65,8 +65,16 @@ TESTS = {  # the first pattern that fits decides; the tests that fail soonest co
 WORDS = {"dpo", "sft", "ppo", "reinforce", "grpo", "reward"}
 """Methods by which the tests of `methods/test_methods.py` are chosen for the page of one."""
 
-EQUIVALENT: dict[str, str] = {}
-"""Mutants that change nothing that could be seen, as `file: old -> new`, and why."""
+EQUIVALENT: dict[str, str] = {
+    "train/reference_cache.py: weight.detach() -> (weight) in "
+    "state.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)": (
+        "the function runs without gradients"
+    ),
+    "methods/sft.py: 0 -> (1) in probe = torch.tensor([train[0].ids[:64]])": (
+        "the saved model may be compared on any row"
+    ),
+}
+"""Mutants that change nothing that could be seen, as `file: old -> new in line`, and why."""
 
 BINARY: dict[type[ast.operator], type[ast.operator]] = {
     ast.Add: ast.Sub,
@@ -104,6 +112,7 @@ class Mutant:
 
     path: str
     line: int
+    text: str
     start: int
     end: int
     old: str
@@ -112,7 +121,8 @@ class Mutant:
     @property
     def name(self) -> str:
         squeeze = " ".join
-        return f"{self.path}: {squeeze(self.old.split())} -> {squeeze(self.new.split())}"
+        change = f"{squeeze(self.old.split())} -> {squeeze(self.new.split())}"
+        return f"{self.path}: {change} in {self.text}"
 
 
 def mutants(path: str) -> Iterator[Mutant]:
@@ -134,7 +144,7 @@ def mutants(path: str) -> Iterator[Mutant]:
         start, end = place(node)
         replaced = new if isinstance(new, str) else f"({ast.unparse(new)})"
         old = data[start:end].decode()
-        yield Mutant(path, node.lineno, start, end, old, replaced)
+        yield Mutant(path, node.lineno, lines[node.lineno - 1].strip(), start, end, old, replaced)
 
 
 def changes(tree: ast.AST) -> Iterator[tuple[ast.AST, ast.AST | str]]:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fiducial as fd
+from fiducial.core import intervals
 from fiducial.data.batches import Batches
 from fiducial.methods import dpo as dpo_page
 from fiducial.models.load import load_scorer
@@ -155,3 +156,7 @@ def test_the_reference_is_computed_for_the_pairs_of_the_run_alone(
     assert len(asked[-1]) == 3 + 3
     samples = map(json.loads, (run.path / "samples.jsonl").read_text().splitlines())
     assert [row["step"] for row in samples] == [0, 0, 1, 1]  # before training and after
+    (found,) = run.evaluation.values()  # a share of three pairs, which are few
+    right = round(3 * found["value"])
+    assert found == intervals.wilson(right, 3) and found["value"] == right / 3
+    assert found["value"] == run.metrics["eval/rewards/accuracies"]
