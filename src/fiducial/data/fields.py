@@ -184,7 +184,7 @@ _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.
 
 def as_label(value: object, key: str, where: str) -> bool:
     known = _LABELS.get(str(value).strip().lower())
-    if known is None or not isinstance(value, bool | int | float | str):
+    if known is None:
         refuse(
             where,
             key,
