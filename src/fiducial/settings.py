@@ -149,9 +149,8 @@ class KLSettings(Settings):
     the scaling of the advantages. None: where the estimator is right.
     """
     estimator: Penalty | None = None
-    """k1 in the reward and k2 in the loss are exact. k2_tokens, weighted_k3 and forward_k3 are
-    losses of known bias; k3 is refused. None: k1; for the grpo variant forward_k3. With a beta of
-    0, an estimator that is given measures the KL and adds no penalty.
+    """k1 in the reward and k2 in the loss are exact; the others are losses of known bias. None: k1;
+    for the grpo variant forward_k3. With beta 0 it only measures the KL.
     """
     target: float | None = Field(default=None, gt=0)
     """KL in nats per response that beta is adapted to hold. None: beta stays. Ziegler et al. 2019:
@@ -205,8 +204,7 @@ class ScoreSettings(Settings):
 
     normalise: Literal["none", "first", "batch"] = "none"
     """Subtract the mean of the scores and divide by their standard deviation: those of the first
-    batch whose scores differ (Ziegler et al. 2019), or those of each batch. A batch whose scores do
-    not differ is not divided.
+    batch whose scores differ (Ziegler et al. 2019), or those of each batch if its scores differ.
     """
     clip: float | None = Field(default=None, gt=0)
     """Largest absolute score, after normalization. None: no clipping. PPO-max (Zheng et al. 2023,

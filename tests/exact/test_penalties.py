@@ -4,7 +4,6 @@ Check 13 of the KL estimators themselves is in test_policy_gradient.py.
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -263,7 +262,7 @@ def test_the_reward_of_each_token_is_its_step_the_rest_of_the_score_and_its_shar
         (None, torch.where(every.mask, steps, NAN)), (True, False)
     ):
         scored = (
-            SimpleNamespace(scores=WORLD.reward.tolist(), steps=scored_steps)
+            Scored(WORLD.reward.tolist(), {}, scored_steps)
             if scored_steps is not None
             else Scored(WORLD.reward.tolist(), {})
         )

@@ -414,6 +414,11 @@ def test_a_shared_value_head_has_the_trunk_s_width(folder):
         assert roles.outputs(ids, mask).values.abs().max() == 0
 
 
+def test_adapters_that_would_break_a_layer_are_refused(folder):
+    with pytest.raises(InputError, match=r"--lora.r: Mamba2ForCausalLM cannot have these adapters"):
+        load_policy(folder("mamba2"), LoraSettings(r=2), RUN)
+
+
 def test_an_adapter_on_a_layer_that_is_not_there_is_refused_with_those_that_are(folder):
     lora = LoraSettings(r=2, target_modules=("q_proj", "nonsense"))
     with pytest.raises(InputError, match=r"no layer 'nonsense': it has down_proj, .*q_proj"):

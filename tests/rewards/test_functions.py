@@ -7,6 +7,7 @@ import json
 import textwrap
 from decimal import Decimal
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def batch(columns, completions=None, prompts=None):
         completions or ["c"] * n,
         columns,
         trajectory,
-        None,  # type: ignore[arg-type]
+        SimpleNamespace(fingerprint="f"),  # type: ignore[arg-type]
         [f"rows.jsonl:{i + 1}" for i in range(n)],
     )
 

@@ -73,7 +73,7 @@ class Policy(nn.Module):
         config = plain(self.lm).config
         body = trunk(self.lm)
         if (
-            text_config(config)._attn_implementation != "sdpa"
+            getattr(text_config(config), "_attn_implementation", None) != "sdpa"
             or windowed(config)
             or not (accepts(body, "position_ids") and accepts(body, "attention_mask"))
         ):

@@ -21,7 +21,7 @@ def trainable(model: Any, lora: LoraSettings, run: RunSettings, task: str) -> An
         task: peft's name of what the model is for: CAUSAL_LM or SEQ_CLS.
 
     Raises:
-        InputError: --lora.target-modules names a layer that the model does not have.
+        InputError: the model does not have such a layer, or none that can have an adapter.
     """
     model.config.use_cache = True
     _without_noise(model)
@@ -51,7 +51,11 @@ def trainable(model: Any, lora: LoraSettings, run: RunSettings, task: str) -> An
     )
     with warnings.catch_warnings():  # tied weights are parted when adapters are merged
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:  # peft knows layers that an adapter would break
+            kind, why = type(model).__name__, str(error).split("\n")[0][:200]
+            raise InputError(f"--lora.r: {kind} cannot have these adapters: {why}") from error
 
 
 def _check_targets(model: Any, lora: LoraSettings) -> None:

@@ -40,13 +40,14 @@ def trunk(model: Any) -> Any:
 
 
 @functools.cache
-def _parameters(kind: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _parameters(forward: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def accepts(module: Any, name: str) -> bool:
     """Whether the module's forward has a parameter of this name; `**kwargs` does not count."""
-    return name in _parameters(module.__class__)
+    forward = getattr(module, "forward", module)
+    return name in _parameters(getattr(forward, "__func__", forward))
 
 
 def context(config: Any) -> int:
