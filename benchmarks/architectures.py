@@ -74,7 +74,7 @@ def main() -> None:
     counts = {v: sum(r["verdict"] == v for r in rows) for v in VERDICTS}
     print(", ".join(f"{n} {v}" for v, n in counts.items()))
     if arguments.out:
-        arguments.out.write_text(table(rows, counts))
+        arguments.out.write_text(table(rows, counts, arguments.kinds))
     sys.exit(1 if counts["wrong"] else 0)
 
 
@@ -234,14 +234,15 @@ def differs(ours: float, theirs: float, what: str) -> str:
     return f"{what} is {ours:.6g} here and {theirs:.6g} in plain transformers"
 
 
-def table(rows: list[dict[str, str]], counts: dict[str, int]) -> str:
+def table(rows: list[dict[str, str]], counts: dict[str, int], kinds: list[str]) -> str:
+    named = "".join(f"{kind} " for kind in kinds)
     lines = [
         "# Architectures",
         "",
-        "Printed by `python benchmarks/architectures.py --out docs/architectures.md`: a tiny "
-        "random model of each causal architecture of the installed transformers, the checks at the "
-        "start of a run, and one step of `sft`, `sft` with LoRA, `reward`, `dpo` and `ppo`, "
-        "compared with plain transformers.",
+        f"Printed by `python benchmarks/architectures.py {named}--out docs/architectures.md`. For "
+        f"{'these' if named else 'all'} causal architectures of the installed transformers: a tiny "
+        "random model, the checks at the start of a run, and one step of `sft`, `sft` with LoRA, "
+        "`reward`, `dpo` and `ppo`, compared with plain transformers.",
         "",
         ", ".join(f"{n} {v}" for v, n in counts.items()) + ".",
         "",

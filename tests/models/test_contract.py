@@ -195,6 +195,12 @@ def test_every_other_role_reads_its_folder_as_strictly(folder, copy, tmp_path):
         load_scorer(str(tmp_path / "reward"), FULL, RUN, head="saved")
 
 
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2", "olmo2", "gemma3_text"])
+def test_a_scorer_starts_from_any_language_model_and_drops_its_head(folder, kind):
+    scorer = load_scorer(folder(kind), FULL, RUN, head="normal")
+    assert check_scorer(scorer, PROMPTS, kind, "--model") < 1e-5
+
+
 def test_a_reward_model_s_folder_is_no_policy(folder, tmp_path):
     scorer = load_scorer(folder("qwen3", tie_word_embeddings=True), FULL, RUN, head="normal")
     scorer.model.save_pretrained(tmp_path)

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from ..errors import InputError
 from .trunk import text_config
 
+HEADS = ("lm_head.", "embed_out.")
+"""Beginnings of the names that folders use for a language model's output weights."""
 FLOATING = {"F64", "F32", "F16", "BF16"}
 
 
@@ -47,8 +49,8 @@ def pretrained(auto: Any, name: str, flag: str, *, new: Sequence[str] = (), **op
     missing = [key for key in info["missing_keys"] if not key.startswith(tuple(new))]
     unused = list(info["unexpected_keys"])
     if unused and new:  # a scorer has no use for the head of the language model it starts from
-        head = _head(model.config)
-        unused = [key for key in unused if head is None or not key.startswith(head)]
+        heads = (*HEADS, *_head(model.config))
+        unused = [key for key in unused if not key.startswith(heads)]
     if missing or unused:
         raise InputError(f"{flag}: {name} {_difference(missing, unused, type(model).__name__)}")
     if wrong := [f"{key} ({kind})" for key, kind in _types(name) if kind not in FLOATING]:
@@ -148,15 +150,15 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _head(config: Any) -> str | None:
-    """The beginning of the names of a language model's output weights, or None."""
+def _head(config: Any) -> list[str]:
+    """The beginnings of the names of a language model's output weights."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception:
-        return None
+        return []
     head = model.get_output_embeddings()
-    return next((f"{key}." for key, m in model.named_modules() if m is head), None)
+    return [f"{key}." for key, m in model.named_modules() if m is head]
 
 
 def _types(name: str) -> list[tuple[str, str]]:
