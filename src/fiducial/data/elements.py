@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RowFormat(Generic[T]):
-    """Which rows a method reads, and what it makes of them.
+    """The rows that a method reads, and the elements into which it turns them.
 
     accept: the formats of rows. render: from a renderer to a function of one row.
     key: what must not stand in both training and evaluation, usually the prompt.

@@ -77,7 +77,7 @@ class Takes:
         return Takes(frozenset(p.name for p in named), required, _open(found))
 
     def chosen(self, offered: Mapping[str, Any]) -> dict[str, Any]:
-        """Of the keywords that are offered, those that the function takes."""
+        """The offered keywords that the function takes."""
         return {k: v for k, v in offered.items() if self.everything or k in self.names}
 
 

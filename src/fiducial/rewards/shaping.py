@@ -30,7 +30,7 @@ class ScoreScale:
 
     @staticmethod
     def of(scores: Tensor) -> ScoreScale:
-        """Of scores [N]. What float32 cannot tell apart does not differ."""
+        """The scale of `scores` [N]. Scores that are equal in float32 count as equal."""
         high, low, size = scores.max(), scores.min(), scores.abs().max()
         std = float(scores.std(correction=0)) if high - low > 1e-6 * (1 + size) else 0.0
         return ScoreScale(float(scores.mean()), std)
