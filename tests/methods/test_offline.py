@@ -89,7 +89,7 @@ class Slow:
         self.renderer = load_renderer(folder, RowSettings())
 
     def logprob(self, prompt, response):
-        """Of the response's tokens and its end, summed, and their number."""
+        """The summed log-probability of the response and its end, and the number of its tokens."""
         row = self.renderer.completion(prompt, response, "")
         logp = self.model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
         at = [k for k, label in enumerate(row.mask) if label]

@@ -85,7 +85,7 @@ def incomplete(models, tmp_path_factory):
 @pytest.mark.parametrize(("method", "flag"), ROLES)
 def test_no_weight_is_filled_in_at_random(go, incomplete, method, flag, how):
     name = {"--model": "model", "--teacher": "teacher"}[flag]
-    with pytest.raises(InputError, match=rf"{flag}: .* lacks \d+ weights of Llama\w+: \w+"):
+    with pytest.raises(InputError, match=rf"{flag}: .* lacks \d+ of the weights of Llama\w+: \w+"):
         go(method, **{name: incomplete[how]})
 
 

@@ -143,10 +143,13 @@ def without(tensors, part):
 
 
 SPOILT = {
-    "deleted": (lambda t: without(t, "layers.1.mlp.up_proj"), "lacks 1 weights .*up_proj.weight"),
+    "deleted": (
+        lambda t: without(t, "layers.1.mlp.up_proj"),
+        "lacks 1 of the weights .*up_proj.weight",
+    ),
     "renamed": (
         lambda t: {f"other.{name}": x for name, x in t.items()},
-        r"lacks \d+ weights .*holds \d+ tensors that .* does not use: other",
+        r"lacks \d+ of the weights .*holds \d+ tensors that .* does not use: other",
     ),
     "extra": (lambda t: t | {"model.extra.weight": torch.ones(2)}, "does not use: model.extra"),
     "integer": (
@@ -181,9 +184,9 @@ def test_every_other_role_reads_its_folder_as_strictly(folder, copy, tmp_path):
     spoilt = rewritten(copy("llama"), SPOILT["deleted"][0])
     tokenizer = make_tokenizer("llama")
     policy = load_policy(folder("llama"), FULL, RUN)
-    with pytest.raises(InputError, match=r"--teacher: .* lacks 1 weights"):
+    with pytest.raises(InputError, match=r"--teacher: .* lacks 1 of the weights"):
         load_teacher(spoilt, policy, tokenizer, 32, RUN)
-    with pytest.raises(InputError, match="lacks 1 weights"):
+    with pytest.raises(InputError, match="lacks 1 of the weights"):
         load_roles(folder("llama"), FULL, RUN, tokenizer, CPU, critic=spoilt)
     scorer = load_scorer(folder("llama"), FULL, RUN, head="normal", tokenizer=tokenizer)
     tokenizer.pad_token = "<unk>"
@@ -191,7 +194,7 @@ def test_every_other_role_reads_its_folder_as_strictly(folder, copy, tmp_path):
     save(scorer, tokenizer, tmp_path / "reward", torch.tensor([PROMPTS[0]]))
     load_scorer(str(tmp_path / "reward"), FULL, RUN, head="saved")
     rewritten(tmp_path / "reward", lambda t: without(t, "score"))
-    with pytest.raises(InputError, match=r"lacks 1 weights .*score.weight"):
+    with pytest.raises(InputError, match=r"lacks 1 of the weights .*score.weight"):
         load_scorer(str(tmp_path / "reward"), FULL, RUN, head="saved")
 
 
@@ -223,7 +226,7 @@ def test_an_adapter_that_lacks_tensors_is_refused(folder, tmp_path, lost):
     else:
         left = without(left, lost)
     save_file(left, path, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"the adapter .* lacks \d+ weights"):
+    with pytest.raises(InputError, match=r"the adapter .* lacks \d+ of the weights"):
         load_policy(str(tmp_path), FULL, RUN)
 
 

@@ -131,7 +131,7 @@ def _difference(missing: Collection[str], unused: Collection[str], kind: str) ->
     """The end of a sentence about tensors that are missing from a folder or not used."""
     parts = []
     if missing:
-        parts.append(f"lacks {len(missing)} weights of {kind}: {_some(sorted(missing))}")
+        parts.append(f"lacks {len(missing)} of the weights of {kind}: {_some(sorted(missing))}")
     if unused:
         parts.append(
             f"holds {len(unused)} tensors that {kind} does not use: {_some(sorted(unused))}"
