@@ -60,21 +60,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 LONG = (
-    "lab/test_dpo_transformer.py",
-    "lab/test_sequence.py",
     "lab/test_ppo.py",
     "methods/test_methods.py",
-    "lab/test_kit.py",
-    "lab/test_command.py",
+    "lab/test_dpo_transformer.py",
+    "lab/test_sequence.py",
     "methods/test_processes.py",
-    "methods/test_resume.py",
-    "lab/test_trainer.py",
-    "demo/test_demo.py",
-    "methods/test_distill.py",
     "methods/test_reinforce_grpo.py",
-    "methods/test_prm.py",
-    "lab/test_story.py",
+    "methods/test_resume.py",
+    "lab/test_command.py",
+    "lab/test_kit.py",
     "lab/test_dpo.py",
+    "demo/test_demo.py",
+    "lab/test_trainer.py",
+    "models/test_contract.py",
+    "test_imports.py",
+    "methods/test_distill.py",
+    "models/test_tabular.py",
 )
 """The longest files, which begin first, so that no worker is left with one at the end."""
 

@@ -10,6 +10,7 @@ from fiducial.data.batches import pad
 from fiducial.data.render import Rendered
 from fiducial.methods.dpo import Pair, pair_logprobs
 from fiducial.models.load import load_policy
+from fiducial.models.roles import Policy
 from fiducial.settings import LoraSettings, RunSettings
 
 CPU = torch.device("cpu")
@@ -63,6 +64,41 @@ def test_log_probabilities_and_gradients_are_those_of_two_rows(models, kind):
     for ours, theirs in zip(together, two, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
     for ours, theirs in zip(gradient(together), gradient(two), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+RANKED = [sequence([5, 6], r) for r in ([8], [9, 3], [8, 3], [9, 10, 4])]
+CUT = Rendered(RANKED[1].ids, [False] * 3 + [True], "")  # the same tokens, with fewer labels
+OFTEN = [
+    *(Pair(a, b) for k, a in enumerate(RANKED) for b in RANKED[k + 1 :]),
+    Pair(CUT, RANKED[1]),
+]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_responses_of_several_pairs_are_read_once_and_count_in_each(models, kind, monkeypatch):
+    policy = load_policy(str(models[kind]), LoraSettings(), RunSettings())
+    assert policy.supports_shared_prefix
+    weight = torch.tensor([[1.0, -2.0, 0.5, 3.0, -0.7, 0.2, 1.1]])
+
+    def gradient(values):
+        policy.zero_grad()
+        (torch.stack(values) * torch.cat([weight, 0.4 - weight])).sum().backward()
+        return [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+
+    two = apart(policy, OFTEN)
+    expected, rows, whole = gradient(two), [], Policy.forward
+
+    def counted(self, ids, mask, *more, **named):
+        rows.append(len(ids))
+        return whole(self, ids, mask, *more, **named)
+
+    monkeypatch.setattr(Policy, "forward", counted)
+    once = pair_logprobs(policy, OFTEN, CPU)
+    assert rows == [len(RANKED) + 1]
+    for ours, theirs in zip(once, two, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    for ours, theirs in zip(gradient(once), expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=2e-5)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fiducial.demo import pipeline
 from fiducial.demo.compare import Answers, Scale, distinct, name_of, reliability
 from fiducial.demo.pipeline import demo
 from fiducial.demo.settings import Demo
@@ -24,6 +25,7 @@ SMALL: dict[str, Any] = {
     "prompts": 24,
     "eval_samples": 1,
 }
+TINY = pipeline.SHAPE | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 Made = tuple[Path, Path]
 
 
@@ -37,6 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         raise AssertionError("the demo opened a socket to another machine")
 
     patch.setattr(socket.socket, "connect", refuse)
+    patch.setattr(pipeline, "SHAPE", TINY)
     try:
         page = demo(Demo(out=str(folder), **SMALL))
     finally:

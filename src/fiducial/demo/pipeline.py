@@ -46,6 +46,15 @@ from .world import StoryWorld, build_tokenizer
 MAX_NEW = 80
 """Tokens of a response, at most."""
 
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+"""Of the model: about a million weights."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -320,11 +329,7 @@ def make_world(world: StoryWorld, folder: Path, settings: Demo) -> None:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=344,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            **SHAPE,
             max_position_embeddings=256,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,

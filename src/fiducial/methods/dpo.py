@@ -20,7 +20,7 @@ from .. import losses
 from ..core import intervals
 from ..core.reductions import select
 from ..core.shared_prefix import SharedPrefix, common_length, shared_prefix
-from ..data.batches import pad
+from ..data.batches import distinct, pad
 from ..data.elements import RowFormat
 from ..data.pairs import preference_rows
 from ..data.prepare import text_of
@@ -188,21 +188,25 @@ def answers(ready: Prepared[Pair], settings: DPO, run: Run[None]) -> list[dict[s
 def pair_logprobs(policy: Any, pairs: list[Pair], device: torch.device) -> tuple[Tensor, Tensor]:
     """Log-probabilities [B], [B] of the chosen and the rejected responses, in nats.
 
-    They are summed over each response's tokens. Where the model allows it, a prompt is read once
-    for both responses.
+    They are summed over each response's tokens. A response that stands in several pairs is read
+    once; or, where that takes fewer tokens and the model allows it, a prompt is read once for both
+    of its responses.
 
     Args:
         policy: a Policy, or a data-parallel wrapper around one.
     """
     inner: Policy = getattr(policy, "module", policy)
-    if inner.supports_shared_prefix:
+    once, places = distinct([p.chosen for p in pairs] + [p.rejected for p in pairs])
+    if inner.supports_shared_prefix and sum(sum(p.costs(True)) for p in pairs) < sum(
+        map(len, once)
+    ):
         ids, mask, layout = shared_prefix(pairs)
         layout = SharedPrefix(*(x.to(device) for x in layout))
         logprobs = policy(ids.to(device), mask.to(device), shared_prefix=layout).logprobs
         chosen, rejected = (select(logprobs, layout.branch == k).sum(1) for k in (1, 2))
         return chosen, rejected
-    batch = pad([p.chosen for p in pairs] + [p.rejected for p in pairs]).to(device)
-    chosen, rejected = policy(batch.ids, batch.mask).logprobs.sum(1).split(len(pairs))
+    batch = pad(once).to(device)
+    chosen, rejected = policy(batch.ids, batch.mask).logprobs.sum(1)[places].split(len(pairs))
     return chosen, rejected
 
 
