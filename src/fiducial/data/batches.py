@@ -143,18 +143,3 @@ def pad(rows: Sequence[Rendered]) -> Padded:
     ids = torch.tensor([r.ids + [0] * (width - len(r)) for r in rows], dtype=torch.long)
     mask = torch.tensor([r.mask + [False] * (width - len(r)) for r in rows], dtype=torch.bool)
     return Padded(ids, mask, torch.tensor([len(r) for r in rows]))
-
-
-def distinct(rows: Sequence[Rendered]) -> tuple[list[Rendered], list[int]]:
-    """Each sequence once, in the order of its first appearance, and the place of each row among
-    them. Rows are equal where their ids and their labels are.
-    """
-    numbers: dict[tuple[tuple[int, ...], tuple[bool, ...]], int] = {}
-    once: list[Rendered] = []
-    places = []
-    for row in rows:
-        place = numbers.setdefault((tuple(row.ids), tuple(row.mask)), len(once))
-        if place == len(once):
-            once.append(row)
-        places.append(place)
-    return once, places

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .. import losses
 from ..core import intervals
+from ..core.equal_rows import distinct
 from ..core.reductions import select
 from ..core.shared_prefix import SharedPrefix, common_length, shared_prefix
-from ..data.batches import distinct, pad
+from ..data.batches import pad
 from ..data.elements import RowFormat
 from ..data.pairs import preference_rows
 from ..data.prepare import text_of
@@ -196,10 +197,11 @@ def pair_logprobs(policy: Any, pairs: list[Pair], device: torch.device) -> tuple
         policy: a Policy, or a data-parallel wrapper around one.
     """
     inner: Policy = getattr(policy, "module", policy)
-    once, places = distinct([p.chosen for p in pairs] + [p.rejected for p in pairs])
-    if inner.supports_shared_prefix and sum(sum(p.costs(True)) for p in pairs) < sum(
-        map(len, once)
-    ):
+    rows = [p.chosen for p in pairs] + [p.rejected for p in pairs]
+    first, places = distinct((tuple(r.ids), tuple(r.mask)) for r in rows)
+    once = [rows[i] for i in first]
+    together = sum(sum(p.costs(inner.supports_shared_prefix)) for p in pairs)
+    if inner.supports_shared_prefix and together < sum(map(len, once)):
         ids, mask, layout = shared_prefix(pairs)
         layout = SharedPrefix(*(x.to(device) for x in layout))
         logprobs = policy(ids.to(device), mask.to(device), shared_prefix=layout).logprobs

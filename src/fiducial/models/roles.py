@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.equal_rows import equal_rows
 from ..core.logprobs import chosen_logprobs, compared
 from ..core.reductions import select
 from ..core.shared_prefix import SharedPrefix
@@ -303,16 +304,23 @@ class Roles:
         wrapped: Mapping[str, Any] | None = None,
     ) -> TokenOutputs:
         """What the policy says of each token, with the critic's values wherever they come from.
+        Equal rows, as groups of short answers have them, are computed once.
 
         Args:
             wrapped: the trained modules by role as a launcher has wrapped them, so that gradients
                 cross the processes; None uses the modules themselves.
         """
         modules = wrapped or self.trained()
+        first, places = equal_rows(ids, mask)
+        repeated = len(first) < len(ids)
+        if repeated:
+            ids, mask = ids[first], mask[first]
         out: TokenOutputs = modules["policy"](ids, mask, temperature, entropy=entropy)
-        if self.critic is None:
-            return out
-        return out._replace(values=select(modules["critic"](ids), mask))
+        if self.critic is not None:
+            out = out._replace(values=select(modules["critic"](ids), mask))
+        if repeated:
+            out = TokenOutputs._make(None if x is None else x[places] for x in out)
+        return out
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:
