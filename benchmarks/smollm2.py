@@ -21,8 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-LORA = "--lora.r 8 --run.samples 2"
-SHORT = "--rows.max-length 320 --rows.on-error skip"
+REWARD = "reward"
+LORA = "--lora.r 8 --run.samples 2 --run.tokens 2048"
+SHORT = "--rows.max-length 256 --rows.on-error skip"
 
 
 def main() -> None:
@@ -34,29 +35,36 @@ def main() -> None:
     model, out = arguments.model, arguments.out
     out.mkdir(parents=True, exist_ok=True)
     write_rows(arguments.gsm8k, out)
-    learned = "--steps 8 --batch-size 8 --learning-rate 2e-4 --run.eval-every 4"
-    sampled = "--batch-size 16 --learning-rate 1e-4 --max-new-tokens 16 --reward numeric_answer"
+    learned = "--steps 8 --batch-size 8 --learning-rate 2e-4 --run.eval-every 1 " + SHORT
+    sampled = "--learning-rate 1e-4 --max-new-tokens 16 --reward numeric_answer"
     runs = (
-        ("sft", f"--data {out}/answers.jsonl {learned} {SHORT} --max-new-tokens 32", "eval/loss"),
-        ("reward", f"--data {out}/pairs.jsonl {learned} {SHORT}", "eval/accuracy"),
-        ("dpo", f"--data {out}/pairs.jsonl {learned} {SHORT} --max-new-tokens 32", "eval/loss"),
-        ("ppo", f"--data {out}/sums.jsonl --steps 6 {sampled}", "reward"),
-        ("grpo", f"--data {out}/sums.jsonl --steps 6 --group-size 4 {sampled}", "reward"),
+        ("sft", f"--data {out}/answers.jsonl {learned} --max-new-tokens 32", "eval/loss"),
+        (
+            "sft",
+            f"--data {out}/answers.jsonl {learned} --max-new-tokens 32 --run.precision bfloat16",
+            "eval/loss",
+        ),
+        ("reward", f"--data {out}/pairs.jsonl {learned}", "eval/accuracy"),
+        ("dpo", f"--data {out}/pairs.jsonl {learned} --max-new-tokens 32", "eval/loss"),
+        ("ppo", f"--data {out}/sums.jsonl --steps 6 --batch-size 16 --epochs 2 {sampled}", REWARD),
+        ("grpo", f"--data {out}/sums.jsonl --steps 10 --batch-size 32 {sampled}", REWARD),
     )
     lines = []
-    for verb, flags, metric in runs:
-        run = out / verb
+    for number, (verb, flags, metric) in enumerate(runs):
+        run = out / f"{number}-{verb}"
         command = f"fiducial {verb} --model {model} {flags} {LORA} --out {run}"
         seconds, memory = timed(command)
         values = [r[metric] for r in rows_of(run / "metrics.jsonl") if metric in r]
         lines.append((command, seconds, memory, metric, values[0], values[-1]))
         moved = f"{metric} {values[0]:.4g} -> {values[-1]:.4g}"
         print(f"{verb}: {seconds:.0f} s, {memory:.2f} GiB, {moved}")
-        for sample in rows_of(run / "samples.jsonl")[-2:]:
-            print(f"    {sample['completion'][:160]!r}")
+        if verb != "reward":
+            for sample in rows_of(run / "samples.jsonl")[-2:]:
+                print(f"    {sample['completion'][:160]!r}")
         print(f"    in plain transformers: {loaded(run / 'model', verb)!r}", flush=True)
+        policy = run / "model"
     command = (
-        f"fiducial eval --model {out / 'grpo' / 'model'} --prompts {out}/sums.jsonl "
+        f"fiducial eval --model {policy} --prompts {out}/sums.jsonl "
         f"--judge numeric_answer --reference {model} --max-new-tokens 16 --out {out}/eval.json"
     )
     seconds, memory = timed(command)
@@ -103,7 +111,7 @@ def timed(command: str) -> tuple[float, float]:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
 def loaded(folder: Path, verb: str) -> str:
@@ -130,7 +138,7 @@ def loaded(folder: Path, verb: str) -> str:
 def table(lines: list[tuple[str, float, float, str, float, float]], model: Path, out: Path) -> str:
     rows = [
         "",
-        "| command | seconds | peak memory, GiB | metric | first | last |",
+        "| command | seconds | peak memory, GiB | metric | first step | last step |",
         "|---|---|---|---|---|---|",
     ]
     for command, seconds, memory, metric, first, last in lines:

@@ -17,6 +17,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, processors
 from tokenizers.models import BPE
@@ -168,3 +169,18 @@ PROMPTS = [
 ]
 GOOD = [" sat", " e", " in the sun", " no", " the other one", " er", " on", " yes", " ok", " cat"]
 BAD = [" xyz zy", " q", " zq", " vv wv", " x", " zzz", " kkq", " j", " uvw", " qqqqqq"]
+
+
+def tensor(x: Any, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """In double precision, in which sums by hand are exact enough."""
+    return torch.tensor(x, dtype=dtype)
+
+
+def noisy(seed: int = 0, rows: int = 4, width: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values with NaN and infinities where the mask is false, and the mask."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((rows, width)) < 0.6
+    mask[0, 0], mask[1] = True, False
+    x = rng.normal(loc=3, scale=2, size=(rows, width))
+    x[~mask] = rng.choice([np.nan, np.inf, -np.inf], size=(~mask).sum())
+    return tensor(x), torch.tensor(mask)

@@ -133,7 +133,7 @@ def _unknown(cls: type[Settings], name: str, command: str) -> InputError:
         for option in ((flag.name, f"no-{flag.name}") if flag.switch else (flag.name,))
     ]
     near = (
-        difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        difflib.get_close_matches(name, known, n=1)
         or [k for k in sorted(known) if k.endswith(f".{name}")][:1]
     )
     hint = f": did you mean --{near[0]}?" if near else ""

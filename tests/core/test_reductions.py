@@ -8,22 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from fiducial.core.reductions import masked_mean, masked_sum, same_shape, select, whiten
+from support import noisy, tensor
 
 NAN, INF = math.nan, math.inf
-
-
-def tensor(x, dtype=torch.float64) -> torch.Tensor:
-    return torch.tensor(x, dtype=dtype)
-
-
-def noisy(seed: int = 0, rows: int = 4, width: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values with NaN and infinities where the mask is false, and the mask."""
-    rng = np.random.default_rng(seed)
-    mask = rng.random((rows, width)) < 0.6
-    mask[0, 0], mask[1] = True, False
-    x = rng.normal(loc=3, scale=2, size=(rows, width))
-    x[~mask] = rng.choice([NAN, INF, -INF], size=(~mask).sum())
-    return tensor(x), torch.tensor(mask)
 
 
 @pytest.mark.parametrize("seed", range(3))

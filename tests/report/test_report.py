@@ -617,7 +617,7 @@ def test_title_color_kind_and_deciding_metrics_come_from_the_table(
     rows = [{**r, "nudges": 3.0 * r["step"]} for r in ppo_history()]
     path = folder(tmp_path / "one", rows, config={"method": "nudge"})
     general = write_report(path).read_text(encoding="utf-8")
-    assert "nudge run one" in general and "Nudging" not in general
+    assert "nudge run: one" in general and "Nudging" not in general
     monkeypatch.setattr(verbs, "METHODS", [*verbs.METHODS, row])
     html = write_report(path).read_text(encoding="utf-8")
     assert "Nudging run one" in html and answer(read_run(path))[0].startswith("Reward rose from")

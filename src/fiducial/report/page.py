@@ -65,7 +65,7 @@ def write_report(run: Path) -> Path:
     numbers = _numbers(record)
     facts, found = _facts(record.summary), alarms(record.history)
     longest = max((len(points) for points in record.series.values()), default=0)
-    title = f"{verbs.title(record.method)} run {record.path.resolve().name}"
+    title = f"{verbs.title(record.method)} run: {record.path.resolve().name}"
     return write_page(
         record.path,
         "report.html",

@@ -44,7 +44,8 @@ def teach_steps(world: World, start: Path, out: Path, seed: int) -> Path:
             seed=seed,
         )
     )
-    found = [json.loads(line) for line in drawn.read_text(encoding="utf-8").splitlines()]
+    with drawn.open(encoding="utf-8") as lines:
+        found = [json.loads(line) for line in lines]
     right = world.scores([r["prompt"] for r in found], [r["completion"] for r in found])
     write_rows(
         rows,
