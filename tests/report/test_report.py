@@ -620,7 +620,7 @@ def test_title_color_kind_and_deciding_metrics_come_from_the_table(
     assert "nudge run: one" in general and "Nudging" not in general
     monkeypatch.setattr(verbs, "METHODS", [*verbs.METHODS, row])
     html = write_report(path).read_text(encoding="utf-8")
-    assert "Nudging run one" in html and answer(read_run(path))[0].startswith("Reward rose from")
+    assert "Nudging run: one" in html and answer(read_run(path))[0].startswith("Reward rose from")
     assert "nudges" in html.split("The picture that decides")[0]
     assert page_data(html)["figures"]["decide0"]["series"][-1]["color"] == PALETTE["sky"]
 
