@@ -3,6 +3,7 @@ plain transformers does; and each says what it compared.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fiducial.errors import InputError
 from fiducial.models.roles import Policy, ScoreModel
 from fiducial.models.trunk import logits
 from fiducial.rollout import local
-from fiducial.settings import RowSettings, RunSettings
+from fiducial.settings import LoraSettings, RowSettings, RunSettings
 from support import BAD, GOOD, PROMPTS, write_jsonl
 
 ONLINE = ("ppo", "reinforce", "grpo", "distill")
@@ -130,3 +131,37 @@ def test_a_reward_model_that_is_computed_otherwise_is_refused(go, monkeypatch, m
     monkeypatch.setattr(ScoreModel, "_score", lambda self, hidden: known(self, hidden) + 0.1)
     with pytest.raises(InputError, match=r"--reward: .* gives other scores here than in plain"):
         go(method, reward=(reward,))
+
+
+@pytest.fixture(scope="module")
+def sharp(models, tmp_path_factory):
+    """A model of large logits, which bfloat16 rounds by about a nat, as it does a real model's."""
+    folder = Path(shutil.copytree(models["llama"], tmp_path_factory.mktemp("sharp") / "m"))
+    path = folder / "model.safetensors"
+    tensors = {n: w * 10 if n == "lm_head.weight" else w for n, w in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_bfloat16_rounds_by_a_nat_is_trained_and_saved_as_it_is(
+    go, sharp, capsys, method, rank
+):
+    found = []
+    for precision in ("float32", "bfloat16"):
+        changes = {"teacher": sharp} if method == "distill" else {}
+        run = go(
+            method,
+            model=sharp,
+            lora=LoraSettings(r=rank),
+            run=RunSettings(samples=1, precision=precision),
+            **changes,
+        )
+        assert (run.path / "model").is_dir()
+        found.append(json.loads((run.path / "metrics.jsonl").read_text().splitlines()[0]))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "checked: " in said and "slower" not in said and "anew" not in said
+    assert found[0]["grad_norm"] != found[1]["grad_norm"]  # it was computed in bfloat16
+    gaps = re.findall(r"equal plain transformers' to (\S+)", said)
+    assert len(gaps) == 2

@@ -28,7 +28,7 @@ from ..data.prepare import text_of
 from ..data.render import Rendered, Renderer
 from ..data.row_types import PreferenceRow
 from ..models.contract import FLOAT32
-from ..models.roles import Policy
+from ..models.roles import Policy, full_precision
 from ..models.save import save
 from ..rollout.samples import show_samples
 from ..rollout.sampling import sampling_params
@@ -151,12 +151,12 @@ def agree_when_shared(policy: Policy, pair: Pair, device: torch.device) -> bool:
     """Whether both responses to a prompt that is read once have the log-probabilities that they
     have alone.
     """
-    shared = torch.cat(pair_logprobs(policy, [pair], device))
-    batches = [pad([r]).to(device) for r in pair]
-    alone = torch.cat([policy(b.ids, b.mask).logprobs.sum(1) for b in batches])
+    with full_precision(policy):
+        shared = torch.cat(pair_logprobs(policy, [pair], device))
+        batches = [pad([r]).to(device) for r in pair]
+        alone = torch.cat([policy(b.ids, b.mask).logprobs.sum(1) for b in batches])
     tokens = max(r.num_labels for r in pair)
-    tolerance = FLOAT32 if policy.precision is None else 0.1
-    return bool(((shared - alone).abs() <= tolerance * max(1, tokens)).all())
+    return bool(((shared - alone).abs() <= FLOAT32 * max(1, tokens)).all())
 
 
 def announce(ready: Prepared[Pair], warmup: int, run: Run[None]) -> None:

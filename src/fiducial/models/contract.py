@@ -6,11 +6,13 @@ Each check raises an InputError, or returns the largest difference it saw.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 from .roles import Policy, Roles, ScoreModel
@@ -108,18 +110,17 @@ def check_policy(policy: Policy, rows: Sequence[Sequence[int]], name: str, flag:
     model, device = plain(policy.lm), next(policy.parameters()).device
     check_lengths(model.config, max(map(len, rows)), name, flag)
     kind = type(model).__name__
+    ids, mask = _padded(rows, device)
 
-    def compare(precision: torch.dtype | None) -> tuple[Tensor, Tensor]:
-        ids, mask = _padded(rows, device)
-        ours = policy(ids, mask).logprobs
-        with evaluating(model), autocast(precision, device):
-            theirs = torch.cat([_plain_logprobs(model, row, device) for row in rows])
-        return ours[mask], theirs
+    def alone(precision: torch.dtype | None) -> Tensor:
+        with evaluating(model), _computing_in(precision, model, device):
+            return torch.cat([_plain_logprobs(model, row, device) for row in rows])
 
-    ours, theirs = _tried(lambda: compare(policy.precision), kind, name, flag)
+    ours = _tried(lambda: policy(ids, mask).logprobs[mask], kind, name, flag)
+    theirs = _tried(lambda: alone(policy.precision), kind, name, flag)
     gap, tolerance = _largest(ours, theirs), FLOAT32
     if policy.precision is not None:
-        rounding = _largest(theirs, _tried(lambda: compare(None), kind, name, flag)[1])
+        rounding = _largest(theirs, _tried(lambda: alone(None), kind, name, flag))
         tolerance = max(BFLOAT16, 2 * rounding)
     if not gap <= tolerance:
         raise InputError(
@@ -149,18 +150,20 @@ def check_scorer(scorer: ScoreModel, rows: Sequence[Sequence[int]], name: str, f
     # transformers reads the score at the last token that is no padding
     rows = [[*r[:-1], r[-1] if r[-1] != pad else _another(r, pad)] for r in rows]
 
-    def compare(precision: torch.dtype | None) -> tuple[Tensor, Tensor]:
-        ids, _ = _padded(rows, device)
-        ours = scorer(ids, torch.tensor([len(r) for r in rows], device=device))
-        with evaluating(model), autocast(precision, device):
-            alone = [model(input_ids=torch.tensor([r], device=device)).logits for r in rows]
-        return ours, torch.cat(alone)[:, 0].float()
+    ids, _ = _padded(rows, device)
+    lengths = torch.tensor([len(r) for r in rows], device=device)
 
-    ours, theirs = _tried(lambda: compare(scorer.precision), kind, name, flag)
+    def alone(precision: torch.dtype | None) -> Tensor:
+        with evaluating(model), _computing_in(precision, model, device):
+            each = [model(input_ids=torch.tensor([r], device=device)).logits for r in rows]
+        return torch.cat(each)[:, 0].float()
+
+    ours = _tried(lambda: scorer(ids, lengths), kind, name, flag)
+    theirs = _tried(lambda: alone(scorer.precision), kind, name, flag)
     gap, tolerance = _largest(ours, theirs), FLOAT32 * max(1.0, float(theirs.abs().max()))
     if scorer.precision is not None:
-        exact = _tried(lambda: compare(None), kind, name, flag)[1]
-        tolerance = max(BFLOAT16, 2 * _largest(theirs, exact))
+        rounding = _largest(theirs, _tried(lambda: alone(None), kind, name, flag))
+        tolerance = max(BFLOAT16, 2 * rounding)
     if not gap <= tolerance:
         raise InputError(
             f"{flag}: {kind} of {name} gives other scores here than in plain transformers: they "
@@ -214,6 +217,30 @@ def check_lengths(config: Any, longest: int, name: str, flag: str) -> None:
                 f"{limit} tokens, and this run may have {longest}: give --rows.max-length {limit}, "
                 "or fewer --max-new-tokens"
             )
+
+
+@contextlib.contextmanager
+def _computing_in(
+    precision: torch.dtype | None, model: Any, device: torch.device
+) -> Iterator[None]:
+    """A model's forward pass in this precision; None for float32, in which layers whose weights are
+    kept in bfloat16 multiply too.
+    """
+    linear: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    kept = [m for m in linear if precision is None and m.weight.dtype == torch.bfloat16]
+    for layer in kept:
+        layer.forward = functools.partial(_wide, layer)
+    try:
+        with autocast(precision, device):
+            yield
+    finally:
+        for layer in kept:
+            del layer.forward
+
+
+def _wide(layer: nn.Linear, x: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.float()
+    return nn.functional.linear(x, layer.weight.float(), bias)
 
 
 def _plain_logprobs(model: Any, row: Sequence[int], device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ..errors import RunError
-from .roles import Policy, ScoreModel
+from .roles import Policy, ScoreModel, full_precision
 from .trunk import plain
 from .weights import adapters_merged
 
@@ -60,11 +60,10 @@ def save(module: Policy | ScoreModel, tokenizer: Any, path: Path, probe: Tensor)
     device = next(module.parameters()).device
     # nothing can be predicted from one token alone
     probe = (probe if probe.shape[1] > 1 else probe.repeat(1, 2)).to(device)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(module):
         ours, theirs = _compared(module, path, probe)
-    tolerance = 1e-4 if module.precision is None else 0.2
     worst = float((ours - theirs).abs().max())
-    if not worst <= tolerance:
+    if not worst <= 1e-4:
         raise RunError(
             f"the model saved in {path} answers differently when it is loaded again: the largest "
             f"difference is {worst:.3g}"
