@@ -38,7 +38,6 @@ from fiducial.settings import (
     RunSettings,
     ScoreSettings,
     build,
-    dump_yaml,
 )
 from fiducial.train.renderer import load_renderer
 from fiducial.train.step import Stepper
