@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -14,6 +14,12 @@ from .settings import SHOWN, Settings, is_number
 
 BESIDE = ("method", "resumed")
 """What a run's config.yaml says beside its settings: the verb, and what changed on resume."""
+
+
+class Dumped(Protocol):
+    """Settings, as far as they are written to a file."""
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
 
 
 class _Loader(yaml.SafeLoader):
@@ -114,7 +120,7 @@ def check_written(
             )
 
 
-def dump_yaml(settings: Settings, method: str) -> str:
+def dump_yaml(settings: Dumped, method: str) -> str:
     """The resolved settings as YAML that `--config` reads back."""
     return yaml.safe_dump(
         {"method": method, **settings.model_dump(mode="json")}, sort_keys=False, allow_unicode=True

@@ -18,6 +18,7 @@ import torch
 import yaml
 from pydantic import TypeAdapter
 
+from .config_file import dump_yaml
 from .errors import InputError, RunError
 from .report.card import model_card
 from .report.page import write_report
@@ -86,7 +87,9 @@ class Run(Generic[S]):
     def __enter__(self) -> Run[S]:
         config = self.path / "config.yaml"
         if self.settings.resume:
-            self._changed = changed_settings(self.path, self.method, self._yaml())
+            self._changed = changed_settings(
+                self.path, self.method, dump_yaml(self.settings, self.method)
+            )
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(
                 f"--out: {self.path} exists already: choose another folder, or go on with --resume"
@@ -96,7 +99,7 @@ class Run(Generic[S]):
         if self.main:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.settings.resume:
-                config.write_text(self._yaml(), encoding="utf-8")
+                config.write_text(dump_yaml(self.settings, self.method), encoding="utf-8")
         self.processes.wait()
         random.seed(self.settings.seed)
         np.random.seed(self.settings.seed % 2**32)
@@ -135,11 +138,6 @@ class Run(Generic[S]):
         elif self.path.exists() and not self._summarized:
             self._write_summary("failed", str(error))
 
-    def _yaml(self) -> str:
-        """The settings as `--config` reads them back."""
-        values = {"method": self.method, **self.settings.model_dump(mode="json")}
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
         if self._stop:
             raise KeyboardInterrupt
@@ -177,7 +175,7 @@ class Run(Generic[S]):
         before = yaml.safe_load(config.read_text(encoding="utf-8"))
         history = [*before.get("resumed", []), {"step": self.step, "changed": self._changed}]
         resumed = yaml.safe_dump({"resumed": history}, sort_keys=False, allow_unicode=True)
-        checkpoint.write_text(config, self._yaml() + resumed)
+        checkpoint.write_text(config, dump_yaml(self.settings, self.method) + resumed)
 
     def running(self) -> bool:
         """Whether a step is left."""
@@ -333,7 +331,7 @@ class Run(Generic[S]):
                 model_card(
                     self.method,
                     self.settings.model_dump(mode="json"),
-                    self._yaml(),
+                    dump_yaml(self.settings, self.method),
                     self.metrics,
                     self.step,
                 ),
