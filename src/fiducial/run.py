@@ -24,7 +24,7 @@ from .report.card import model_card
 from .report.page import write_report
 from .settings import RunSettings
 from .train import checkpoint, machine
-from .train.folders import cut_after, next_folder
+from .train.folders import cut_after, is_free, make_folder, next_folder
 from .train.inputs import inputs
 from .train.meter import Meter
 from .train.processes import Processes
@@ -90,14 +90,14 @@ class Run(Generic[S]):
             self._changed = changed_settings(
                 self.path, self.method, dump_yaml(self.settings, self.method)
             )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif not is_free(self.path):
             raise InputError(
                 f"--out: {self.path} exists already: choose another folder, or go on with --resume"
             )
         self.processes.wait()
-        self._fresh = not self.path.exists() or not any(self.path.iterdir())
+        self._fresh = is_free(self.path)
         if self.main:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             if not self.settings.resume:
                 config.write_text(dump_yaml(self.settings, self.method), encoding="utf-8")
         self.processes.wait()
@@ -317,7 +317,8 @@ class Run(Generic[S]):
         if self.main:
             say(f"resumed from {newest}")
             for name in ("metrics.jsonl", "samples.jsonl"):
-                cut_after(self.path / name, self.step)
+                if foreign := cut_after(self.path / name, self.step):
+                    say(f"{self.path / name}: {foreign} lines were no records, and are dropped")
 
     # -- the end
 
