@@ -43,6 +43,9 @@ from ..train.renderer import load_renderer, same_ends
 from .critic import critic_start
 
 T = TypeVar("T")
+
+USUAL_TOKENS = 256
+"""Tokens of a sample that every model may be asked for: a smaller context shortens it."""
 NO_REFERENCE = (
     "beta is 0, so no reference is loaded and the KL to it is not measured (--kl.estimator k1 "
     "measures it)"
@@ -237,7 +240,7 @@ def prepare_offline(
         policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
         same_ends(plain(policy.lm), renderer)
         limit = context(plain(policy.lm).config)
-        if (asked := getattr(settings, "max_new_tokens", 0)) > limit:
+        if (asked := getattr(settings, "max_new_tokens", 0)) > max(limit, USUAL_TOKENS):
             raise InputError(
                 f"--max-new-tokens {asked:,} is more than the model's context of {limit:,} tokens"
             )
