@@ -58,7 +58,9 @@ TESTS = {  # the first pattern that fits decides; the tests that fail soonest co
     "methods/prm.py": ["methods/test_prm.py"],
     "methods/reward_model.py": ["methods/test_offline.py", "methods/test_methods.py"],
     "methods/": ["methods/test_offline.py", "methods/test_protocols.py", "methods/test_methods.py"],
+    "rollout/agreement.py": ["models/test_contract.py", "methods/test_refused_models.py"],
     "rollout/": ["rollout", "models/test_models.py", "exact/test_policy_gradient.py"],
+    "train/renderer.py": ["models/test_ends.py", "models/test_models.py"],
     "train/launch.py": ["train/test_launch.py"],
     "train/": ["train", "test_run.py", "methods/test_offline.py", "methods/test_resume.py"],
 }
@@ -66,6 +68,9 @@ WORDS = {"dpo", "sft", "ppo", "reinforce", "grpo", "reward"}
 """Methods by which the tests of `methods/test_methods.py` are chosen for the page of one."""
 
 EQUIVALENT: dict[str, str] = {
+    "core/logprobs.py: 20 -> (40) in CHUNK_BYTES = 32 * 2**20": (
+        "another size of a chunk changes memory alone (benchmarks/logprob_memory.py)"
+    ),
     "train/reference_cache.py: weight.detach() -> (weight) in "
     "state.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)": (
         "the function runs without gradients"

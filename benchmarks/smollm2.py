@@ -142,7 +142,7 @@ def table(lines: list[tuple[str, float, float, str, float, float]], model: Path,
         "|---|---|---|---|---|---|",
     ]
     for command, seconds, memory, metric, first, last in lines:
-        short = command.replace(str(model), "SmolLM2").replace(f"{out}/", "")
+        short = command.replace(f"{out}/", "").replace(str(model), "SmolLM2")
         values = f"{first:.3g} | {last:.3g}" if metric else " | "
         rows.append(f"| `{short}` | {seconds:.0f} | {memory:.2f} | {metric} | {values} |")
     return "\n".join(rows)

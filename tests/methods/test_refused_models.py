@@ -17,6 +17,7 @@ from fiducial.models.roles import Policy, ScoreModel
 from fiducial.models.trunk import logits
 from fiducial.rollout import local
 from fiducial.settings import LoraSettings, RowSettings, RunSettings
+from fiducial.train.renderer import load_renderer
 from support import BAD, GOOD, PROMPTS, write_jsonl
 
 ONLINE = ("ppo", "reinforce", "grpo", "distill")
@@ -116,12 +117,16 @@ def test_a_sampler_that_draws_from_another_policy_is_not_used(go, monkeypatch, m
 
 
 @pytest.mark.parametrize("method", ["sft", "reward", "grpo"])
-def test_a_run_says_what_was_compared(go, capsys, method):
+def test_a_run_says_what_was_compared(go, models, data, capsys, method):
     go(method)
     said = "scores" if method == "reward" else "log-probabilities"
     printed = " ".join(capsys.readouterr().err.split())
     assert f"checked: {said} equal plain transformers' to " in printed
     assert torch.is_grad_enabled()
+    if method == "grpo":  # as long as the longest prompt with a whole response
+        renderer = load_renderer(models["llama"], RowSettings())
+        longest = max(len(renderer.prompt(p, "")) for p in PROMPTS) + 6
+        assert f"(rows of {longest} and " in printed
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])

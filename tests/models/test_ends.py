@@ -32,6 +32,7 @@ def edit(folder, file, **values):
     ("config", "generation", "expected"),
     [
         ({"eos_token_id": 5}, None, {2, 5}),
+        ({"eos_token_id": 0}, {"eos_token_id": 63}, {0, 2, 63}),
         ({"eos_token_id": [5, 6]}, {"eos_token_id": 7}, {2, 5, 6, 7}),
         ({"eos_token_id": None}, {"eos_token_id": [8, 9]}, {2, 8, 9}),
         ({"eos_token_id": None, "text_config": {"eos_token_id": [4]}}, None, {2, 4}),
@@ -52,7 +53,7 @@ def test_the_ends_are_all_that_the_configs_say(make, config, generation, expecte
         assert sampling_params(renderer, 4, stop=("a",)).stop_ids == expected | {3}
 
 
-@pytest.mark.parametrize("bad", [1_000_000_000, -1, [2, 64], "x", True, 2.0])
+@pytest.mark.parametrize("bad", [1_000_000_000, 64, -1, [2, 64], "x", True, 2.0])
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 def test_an_end_that_is_no_id_of_the_vocabulary_is_refused(make, file, bad):
     folder = make("llama")

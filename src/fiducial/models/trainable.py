@@ -58,6 +58,7 @@ def trainable(model: Any, lora: LoraSettings, run: RunSettings, task: str) -> An
     )
     with warnings.catch_warnings():  # tied weights are parted when adapters are merged
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # peft's
         try:
             return get_peft_model(model, config)
         except ValueError as error:  # peft knows layers that an adapter would break
