@@ -322,6 +322,8 @@ def test_a_prompt_and_response_beyond_the_context_are_refused(policies):
     assert len(sample(policies["gpt2"], context=20)) == 4
     with pytest.raises(InputError, match="a prompt is empty"):
         sample(policies["gpt2"], [[]])
+    with pytest.raises(InputError, match="a prompt is empty"):
+        sample(policies["gpt2"], [[3, 4], []])
 
 
 def test_stop_tokens_by_their_text(models, policies):
