@@ -30,6 +30,7 @@ def test_bad_python_settings_raise_a_value_error():
 NOT_ONE = {
     "collect --samples",  # responses are compared
     "demo --samples",
+    "demo --prompts",
     "reinforce --group-size",  # a group is compared
     "grpo --group-size",
     "reinforce --batch-size",  # a batch is whole groups
