@@ -128,10 +128,9 @@ def test_there_is_one_policy_and_no_dropout(models, policies, kind):
     ids, mask, _ = batch()
     first = policies[kind](ids, mask).logprobs
     assert torch.equal(policies[kind](ids, mask).logprobs, first)
-    checkpointed = load_policy(
-        models[kind], FULL, RunSettings(gradient_checkpointing=True)
-    )  # in training mode, as transformers wants it
-    assert checkpointed.lm.training
+    checkpointed = load_policy(models[kind], FULL, RunSettings(gradient_checkpointing=True))
+    # the layers that are computed again are in training mode, as transformers wants it
+    assert any(module.training for module in checkpointed.lm.modules())
     assert torch.equal(checkpointed(ids, mask).logprobs, first)
 
 
