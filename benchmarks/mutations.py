@@ -71,6 +71,9 @@ WORDS = {"dpo", "sft", "ppo", "reinforce", "grpo", "reward"}
 """Methods by which the tests of `methods/test_methods.py` are chosen for the page of one."""
 
 EQUIVALENT: dict[str, str] = {
+    "rollout/draw.py: -1 -> (1) in chosen = chosen[:, 0].clamp(max=logp.shape[-1] - 1)": (
+        "of two dimensions the last is number 1"
+    ),
     "core/logprobs.py: n > size and torch.is_grad_enabled() -> (n > size or "
     "torch.is_grad_enabled()) in recompute = n > size and torch.is_grad_enabled()": (
         "one chunk that is computed again is the same, and only slower"
