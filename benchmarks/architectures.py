@@ -200,6 +200,7 @@ def generate(model: str, plain: Any, folder: Path, where: Path) -> str:
                 do_sample=False,
                 max_new_tokens=8,
                 eos_token_id=tokenizer.eos_token_id,
+                forced_eos_token_id=None,  # translators end at the limit whatever they would say
                 pad_token_id=0,
             )[0, ids.shape[1] :]
         text = tokenizer.decode(answer, skip_special_tokens=True)

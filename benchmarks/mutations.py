@@ -37,6 +37,8 @@ FOLDERS = ("core", "losses", "methods", "rollout", "train")
 CONTROL = "core/intervals.py"
 """The file whose tests are run unchanged, to see that they pass without a mutant."""
 
+ONLINE = ("methods/test_reinforce_grpo.py", "rewards/test_functions.py")
+
 TESTS = {  # the first pattern that fits decides; the tests that fail soonest come first
     "core/shared_prefix.py": ["core/test_shared_prefix.py", "exact/test_pairs.py"],
     "core/intervals.py": ["core/test_intervals.py"],
@@ -47,13 +49,14 @@ TESTS = {  # the first pattern that fits decides; the tests that fail soonest co
     "core/": ["core", "losses", "exact/test_sequence.py", "exact/test_policy_gradient.py"],
     "losses/distill.py": ["losses", "methods/test_distill.py"],
     "losses/policy.py": ["losses", "exact/test_sequence.py", "exact/test_policy_gradient.py"],
+    "losses/process.py": ["methods/test_prm.py"],
     "losses/": ["losses", "exact/test_pairs.py"],
     "methods/settings/": ["test_cli.py", "test_settings.py", "methods/test_reinforce_grpo.py"],
     "methods/dpo.py": ["methods/test_offline.py", "methods/test_methods.py", "exact/test_pairs.py"],
     "methods/sft.py": ["methods/test_offline.py", "methods/test_methods.py"],
-    "methods/ppo.py": ["methods/test_reinforce_grpo.py", "methods/test_methods.py"],
-    "methods/reinforce.py": ["methods/test_reinforce_grpo.py", "methods/test_methods.py"],
-    "methods/grpo.py": ["methods/test_reinforce_grpo.py", "methods/test_methods.py"],
+    "methods/ppo.py": [*ONLINE, "methods/test_methods.py"],
+    "methods/reinforce.py": [*ONLINE, "methods/test_methods.py"],
+    "methods/grpo.py": [*ONLINE, "methods/test_methods.py"],
     "methods/distill.py": ["methods/test_distill.py"],
     "methods/prm.py": ["methods/test_prm.py"],
     "methods/reward_model.py": ["methods/test_offline.py", "methods/test_methods.py"],
@@ -68,6 +71,17 @@ WORDS = {"dpo", "sft", "ppo", "reinforce", "grpo", "reward"}
 """Methods by which the tests of `methods/test_methods.py` are chosen for the page of one."""
 
 EQUIVALENT: dict[str, str] = {
+    "rollout/draw.py: -1 -> (1) in chosen = chosen[:, 0].clamp(max=logp.shape[-1] - 1)": (
+        "of two dimensions the last is number 1"
+    ),
+    "core/logprobs.py: n > size and torch.is_grad_enabled() -> (n > size or "
+    "torch.is_grad_enabled()) in recompute = n > size and torch.is_grad_enabled()": (
+        "one chunk that is computed again is the same, and only slower"
+    ),
+    "train/processes.py: processes.count > 1 -> (processes.count >= 1) in "
+    "if i + 1 < len(items) and processes.count > 1:": (
+        "a single process has no gradients to exchange"
+    ),
     "core/logprobs.py: 20 -> (40) in CHUNK_BYTES = 32 * 2**20": (
         "another size of a chunk changes memory alone (benchmarks/logprob_memory.py)"
     ),

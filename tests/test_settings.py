@@ -27,6 +27,43 @@ def test_bad_python_settings_raise_a_value_error():
         build(DPO, {"model": "m", "data": "d", "betta": 1})
 
 
+NOT_ONE = {
+    "collect --samples",  # responses are compared
+    "demo --samples",
+    "demo --prompts",
+    "reinforce --group-size",  # a group is compared
+    "grpo --group-size",
+    "reinforce --batch-size",  # a batch is whole groups
+    "grpo --batch-size",
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_count_may_be_one_and_no_count_is_negative(verb):
+    cls = verbs.resolve(VERBS[verb].settings)
+    needed: dict = {n: "x" for n, f in cls.model_fields.items() if f.is_required()}
+
+    def with_value(flag, value):
+        values = dict(needed)
+        at = values
+        for part in flag.path[:-1]:
+            at = at.setdefault(part, {})
+        at[flag.path[-1]] = value
+        if flag.path[-1] == "group_size":  # a batch is whole groups
+            values["batch_size"] = 4
+        return build(cls, values)
+
+    counts = [f for f in flags(cls) if f.field.annotation in (int, int | None)]
+    for flag in counts:
+        # a row has at least a prompt and an answer
+        if f"{verb} --{flag.name}" not in NOT_ONE and flag.name != "rows.max-length":
+            with_value(flag, 1)
+        if flag.name != "seed":
+            with pytest.raises(InputError, match=f"--{flag.name}|--{flag.path[-1]}"):
+                with_value(flag, -1)
+    assert counts or verb in ("demo", "report")
+
+
 def test_a_section_that_is_built_keeps_the_defaults_of_its_method():
     built = build(DPO, {"model": "m", "data": "d", "optimizer": {"eps": 1e-6}})
     assert built.optimizer == DPO(model="m", data="d").optimizer.model_copy(update={"eps": 1e-6})

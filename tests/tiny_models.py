@@ -65,6 +65,13 @@ _EXTRA: dict[str, dict[str, Any]] = dict.fromkeys(
     ),
     _MLA,
 ) | {
+    "camembert": {"pad_token_id": 0},
+    "data2vec-text": {"pad_token_id": 0},
+    "prophetnet": {"pad_token_id": 0},
+    "roberta": {"pad_token_id": 0},
+    "roberta-prelayernorm": {"pad_token_id": 0},
+    "xlm-roberta": {"pad_token_id": 0},
+    "xlm-roberta-xl": {"pad_token_id": 0},
     "bamba": {"attn_layer_indices": [1]},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {
@@ -97,6 +104,14 @@ _EXTRA: dict[str, dict[str, Any]] = dict.fromkeys(
     },
     "rwkv": {"attention_hidden_size": 32},
     "smollm3": {"no_rope_layers": [1, 0]},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
+    "xmod": {"pad_token_id": 0, "default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "n_mamba_heads": 8,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -98,3 +98,9 @@ def test_17_the_bound_of_a_single_sample_is_zero_and_of_none_there_is_none():
     assert kl_bound(2) == pytest.approx(math.log(2) - 0.5, abs=1e-15)
     with pytest.raises(ValueError, match="at least 1, not 0"):
         kl_bound(0)
+
+
+def test_17_scores_that_carry_a_gradient_are_numbers_like_others():
+    scores = torch.tensor([0.3, 2.0, 1.0], requires_grad=True)
+    plain = expected_best_of([0.3, 2.0, 1.0], [1.0, 0.0, 3.0], 2)
+    assert expected_best_of(scores, torch.tensor([1.0, 0.0, 3.0]), 2) == plain

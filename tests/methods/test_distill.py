@@ -178,6 +178,9 @@ def test_what_stands_on_padding_does_not_matter_and_shapes_are_held():
                 k.startswith("teacher") and x.grad is not None for k, x in some.items()
             )  # the teacher is a fixed mark
             found.append([loss.detach(), learned, metrics["kl_teacher"]])
+        summed, sums = getattr(losses, f"{function.__name__}_sum")(**some, mask=mask, **keywords)
+        assert loss.item() == pytest.approx(summed.item() / 5)  # tokens
+        assert float(metrics["kl_teacher"]) == pytest.approx(float(sums["kl_teacher"]) / 5)
         assert all(
             torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
         ), function

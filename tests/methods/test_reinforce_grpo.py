@@ -1218,3 +1218,23 @@ def test_without_a_penalty_there_is_no_reference_unless_the_kl_is_asked_for(
     assert [line["objective/kl"] > 1e-3 for line in lines_of(measured)] == [False, True]
     assert torch.equal(first[0].gradient, second[0].gradient)
     assert (without.path / "report.html").is_file()
+
+
+SPREAD = """
+def score(completions, number, **columns):
+    return [1.0 if n % 5 < 2 else float(i) for i, n in enumerate(number)]
+"""
+
+
+@pytest.mark.parametrize("method", ["reinforce", "grpo"])
+def test_groups_whose_scores_are_equal_are_counted(probe, tmp_path, method):
+    (tmp_path / "spread.py").write_text(SPREAD)
+    # all ten prompts: four of them have one score whatever is answered
+    run, _ = probe(
+        method,
+        steps=1,
+        batch_size=20,
+        group_size=2,
+        reward=(f"{tmp_path}/spread.py:score",),
+    )
+    assert run.metrics["groups/no_spread"] == pytest.approx(0.4)

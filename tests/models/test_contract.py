@@ -26,7 +26,7 @@ from fiducial.models.contract import check_policy, check_roles, check_scorer, pr
 from fiducial.models.load import SHARED, load_policy, load_roles, load_scorer, load_teacher
 from fiducial.models.roles import Policy, Roles
 from fiducial.models.save import save
-from fiducial.models.trunk import context
+from fiducial.models.trunk import context, plain, trunk
 from fiducial.rollout import local as local_module
 from fiducial.rollout.agreement import agreeing_sampler, check_online
 from fiducial.rollout.generated import GenerateSampler
@@ -299,7 +299,60 @@ def test_checkpointing_changes_neither_the_trainer_nor_the_samples(folder, kind)
     sampler, _ = check_online(Roles(policy=policy), PROMPTS, PARAMS, None, {"model": kind})
     fast = sampled(agreeing_sampler(plain, PROMPTS, PARAMS)[0])
     assert sampled(sampler).responses() == fast.responses()
-    assert policy.lm.training  # the mode in which transformers checkpoints
+
+
+def test_a_model_that_gets_no_gradient_is_refused(folder, monkeypatch):
+    policy = load_policy(folder("reformer"), FULL, RUN)
+    with pytest.raises(InputError, match="ReformerModelWithLMHead of m cannot read the rows of t"):
+        check_roles(Roles(policy=policy), PROMPTS, 20, {"model": "m"})
+    policy = load_policy(folder("llama"), FULL, RUN)
+    check_roles(Roles(policy=policy), PROMPTS, 20, {"model": "m"})
+    assert all(p.grad is None for p in policy.parameters())
+    weight, known = torch.zeros(1, requires_grad=True), policy._head
+    monkeypatch.setattr(policy, "_head", lambda hidden: known(hidden.detach()).detach() + weight)
+    with pytest.raises(InputError, match="--model: no weight of m gets a gradient"):
+        check_roles(Roles(policy=policy), PROMPTS, 20, {"model": "m"})
+
+
+@pytest.mark.parametrize("run", [RUN, CHECKPOINTED], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("kind", ["gpt2", "phimoe", "opt", "falcon", "mixtral", "gemma3"])
+def test_a_model_that_is_made_ready_to_train_computes_what_its_folder_says(folder, kind, run):
+    """PhiMoE routes by the value of its jitter also where no jitter is added; dropout is in the
+    configurations of the others.
+    """
+    policy = load_policy(folder(kind), FULL, run)
+    untouched = AutoModelForCausalLM.from_pretrained(folder(kind), dtype=torch.float32).eval()
+    ids = torch.randint(3, 60, (1, 40), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 0] = False
+    ours = policy(ids, mask).logprobs[0, 1:]
+    logp = untouched(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    theirs = logp.gather(-1, ids[0, 1:, None])[:, 0]
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    assert torch.equal(ours, policy(ids, mask).logprobs[0, 1:])  # nothing is random
+    if run is RUN:
+        untouched.config.use_cache = True
+        assert plain(policy.lm).config.to_dict() == untouched.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [
+        ("phimoe", 0),
+        *((k, r) for k in ("llama", "gpt2", "opt", "falcon", "gemma3") for r in (0, 2)),
+    ],
+)
+def test_checkpointing_computes_layers_again_in_the_backward_pass(folder, kind, rank):
+    calls = []
+    for run in (RUN, CHECKPOINTED):
+        policy, counted = load_policy(folder(kind), LoraSettings(r=rank), run), []
+        inner = trunk(policy.lm).named_modules()
+        norm = next(m for n, m in inner if ".0." in n and "norm" in type(m).__name__.lower())
+        norm.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        mask = torch.tensor([[False, True, True, True]])
+        policy(torch.tensor([[5, 6, 7, 8]]), mask).logprobs.sum().backward()
+        calls.append(len(counted))
+    assert calls == [1, 2]
 
 
 def test_a_position_encoding_that_depends_on_the_batch_is_refused_beyond_its_limit(folder):

@@ -1,5 +1,7 @@
 """What a run prints while it works, where there is no terminal for a bar."""
 
+import io
+
 from fiducial.train import progress
 from fiducial.train.progress import Progress
 
@@ -17,3 +19,21 @@ def test_a_line_every_fifteen_seconds_and_none_on_the_other_processes(monkeypatc
         "dpo: 14/50, about 144 s left  loss 0.5123",
         "dpo: 18/50, about 128 s left  loss 0.5123",
     ]
+
+
+def test_a_terminal_gets_a_bar_with_its_numbers(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with Progress("dpo", 5, start=1) as bar:
+        for _ in range(2):
+            bar.advance({"loss": 0.51234})
+        bar.bar.refresh()
+    said = terminal.getvalue()
+    assert "dpo" in said and "1/5" in said and "3/5" in said and "loss 0.5123" in said
+    assert "\x1b[?25l" in said and said.count("\x1b[?25h") == 1  # the cursor is given back

@@ -53,6 +53,8 @@ def check_roles(
             check_start(roles, probed)
     else:
         gaps.append(check_scorer(roles.scorer, probed, names["model"], flag))
+    for role, module in roles.trained().items():
+        check_gradient(module, probed[1], names["critic" if role == "critic" else "model"], flag)
     if roles.critic is not None:
         gaps.append(check_scorer(roles.critic, probed, names["critic"], "--critic.start"))
     if roles.has_teacher:
@@ -171,6 +173,29 @@ def check_scorer(scorer: ScoreModel, rows: Sequence[Sequence[int]], name: str, f
             f"tokens, where rounding explains {tolerance:.2g}. This architecture cannot be used"
         )
     return gap
+
+
+def check_gradient(module: nn.Module, row: Sequence[int], name: str, flag: str) -> None:
+    """Checks that the weights that are trained get a gradient. None is left.
+
+    Args:
+        row: token ids of one row, a short one.
+
+    Raises:
+        InputError: the architecture cannot be trained here.
+    """
+    ids, mask = _padded([row], next(module.parameters()).device)
+
+    def backward() -> None:
+        said = module(ids, mask).logprobs if isinstance(module, Policy) else module(ids)
+        said.sum().backward()
+
+    model = plain(getattr(module, "lm", None) or getattr(module, "model", module))
+    _tried(backward, type(model).__name__, name, flag)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if all(p.grad is None for p in trained):
+        raise InputError(f"{flag}: no weight of {name} gets a gradient, so it cannot be trained")
+    module.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()

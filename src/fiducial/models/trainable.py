@@ -16,7 +16,8 @@ LINEAR = ("Linear", "Conv1D")
 
 
 def trainable(model: Any, lora: LoraSettings, run: RunSettings, task: str) -> Any:
-    """The model without randomness, and with checkpointing and adapters where they are asked for.
+    """The model in a mode without randomness, with checkpointing and adapters where they are asked
+    for.
 
     Args:
         task: peft's name of what the model is for: CAUSAL_LM or SEQ_CLS.
@@ -25,13 +26,14 @@ def trainable(model: Any, lora: LoraSettings, run: RunSettings, task: str) -> An
         InputError: the model does not have such a layer, or none that can have an adapter.
     """
     model.config.use_cache = True
-    _without_noise(model)
-    model.eval()
+    model.eval()  # in which nothing is random
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # transformers checkpoints in training mode only; without dropout that mode changes nothing
-        # else, which the contract compares
-        model.train()
+        _without_dropout(model)
+        # transformers checkpoints in training mode only: only the modules that ask for the mode get
+        # it, because others would add noise in it
+        for module in model.modules():
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
         if lora.r > 0:
             model.enable_input_require_grads()
     if lora.r == 0:
@@ -83,11 +85,11 @@ def _check_targets(model: Any, lora: LoraSettings) -> None:
             )
 
 
-def _without_noise(model: Any) -> None:
-    """Switch off what is random in training mode: dropout would make every forward pass another
-    policy.
+def _without_dropout(model: Any) -> None:
+    """Switch dropout off, which would make every forward pass in training mode another policy. A
+    router's jitter stays: PhiMoE's routing depends on its value in evaluation mode too.
     """
-    noisy = ("dropout", "pdrop", "layerdrop", "jitter_noise", "jitter_eps", "drop_path_rate")
+    noisy = ("dropout", "pdrop", "layerdrop", "drop_path_rate")
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
