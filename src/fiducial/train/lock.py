@@ -27,13 +27,16 @@ class Lock:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 holder = os.read(file, 20).decode("ascii", "replace").strip()
                 os.close(file)
                 raise InputError(
                     f"--out: {folder} is in use by process {holder or 'unknown'}: wait for it to "
                     "end, or choose another folder"
                 ) from None
+            except OSError:  # a file system without locks
+                os.close(file)
+                return
             if self._is_ours(file):
                 break
             os.close(file)  # whoever held it has removed it in the meantime
