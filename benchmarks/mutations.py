@@ -71,8 +71,17 @@ WORDS = {"dpo", "sft", "ppo", "reinforce", "grpo", "reward"}
 """Methods by which the tests of `methods/test_methods.py` are chosen for the page of one."""
 
 EQUIVALENT: dict[str, str] = {
-    "rollout/draw.py: -1 -> (1) in chosen = chosen[:, 0].clamp(max=logp.shape[-1] - 1)": (
+    "rollout/draw.py: -1 -> (1) in return chosen, logp.gather(-1, chosen[:, None])[:, 0]": (
         "of two dimensions the last is number 1"
+    ),
+    "core/best_of_n.py: torch.as_tensor(x, dtype=torch.float64).detach() -> "
+    "(torch.as_tensor(x, dtype=torch.float64)) in "
+    "torch.as_tensor(x, dtype=torch.float64).detach().cpu() for x in (scores, values)": (
+        "what comes out is a number, which has no gradient"
+    ),
+    "core/logprobs.py: hidden.sum() * 0.0 -> (hidden.sum() / 0.0) in "
+    "empty = hidden.sum() * 0.0 + hidden.new_zeros(0, dtype=_precision(hidden))": (
+        "of no tokens nothing comes out, and no gradient goes in"
     ),
     "core/logprobs.py: n > size and torch.is_grad_enabled() -> (n > size or "
     "torch.is_grad_enabled()) in recompute = n > size and torch.is_grad_enabled()": (

@@ -79,6 +79,6 @@ def test_a_new_method_runs_and_has_a_page_of_its_own(dummy, tmp_path, capsys):
     assert main(["dummy", "--out", str(out), "--steps", "4"]) == 0
     assert str(out / "report.html") in capsys.readouterr().out
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "Dummy method run out" in page and "margin" in page
+    assert "Dummy method run: out" in page and "margin" in page
     assert figures.ORANGE in page  # the color of its row
     assert (verbs.title("dummy"), verbs.method("dummy")) == ("Dummy method", dummy)

@@ -216,6 +216,7 @@ OTHERS: list[Verb] = [
         "Run every method against the exactly known optimum, and write the page.",
         ".lab.settings:Lab",
         ".lab.command:lab",
+        lines=".lab.command:as_lines",
     ),
     Verb(
         "report",

@@ -15,6 +15,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from fiducial import verbs
+from fiducial.cli import _print_result
 from fiducial.errors import InputError, RunError
 from fiducial.lab import command
 from fiducial.lab.command import as_lines, lab
@@ -187,12 +188,14 @@ def test_the_page_and_its_data_hold_every_section_and_every_run(small):
     )
 
 
-def test_the_terminal_gets_a_line_a_method_and_the_page(small):
+def test_the_terminal_gets_a_line_a_method_and_the_page(small, capsys):
     _, finished, data = small
     lines = as_lines(finished)
     assert len(lines) == 8 and lines[-1] == str(finished.page)
     gap = 100 * data["methods"][0]["runs"][0]["relative_gap"]
     assert lines[0].split()[:3] == ["mild", "DPO", "table"] and f"{gap:.2g}%" in lines[0]
+    _print_result(verbs.verbs()["lab"], finished)
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_resume_keeps_what_is_finished_and_makes_what_is_not(small, monkeypatch):

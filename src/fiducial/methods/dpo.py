@@ -77,6 +77,7 @@ def dpo(settings: DPO) -> Run[None]:
         )
         reference = torch.full((len(train), 2), torch.nan)  # of pairs that no step reads
         reference[read], unseen = found[: len(read)], found[len(read) :]
+        costs = [pair.costs(policy.supports_shared_prefix) for pair in train]
         run.start(ready.total)
         if run.step == 0:
             run.record_samples(answers(ready, settings, run))
@@ -85,8 +86,7 @@ def dpo(settings: DPO) -> Run[None]:
         while run.running():
             rows = ready.batches[run.step]
             pairs = [train[i] for i in rows]
-            costs = [p.costs(policy.supports_shared_prefix) for p in pairs]
-            plan = run.processes.plan(costs, settings.run.tokens)
+            plan = run.processes.plan([costs[i] for i in rows], settings.run.tokens)
             for micro in accumulate(plan, run.processes, stepper.module):
                 some = [pairs[i] for i in micro.rows]
                 chosen, rejected = pair_logprobs(stepper.module, some, run.processes.device)
@@ -200,8 +200,9 @@ def pair_logprobs(policy: Any, pairs: list[Pair], device: torch.device) -> tuple
     rows = [p.chosen for p in pairs] + [p.rejected for p in pairs]
     first, places = distinct((tuple(r.ids), tuple(r.mask)) for r in rows)
     once = [rows[i] for i in first]
-    together = sum(sum(p.costs(inner.supports_shared_prefix)) for p in pairs)
-    if inner.supports_shared_prefix and together < sum(map(len, once)):
+    if inner.supports_shared_prefix and (
+        len(once) == len(rows) or sum(sum(p.costs(True)) for p in pairs) < sum(map(len, once))
+    ):
         ids, mask, layout = shared_prefix(pairs)
         layout = SharedPrefix(*(x.to(device) for x in layout))
         logprobs = policy(ids.to(device), mask.to(device), shared_prefix=layout).logprobs

@@ -26,10 +26,10 @@ def trainable(model: Any, lora: LoraSettings, run: RunSettings, task: str) -> An
         InputError: the model does not have such a layer, or none that can have an adapter.
     """
     model.config.use_cache = True
-    model.eval()  # in which nothing is random
+    model.eval()
+    _without_dropout(model, configs=run.gradient_checkpointing)
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        _without_dropout(model)
         # transformers checkpoints in training mode only: only the modules that ask for the mode get
         # it, because others would add noise in it
         for module in model.modules():
@@ -85,15 +85,19 @@ def _check_targets(model: Any, lora: LoraSettings) -> None:
             )
 
 
-def _without_dropout(model: Any) -> None:
+def _without_dropout(model: Any, *, configs: bool) -> None:
     """Switch dropout off, which would make every forward pass in training mode another policy. A
     router's jitter stays: PhiMoE's routing depends on its value in evaluation mode too.
+
+    Args:
+        configs: also in the configuration, which some layers read in training mode. It is saved
+            with the model, so it stays as it is where no layer is in that mode.
     """
     noisy = ("dropout", "pdrop", "layerdrop", "drop_path_rate")
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for owner in (module, getattr(module, "config", None)):
+        for owner in (module, getattr(module, "config", None) if configs else None):
             for key, value in list(vars(owner).items()) if owner is not None else []:
                 if key.endswith(noisy) and isinstance(value, float):
                     setattr(owner, key, 0.0)
