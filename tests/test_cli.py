@@ -13,6 +13,7 @@ import yaml
 
 from fiducial import verbs
 from fiducial.cli import main
+from fiducial.config_file import dump_yaml
 from fiducial.flags import flags, section_flags, sections
 from fiducial.methods.settings.dpo import DPO
 from fiducial.methods.settings.grpo import GRPO
@@ -21,7 +22,6 @@ from fiducial.methods.settings.reinforce import Reinforce
 from fiducial.methods.settings.reward_model import RewardModel
 from fiducial.methods.settings.sft import SFT
 from fiducial.parse import parse
-from fiducial.settings import dump_yaml
 from fiducial.usage import shown
 
 SURFACE = Path(__file__).with_name("cli_surface.txt")
@@ -62,7 +62,7 @@ def refused(capsys, *args: str) -> str:
         ),
         (["dpo", "--model", "m", "--data", "d", "--optimizer", "x"], "is a section, not a flag"),
         (["dpo", "--model", "m", "--data", "d", "--schedule", "x"], "mean --optimizer.schedule"),
-        (["dpo", "--model", "m", "--data", "d", "--optimizer.betas", "1"], "needs more values"),
+        (["dpo", "--model", "m", "--data", "d", "--optimizer.betas", "0.9"], "needs more values"),
         (["dpo", "--model", "m", "--data", "d", "--resume=yes"], "--resume takes no value"),
         (["dpo", "--model", "m", "--data", "./no.jsonl"], "--data: there is no file ./no.jsonl"),
         (["dpo", "--help", "kl"], "the sections are rows, lora, optimizer, run"),

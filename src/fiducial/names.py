@@ -35,6 +35,12 @@ def looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
+def shortened(name: str | Path, most: int = 120) -> str:
+    """A name as a message shows it."""
+    text = str(name)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
 def check_name(kind: Literal["model", "rows", "scorer"], name: str, flag: str) -> None:
     """Checks that a name leads somewhere, without loading anything. Names on the Hub pass.
 
@@ -50,6 +56,12 @@ def check_name(kind: Literal["model", "rows", "scorer"], name: str, flag: str) -
         return
     path = Path(name).expanduser() if kind == "rows" else Path(name)
     local = looks_local(name) or (kind == "rows" and path.suffix.lower() in _ROW_FILES)
-    if local and not path.exists():
+    if not name.strip():
+        raise InputError(f"{flag}: an empty name: give a {'file' if kind == 'rows' else 'folder'}")
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise InputError(f"{flag}: {shortened(name)}: {error.strerror}") from error
+    if local and not there:
         what = "file" if kind == "rows" else "folder"
-        raise InputError(f"{flag}: there is no {what} {name}")
+        raise InputError(f"{flag}: there is no {what} {shortened(name)}")

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .config_file import check_written, load_yaml
 from .errors import InputError
 from .flags import Flag, flags, sections
 from .names import check_name
-from .settings import MissingSetting, S, Settings, build, load_yaml
+from .settings import MissingSetting, S, Settings, build
 from .usage import usage
 
 Given = dict[tuple[str, ...], Any]
@@ -42,7 +43,9 @@ def parse(cls: type[S], args: Sequence[str], *, command: str) -> S:
     if file is None and given.get(("resume",)) is True and ("out",) in given:
         stored = Path(given["out",]) / "config.yaml"
         file = str(stored) if stored.is_file() else None
-    values = load_yaml(file) if file else {}
+    values = load_yaml(file, command) if file else {}
+    if file is not None:
+        check_written(cls, values, file)
 
     def source(path: tuple[str, ...]) -> str:
         """Who gave a setting: a flag of the command, or the file."""

@@ -6,11 +6,10 @@ import contextlib
 import json
 import random
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -18,17 +17,20 @@ import torch
 import yaml
 from pydantic import TypeAdapter
 
+from .config_file import dump_yaml
 from .errors import InputError, RunError
 from .report.card import model_card
 from .report.page import write_report
 from .settings import RunSettings
 from .train import checkpoint, machine
-from .train.folders import cut_after, next_folder
+from .train.folders import cut_after, is_free, make_folder, next_folder
 from .train.inputs import inputs
+from .train.lock import Lock
 from .train.meter import Meter
 from .train.processes import Processes
 from .train.progress import Progress, say
 from .train.resume import changed_settings
+from .train.stopping import Stopping
 
 S = TypeVar("S")
 
@@ -73,7 +75,8 @@ class Run(Generic[S]):
         self.rows = self.tokens = self.total = 0
         self.train_seconds = 0.0
         self._seconds = self._step_started = 0.0
-        self._stop = self._summarized = False
+        self._summarized = False
+        self._stopping = Stopping(say if self.main else lambda text: None)
         self._bar: Progress | None = None
         self._changed: dict[str, Any] = {}
         self._inputs: dict[str, Any] = {}
@@ -86,29 +89,40 @@ class Run(Generic[S]):
     def __enter__(self) -> Run[S]:
         config = self.path / "config.yaml"
         if self.settings.resume:
-            self._changed = changed_settings(self.path, self.method, self._yaml())
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            self._changed = changed_settings(
+                self.path, self.method, dump_yaml(self.settings, self.method)
+            )
+        elif not is_free(self.path):
             raise InputError(
                 f"--out: {self.path} exists already: choose another folder, or go on with --resume"
             )
         self.processes.wait()
-        self._fresh = not self.path.exists() or not any(self.path.iterdir())
-        if self.main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not self.settings.resume:
-                config.write_text(self._yaml(), encoding="utf-8")
+        self._fresh = is_free(self.path)
+        self._lock = self._locked()
+        if self.main and not self.settings.resume:
+            config.write_text(dump_yaml(self.settings, self.method), encoding="utf-8")
         self.processes.wait()
         random.seed(self.settings.seed)
         np.random.seed(self.settings.seed % 2**32)
         torch.manual_seed(self.settings.seed)
         machine.reset_peak_memory()
         self._began = time.monotonic()
-        self._old_handler = signal.getsignal(signal.SIGINT)
-        try:
-            signal.signal(signal.SIGINT, self._interrupted)
-        except ValueError:  # not the main thread: Ctrl-C is somebody else's to handle
-            self._old_handler = None
+        self._stopping.__enter__()
         return self
+
+    def _locked(self) -> Lock | None:
+        """The lock on the run folder, which the main process holds. All are refused together."""
+        lock, refused = None, None
+        if self.main:
+            try:
+                make_folder(self.path)
+                lock = Lock(self.path)
+            except InputError as error:
+                refused = str(error)
+        said = [text for text in self.processes.gather([refused]) if text]
+        if said:
+            raise InputError(said[0])
+        return lock
 
     def __exit__(
         self,
@@ -119,8 +133,15 @@ class Run(Generic[S]):
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
             self._bar = None
-        if self._old_handler is not None:
-            signal.signal(signal.SIGINT, self._old_handler)
+        self._stopping.__exit__()
+        try:
+            self._close(error)
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def _close(self, error: BaseException | None) -> None:
+        """Keep what a failed run has, and say so; leave nothing of a refused one."""
         saved = (self.path / "checkpoints" / f"checkpoint-{self.step}").exists()
         whole = (
             not self.processes.dirty and self.processes.count == 1 and 0 < self.step < self.total
@@ -134,21 +155,6 @@ class Run(Generic[S]):
                 shutil.rmtree(self.path, ignore_errors=True)
         elif self.path.exists() and not self._summarized:
             self._write_summary("failed", str(error))
-
-    def _yaml(self) -> str:
-        """The settings as `--config` reads them back."""
-        values = {"method": self.method, **self.settings.model_dump(mode="json")}
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-    def _interrupted(self, number: int, frame: FrameType | None) -> None:
-        if self._stop:
-            raise KeyboardInterrupt
-        self._stop = True
-        if self.main:
-            say(
-                "stopping after this step; Ctrl-C again stops at once and loses what came after "
-                "the last checkpoint"
-            )
 
     # -- steps
 
@@ -177,7 +183,7 @@ class Run(Generic[S]):
         before = yaml.safe_load(config.read_text(encoding="utf-8"))
         history = [*before.get("resumed", []), {"step": self.step, "changed": self._changed}]
         resumed = yaml.safe_dump({"resumed": history}, sort_keys=False, allow_unicode=True)
-        checkpoint.write_text(config, self._yaml() + resumed)
+        checkpoint.write_text(config, dump_yaml(self.settings, self.method) + resumed)
 
     def running(self) -> bool:
         """Whether a step is left."""
@@ -246,12 +252,12 @@ class Run(Generic[S]):
         self._step_started = time.monotonic()
 
     def checkpoint_if_due(self) -> None:
-        """Save every N steps; after Ctrl-C save now and stop.
+        """Save every N steps; after Ctrl-C, SIGTERM or SIGHUP save now and stop.
 
         Raises:
             RunError: the run was asked to stop; the message says how to go on.
         """
-        stop = self.processes.any(self._stop)
+        stop = self.processes.any(self._stopping.wanted)
         due = self.keep.checkpoint_every > 0 and self.step % self.keep.checkpoint_every == 0
         if stop or due:
             self.save_checkpoint()
@@ -319,7 +325,8 @@ class Run(Generic[S]):
         if self.main:
             say(f"resumed from {newest}")
             for name in ("metrics.jsonl", "samples.jsonl"):
-                cut_after(self.path / name, self.step)
+                if foreign := cut_after(self.path / name, self.step):
+                    say(f"{self.path / name}: {foreign} lines were no records, and are dropped")
 
     # -- the end
 
@@ -333,7 +340,7 @@ class Run(Generic[S]):
                 model_card(
                     self.method,
                     self.settings.model_dump(mode="json"),
-                    self._yaml(),
+                    dump_yaml(self.settings, self.method),
                     self.metrics,
                     self.step,
                 ),

@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from . import kl_choice
 from .errors import InputError
@@ -22,10 +30,17 @@ from .names import RowsName
 
 S = TypeVar("S", bound="Settings")
 
-BESIDE = ("method", "resumed")
-"""What a run's config.yaml says beside its settings: the verb, and what changed on resume."""
 POSITIONAL = "positional"
 """Marks a setting that is given without a flag: `Annotated[str, POSITIONAL]`."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""A random seed, which every generator takes."""
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""The share of a running mean that stays at each step."""
+MONTH = 43_200
+"""Minutes."""
+SHOWN = 80
+"""Characters of a user's value that a message repeats."""
 
 Aggregate = Literal["last", "min", "product"]
 """How the scores of the steps of a solution become one score."""
@@ -35,10 +50,21 @@ class Settings(BaseModel):
     """Frozen; nothing is coerced beyond what a flag needs; an unknown key is refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
     moved: ClassVar[Mapping[str, str]] = {}
     """Names that a user may expect here, and the sentence that says where to find them."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and is_number(cls.model_fields[str(info.field_name)]):
+            raise PydanticCustomError("switch", "input should be a number")
+        return value
 
 
 class RowSettings(Settings):
@@ -76,16 +102,24 @@ class LoraSettings(Settings):
 
     r: int = Field(default=0, ge=0)
     """Rank of the adapters. 0: no adapters; all weights are trained."""
-    alpha: float = 16.0
+    alpha: float = Field(default=16.0, gt=0)
     """Scale of the adapters: their output is multiplied by alpha / r. 16: our choice."""
     target_modules: tuple[str, ...] | None = None
     """Names of the layers that get an adapter. None: every linear layer of the transformer."""
+
+    @model_validator(mode="after")
+    def _has_a_rank(self) -> LoraSettings:
+        if self.target_modules is not None and self.r == 0:
+            raise ValueError(
+                "--lora.target-modules without --lora.r: no adapter has rank 0; give --lora.r 16"
+            )
+        return self
 
 
 class OptimizerSettings(Settings):
     """AdamW and the schedule of its learning rate."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of AdamW's two moments. 0.9 and 0.95: InstructGPT."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the square root of AdamW's second moment. 1e-8: PyTorch's default."""
@@ -124,7 +158,7 @@ class RunSettings(Settings):
     """Precision of the forward and backward pass. Weights and optimizer state stay in float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    timeout_minutes: float = Field(default=10.0, gt=0)
+    timeout_minutes: float = Field(default=10.0, gt=0, le=MONTH)
     """How long one process waits for the others before all of them stop with an error."""
 
 
@@ -139,6 +173,16 @@ def check_minibatches(minibatches: int, batch_size: int) -> None:
             f"--minibatches {minibatches} of a --batch-size of {batch_size}: every minibatch needs "
             f"a response of its own; give at most {batch_size}"
         )
+
+
+def check_one_length(steps: int | None, epochs: float, usual: float) -> None:
+    """Refuse a length in steps beside one in epochs that is not the default, `usual`.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if steps is not None and epochs != usual:
+        raise ValueError(f"--steps {steps} and --epochs {epochs:g}: give one of them")
 
 
 class KLSettings(Settings):
@@ -252,29 +296,14 @@ class LongSettings(Settings):
     """
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file, without what a run's config.yaml says beside its settings.
+def is_number(field: FieldInfo) -> bool:
+    """Whether a setting is a single number."""
 
-    Raises:
-        InputError: there is no such file, or it is not a mapping; with the line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"--config: there is no file {path}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise InputError(
-            f"{path}:{mark.line + 1 if mark else 1}: not YAML: {getattr(error, 'problem', error)}"
-        ) from error
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise InputError(
-            f"{path}:1: expected settings as `name: value` lines, got a {type(data).__name__}"
-        )
-    return {name: value for name, value in data.items() if name not in BESIDE}
+    def kinds(annotation: Any) -> set[Any]:
+        inner = get_args(annotation)
+        return {annotation} if not inner else set().union(*map(kinds, inner))
+
+    return kinds(field.annotation) <= {int, float, type(None)} and field.annotation is not None
 
 
 def build(
@@ -336,6 +365,8 @@ def _refusal(error: ValidationError, source: Callable[[tuple[str, ...]], str]) -
         return InputError(f"{told}: {flag} needs more values")
     given = first["input"]
     shown = given if isinstance(given, str) and given.strip() else repr(given)
+    if len(shown) > SHOWN:
+        shown = f"{shown[:SHOWN]}... ({len(shown):,} characters)"
     return InputError(f"{told}: {flag}: {message[0].lower()}{message[1:]}, not {shown}")
 
 
@@ -365,10 +396,3 @@ def _check_known(
                     f"{source(here)}: {name} is a section: write its settings below it"
                 )
             _check_known(type(field.get_default()), value, source, here)
-
-
-def dump_yaml(settings: Settings, method: str) -> str:
-    """The resolved settings as YAML that `--config` reads back."""
-    return yaml.safe_dump(
-        {"method": method, **settings.model_dump(mode="json")}, sort_keys=False, allow_unicode=True
-    )

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import fiducial as fd
 from fiducial.cli import main
+from fiducial.config_file import dump_yaml
 from fiducial.data.batches import Batches, stream
 from fiducial.errors import InputError
 from fiducial.methods import grpo as grpo_page
@@ -38,7 +39,6 @@ from fiducial.settings import (
     RunSettings,
     ScoreSettings,
     build,
-    dump_yaml,
 )
 from fiducial.train.renderer import load_renderer
 from fiducial.train.step import Stepper

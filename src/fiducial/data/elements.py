@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ..errors import InputError
 from ..settings import RowSettings
 from .prepare import joined, load, split
 from .render import Renderer
@@ -80,4 +81,9 @@ def read(
     if settings.eval_data:
         return train, elements(settings.eval_data, None)[0], note
     here, there = split(train.keys, settings.held_out, seed)
+    if not here:
+        raise InputError(
+            f"--rows.held-out {settings.held_out:g} of {len(train)} rows leaves none to train on: "
+            "give less, or --rows.eval-data"
+        )
     return train.take(here), train.take(there), note

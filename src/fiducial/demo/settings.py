@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ..settings import Settings
+from ..settings import Seed, Settings
 
 
 class Demo(Settings):
@@ -14,7 +14,7 @@ class Demo(Settings):
 
     out: str | None = None
     """Folder for all results. Default: demo-run, demo-run-2, ..."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed of the world, of training and of sampling."""
     documents: int = Field(7_200, gt=0)
     """Number of texts to pretrain on, 32 per step."""

@@ -22,7 +22,7 @@ from ..errors import InputError, RunError
 from ..models.contract import check_roles
 from ..models.load import exists, load_policy, load_roles, load_scorer
 from ..models.roles import Roles
-from ..models.trunk import plain
+from ..models.trunk import context, plain
 from ..rewards.load import check_names as check_rewards
 from ..rewards.load import load_rewards
 from ..rewards.types import Responses, Scored, Scorer, TrainerState
@@ -43,6 +43,9 @@ from ..train.renderer import load_renderer, same_ends
 from .critic import critic_start
 
 T = TypeVar("T")
+
+USUAL_TOKENS = 256
+"""Tokens of a sample that every model may be asked for: a smaller context shortens it."""
 NO_REFERENCE = (
     "beta is 0, so no reference is loaded and the KL to it is not measured (--kl.estimator k1 "
     "measures it)"
@@ -236,6 +239,11 @@ def prepare_offline(
     else:
         policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
         same_ends(plain(policy.lm), renderer)
+        limit = context(plain(policy.lm).config)
+        if (asked := getattr(settings, "max_new_tokens", 0)) > max(limit, USUAL_TOKENS):
+            raise InputError(
+                f"--max-new-tokens {asked:,} is more than the model's context of {limit:,} tokens"
+            )
         roles = Roles(policy=policy.to(processes.device))
     sequences = [ids for item in [*train.items, *held_out.items] for ids in rows.ids(item)]
     checked = check_roles(roles, sequences, max(map(len, sequences)), {"model": settings.model})

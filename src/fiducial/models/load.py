@@ -27,7 +27,7 @@ from .roles import Policy, Reference, Roles, ScoreModel
 from .scores import CriticStart, ScoreFacts, adapter_scores, rescaled
 from .trainable import trainable
 from .trunk import context, plain
-from .weights import adapters_merged, check_adapter, pretrained
+from .weights import adapters_merged, check_adapter, check_config, pretrained
 
 hf_logging.disable_progress_bar()
 hf_logging.set_verbosity_error()  # it would warn about a new head, which is meant to be new
@@ -48,11 +48,17 @@ def load_tokenizer(name: str, *, flag: str = "--model") -> Any:
     """
     exists(name, flag)
     try:
-        return AutoTokenizer.from_pretrained(_with_tokenizer(name))
+        tokenizer = AutoTokenizer.from_pretrained(_with_tokenizer(name))
     except Exception as error:
         raise InputError(
             f"{flag}: no tokenizer can be loaded from {name}: {_first_line(error)}"
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what some classes make of no files
+        raise InputError(
+            f"{flag}: {name} holds no tokenizer (tokenizer.json): copy those of the model's maker "
+            "into the folder"
+        )
+    return tokenizer
 
 
 def load_config(name: str, *, flag: str = "--model") -> Any:
@@ -347,6 +353,7 @@ def exists(name: str, flag: str) -> None:
     check_name("model", name, flag)
     if Path(name).exists() and not Path(name).is_dir():
         raise InputError(f"{flag}: {name} is not a folder")
+    check_config(Path(name), flag)
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..settings import LoraSettings, RunSettings
+from .trunk import text_config
 
 LINEAR = ("Linear", "Conv1D")
 """Classes of layers that an adapter can be put on."""
@@ -40,6 +41,12 @@ def trainable(model: Any, lora: LoraSettings, run: RunSettings, task: str) -> An
     from peft import LoraConfig, get_peft_model
 
     _check_targets(model, lora)
+    width = getattr(text_config(model.config), "hidden_size", None) or lora.r
+    if lora.r > width:
+        raise InputError(
+            f"--lora.r {lora.r} is more than the model's width of {width}: ranks of 8 to 64 are "
+            "usual"
+        )
     transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
     config = LoraConfig(
         r=lora.r,

@@ -6,6 +6,7 @@ What a command makes new on purpose, such as the head of a reward model, is name
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,42 @@ def adapters_merged(model: Any) -> Any:
             base.config.tie_word_embeddings = False
             text_config(base.config).tie_word_embeddings = False
     return model.merge_and_unload()
+
+
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""What configurations call the number of layers."""
+
+
+def check_config(folder: Path, flag: str) -> None:
+    """Checks a folder's config.json before a model is built from it.
+
+    Raises:
+        InputError: it is no JSON object, or names more layers than the folder has tensors, so that
+            building the model would only take time and memory.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{flag}: {path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{flag}: {path} holds a {type(config).__name__}, not an object")
+    inner = config.get("text_config")
+    numbers = [
+        (name, part[name])
+        for part in (config, inner if isinstance(inner, dict) else {})
+        for name in LAYERS
+        if isinstance(part.get(name), int)
+    ]
+    tensors = len(_types(str(folder)))
+    for name, number in numbers:
+        if number < 0 or (tensors and number > tensors):
+            raise InputError(
+                f"{flag}: {path} says {name} {number:,}, and the folder holds {tensors:,} tensors: "
+                "correct it there"
+            )
 
 
 def _difference(missing: Collection[str], unused: Collection[str], kind: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,12 @@ def fault(folder: Path) -> str | None:
     """One sentence on what is wrong with a checkpoint, or None."""
     try:
         manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+        pairs = list(manifest.items())
+    except (OSError, ValueError, AttributeError):
         return f"{folder.name} has no readable manifest"
-    for name, expected in manifest.items():
+    if not pairs:
+        return f"{folder.name} has an empty manifest"
+    for name, expected in pairs:
         path = folder / name
         if not path.is_file():
             return f"{folder.name}/{name} is missing"
@@ -59,7 +63,7 @@ def publish(aside: Path, final: Path, keep: int) -> None:
 
 def numbered(folder: Path) -> list[Path]:
     """The `checkpoint-<step>` folders, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", p.name)]
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
@@ -74,12 +78,17 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     return None, faults
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Writes the file completely or not at all."""
     aside = path.with_name(path.name + ".aside")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_bytes(data)
     _sync(aside)
     os.replace(aside, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the file completely or not at all."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

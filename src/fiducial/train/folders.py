@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 from ..errors import InputError
+from ..names import shortened
+from .checkpoint import write_bytes
 
 
 def open_folder(out: str | None, default: str, resume: bool) -> Path:
@@ -20,15 +23,38 @@ def open_folder(out: str | None, default: str, resume: bool) -> Path:
     while out is None and path.exists():
         number += 1
         path = Path(f"{default}-{number}")
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not resume)):
+    if not is_free(path) and not (path.is_dir() and resume):
         raise InputError(
             f"--out: {path} exists already: choose another folder, or go on with --resume"
         )
+    make_folder(path)
+    return path
+
+
+def make_folder(path: Path) -> None:
+    """The folder that --out names, with those above it.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
-        raise InputError(f"--out: {path} cannot be made: {error.strerror}") from error
-    return path
+        raise InputError(f"--out: {shortened(path)} cannot be made: {error.strerror}") from error
+
+
+def is_free(path: Path) -> bool:
+    """Whether a folder that --out names holds nothing yet.
+
+    Raises:
+        InputError: it cannot be looked at.
+    """
+    try:
+        return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise InputError(f"--out: {shortened(path)} cannot be made: {error.strerror}") from error
 
 
 def next_folder(method: str) -> Path:
@@ -39,19 +65,28 @@ def next_folder(method: str) -> Path:
     return Path(f"runs/{method}-{number}")
 
 
-def cut_after(path: Path, step: int) -> None:
-    """Removes the lines that an interrupted run wrote after `step`, and a torn last line."""
+def cut_after(path: Path, step: int) -> int:
+    """Removes the lines that an interrupted run wrote after `step`, and lines that are torn or are
+    no record of a step. The file is replaced as a whole, so a kill leaves one or the other.
+
+    Returns:
+        the number of lines that were no records.
+    """
     if not path.is_file():
-        return
-    kept = []
-    # splitlines() would also split at U+2028, which samples may contain
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        return 0
+    kept, foreign = [], 0
+    # bytes: a kill can tear a line within a character, and U+2028 ends no line
+    for line in path.read_bytes().split(b"\n"):
+        if not line:
+            continue
         try:
-            if json.loads(line)["step"] <= step:
+            at = json.loads(line)["step"]
+            if at <= step:
                 kept.append(line)
-        except ValueError:
-            break
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        except (ValueError, TypeError, KeyError, RecursionError):
+            foreign += 1
+    write_bytes(path, b"".join(line + b"\n" for line in kept))
+    return foreign
 
 
 def new_file(out: str, suffix: str = "") -> Path:

@@ -30,7 +30,16 @@ def changed_settings(folder: Path, method: str, config: str) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.is_file():
         raise InputError(f"--resume: {folder} holds no run to go on with (config.yaml is missing)")
-    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(config)
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        before = None
+    if not isinstance(before, dict) or not isinstance(before.get("run", {}), dict):
+        raise InputError(
+            f"--resume: {path} is empty or damaged, so it is not known how the run was started: "
+            "start a new run"
+        )
+    now = yaml.safe_load(config)
     if before.get("method") != method:
         raise InputError(f"--resume: {folder} is a run of {before.get('method')}, not of {method}")
     differ = [k for k in now if before.get(k) != now[k]]

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ..names import ModelName, RowsName, ScorerName
-from ..settings import Aggregate, RowSettings, Settings
+from ..settings import Aggregate, RowSettings, Seed, Settings
 
 
 class Collect(Settings):
@@ -44,7 +44,7 @@ class Collect(Settings):
     """Sampling temperature."""
     stop: tuple[str, ...] = ()
     """Tokens that end a response, in addition to the model's own ends."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for sampling."""
     rows: RowSettings = RowSettings()
 
@@ -84,7 +84,7 @@ class LabelSteps(Settings):
     """Sampling temperature."""
     stop: tuple[str, ...] = ()
     """Tokens that end a solution, in addition to the model's own ends."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for sampling."""
     rows: RowSettings = RowSettings()
 
@@ -130,7 +130,7 @@ class Generate(Settings):
     """Sampling temperature. 0: always take the most likely token."""
     stop: tuple[str, ...] = ()
     """Tokens that end a response, in addition to the model's own ends."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for sampling."""
     rows: RowSettings = RowSettings()
 
@@ -174,6 +174,6 @@ class Evaluate(Settings):
     """Sampling temperature."""
     stop: tuple[str, ...] = ()
     """Tokens that end a response, in addition to the model's own ends."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for sampling."""
     rows: RowSettings = RowSettings()

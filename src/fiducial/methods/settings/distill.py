@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from ...names import ModelName, RowsName
-from ...settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
+from ...settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Seed, Settings
 
 
 class Distill(Settings):
@@ -49,7 +49,7 @@ class Distill(Settings):
     """Tokens that end a response, in addition to the model's own ends."""
     eval_samples: int = Field(default=128, gt=0)
     """Responses to held-out prompts per evaluation. 128: our choice; no published value."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for the order of the prompts and for sampling."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...names import ModelName, RowsName
-from ...settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
+from ...settings import (
+    LoraSettings,
+    OptimizerSettings,
+    RowSettings,
+    RunSettings,
+    Seed,
+    Settings,
+    check_one_length,
+)
 
 
 class DPO(Settings):
@@ -39,7 +47,7 @@ class DPO(Settings):
     """
     max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a sample response on the run's page."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for the order of the pairs and for sampling."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
@@ -47,3 +55,8 @@ class DPO(Settings):
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings(betas=(0.9, 0.999), schedule="constant")
     run: RunSettings = RunSettings()
+
+    @model_validator(mode="after")
+    def _fit(self) -> DPO:
+        check_one_length(self.steps, self.epochs, usual=1.0)
+        return self

@@ -16,6 +16,7 @@ from ...settings import (
     RowSettings,
     RunSettings,
     ScoreSettings,
+    Seed,
     Settings,
     check_minibatches,
 )
@@ -130,7 +131,7 @@ class GRPO(Settings):
     """Sampling temperature; it divides the logits in every log-probability too. 1: DAPO."""
     stop: tuple[str, ...] = ()
     """Tokens that end a response, in addition to the model's own ends."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for the order of the prompts and for sampling."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""

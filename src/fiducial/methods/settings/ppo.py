@@ -14,6 +14,7 @@ from ...settings import (
     RowSettings,
     RunSettings,
     ScoreSettings,
+    Seed,
     Settings,
     check_minibatches,
 )
@@ -104,7 +105,7 @@ class PPO(Settings):
     """Sampling temperature; it divides the logits in every log-probability too. 1: InstructGPT."""
     stop: tuple[str, ...] = ()
     """Tokens that end a response, in addition to the model's own ends."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for the order of the prompts and for sampling."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...names import ModelName, RowsName
 from ...settings import (
@@ -11,7 +11,9 @@ from ...settings import (
     OptimizerSettings,
     RowSettings,
     RunSettings,
+    Seed,
     Settings,
+    check_one_length,
 )
 
 
@@ -48,7 +50,7 @@ class PRM(Settings):
     """Peak learning rate. 9e-6: InstructGPT's reward model. LoRA and small models need 10 to 100
     times that.
     """
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for the new head and for the order of the solutions."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
@@ -56,3 +58,8 @@ class PRM(Settings):
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings(schedule="cosine")
     run: RunSettings = RunSettings()
+
+    @model_validator(mode="after")
+    def _fit(self) -> PRM:
+        check_one_length(self.steps, self.epochs, usual=2.0)
+        return self

@@ -15,6 +15,7 @@ from ...settings import (
     RowSettings,
     RunSettings,
     ScoreSettings,
+    Seed,
     Settings,
 )
 
@@ -66,7 +67,7 @@ class Reinforce(Settings):
     """
     stop: tuple[str, ...] = ()
     """Tokens that end a response, in addition to the model's own ends."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for the order of the prompts and for sampling."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""

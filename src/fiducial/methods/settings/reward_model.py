@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...names import ModelName, RowsName
-from ...settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
+from ...settings import (
+    LoraSettings,
+    OptimizerSettings,
+    RowSettings,
+    RunSettings,
+    Seed,
+    Settings,
+    check_one_length,
+)
 
 
 class RewardModel(Settings):
@@ -38,7 +46,7 @@ class RewardModel(Settings):
     """Rows with prompt and completion whose mean score becomes 0, as in Huang et al. 2024 (N+).
     None: 512 responses of the training pairs, drawn at random.
     """
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for the new head and for the order of the prompts."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
@@ -46,3 +54,8 @@ class RewardModel(Settings):
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings(schedule="cosine")
     run: RunSettings = RunSettings()
+
+    @model_validator(mode="after")
+    def _fit(self) -> RewardModel:
+        check_one_length(self.steps, self.epochs, usual=1.0)
+        return self

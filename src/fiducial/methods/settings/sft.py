@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...names import ModelName, RowsName
-from ...settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Settings
+from ...settings import (
+    LoraSettings,
+    OptimizerSettings,
+    RowSettings,
+    RunSettings,
+    Seed,
+    Settings,
+    check_one_length,
+)
 
 
 class SFT(Settings):
@@ -29,7 +37,7 @@ class SFT(Settings):
     """Peak learning rate. InstructGPT: 9.65e-6. LoRA and small models need 10 to 100 times that."""
     max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a sample response on the run's page."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for the order of the rows and for sampling."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
@@ -37,3 +45,8 @@ class SFT(Settings):
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings(schedule="cosine")
     run: RunSettings = RunSettings()
+
+    @model_validator(mode="after")
+    def _fit(self) -> SFT:
+        check_one_length(self.steps, self.epochs, usual=1.0)
+        return self
