@@ -35,7 +35,7 @@ An example, from a base model to an aligned one:
 Is it right? `fiducial lab` runs the methods where the optimum is known. In Python,
 fiducial.lab.check_policy_loss and the other checks there test a loss of your own.
 A run is a folder with config.yaml, metrics.jsonl, samples.jsonl, model/ and report.html.
-Stop a run with Ctrl-C; go on with --resume.
+Stop a run with Ctrl-C (or SIGTERM); go on with --resume.
 Several processes: torchrun --nproc_per_node 2 -m fiducial VERB ...
 Exit codes: 0 done; 1 failed while running (what was trained is saved); 2 refused before it started.
 --debug shows tracebacks."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -155,7 +155,10 @@ def check_config(folder: Path, flag: str) -> None:
         for name in LAYERS
         if isinstance(part.get(name), int)
     ]
-    tensors = len(_types(str(folder)))
+    try:
+        tensors = len(_types(str(folder)))
+    except SafetensorError:  # a torn file is told where it is loaded
+        return
     for name, number in numbers:
         if number < 0 or (tensors and number > tensors):
             raise InputError(
