@@ -5,6 +5,7 @@ code path of its own.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,9 @@ from . import launch
 from .progress import Progress
 
 T = TypeVar("T")
+
+# that tied weights are kept once in a checkpoint is no news
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
 def _on_cpu(count: int) -> bool:
