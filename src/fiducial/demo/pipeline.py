@@ -53,7 +53,7 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
-"""Of the model: about a million weights."""
+"""Sizes of the model that the demo trains; together about a million weights."""
 
 
 @dataclasses.dataclass(frozen=True)
