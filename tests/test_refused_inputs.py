@@ -124,6 +124,12 @@ def stopped(models, data, tmp_path):
     return out
 
 
+@pytest.mark.parametrize("verb", ["sft", "grpo", "distill"])
+def test_a_folder_without_a_run_is_not_told_as_a_missing_model(refused, tmp_path, verb):
+    said = refused(f"{verb} --out {tmp_path / 'none'} --resume")
+    assert "--resume: " in said and "holds no run to go on with" in said
+
+
 def test_manifests_that_are_no_manifests(refused, stopped):
     for folder in (stopped / "checkpoints").iterdir():
         (folder / "manifest.json").write_text("[]")

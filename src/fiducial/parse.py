@@ -56,6 +56,10 @@ def parse(cls: type[S], args: Sequence[str], *, command: str) -> S:
     try:
         settings = build(cls, _overlay(values, given), source=source)
     except MissingSetting as missing:
+        if file is None and given.get(("resume",)) is True and ("out",) in given:
+            raise InputError(
+                f"--resume: {given['out',]} holds no run to go on with (config.yaml is missing)"
+            ) from None
         called = next(_called(flag) for flag in flags(cls) if ".".join(flag.path) == missing.name)
         raise InputError(
             f"{command}: {called} is required (fiducial {command} --help explains it)"
