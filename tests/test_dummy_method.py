@@ -15,7 +15,8 @@ PAGE = '''
 """A method that learns nothing: its loss falls by itself."""
 
 from fiducial.run import Run
-from fiducial.settings import RunSettings, Settings
+from fiducial.building import Settings
+from fiducial.settings import RunSettings
 
 
 class Dummy(Settings):

@@ -18,7 +18,7 @@ import fiducial
 from fiducial import verbs
 
 ROOT = Path(fiducial.__file__).parent
-GROUND = {"config_file", "errors", "metrics", "names", "settings", "verbs", "kl_choice"}
+GROUND = {"building", "config_file", "errors", "metrics", "names", "settings", "verbs", "kl_choice"}
 TOP = {"cli", "parse", "flags", "usage", "__main__", "__init__"}
 LEVELS = [
     GROUND,

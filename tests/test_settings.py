@@ -3,13 +3,14 @@
 import pytest
 
 from fiducial import kl_choice, verbs
+from fiducial.building import build
 from fiducial.errors import InputError
 from fiducial.flags import flags
 from fiducial.methods.settings.dpo import DPO
 from fiducial.methods.settings.grpo import GRPO, VARIANTS
 from fiducial.methods.settings.ppo import PPO
 from fiducial.names import check_name
-from fiducial.settings import KLSettings, RunSettings, build
+from fiducial.settings import KLSettings, RunSettings
 
 VERBS = verbs.verbs()
 

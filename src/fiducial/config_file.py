@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import yaml
 
+from .building import SHOWN, Settings, is_number
 from .errors import InputError
-from .settings import SHOWN, Settings, is_number
 
 BESIDE = ("method", "resumed")
 """What a run's config.yaml says beside its settings: the verb, and what changed on resume."""

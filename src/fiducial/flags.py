@@ -9,8 +9,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from .building import POSITIONAL, Settings
 from .names import Name
-from .settings import POSITIONAL, Settings
 
 
 @dataclass(frozen=True)

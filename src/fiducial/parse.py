@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .building import MissingSetting, S, Settings, build
 from .config_file import check_written, load_yaml
 from .errors import InputError
 from .flags import Flag, flags, sections
 from .names import check_name
-from .settings import MissingSetting, S, Settings, build
 from .usage import usage
 
 Given = dict[tuple[str, ...], Any]

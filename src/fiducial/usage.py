@@ -6,9 +6,9 @@ import shutil
 import textwrap
 from typing import Any
 
+from .building import Settings
 from .errors import InputError
 from .flags import Flag, flags, section_flags, sections
-from .settings import Settings
 
 COMMON = """\
   --config FILE

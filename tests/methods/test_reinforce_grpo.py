@@ -15,6 +15,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
 import fiducial as fd
+from fiducial.building import build
 from fiducial.cli import main
 from fiducial.config_file import dump_yaml
 from fiducial.data.batches import Batches, stream
@@ -38,7 +39,6 @@ from fiducial.settings import (
     RowSettings,
     RunSettings,
     ScoreSettings,
-    build,
 )
 from fiducial.train.renderer import load_renderer
 from fiducial.train.step import Stepper

@@ -28,7 +28,7 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 import fiducial as fd
-from fiducial.settings import build
+from fiducial.building import build
 from fiducial import run
 from fiducial.train import checkpoint, step
 from fiducial.methods import distill, dpo, grpo, ppo, prm, reinforce, reward_model, sft

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fiducial as fd
+from fiducial.building import build
 from fiducial.data.row_types import PromptRow, StepsRow
 from fiducial.data.rows import read_rows
 from fiducial.data.steps import Steps
@@ -25,7 +26,7 @@ from fiducial.rewards.process import AGGREGATES, ProcessReward, aggregate, diffe
 from fiducial.rewards.types import Responses
 from fiducial.rollout.sampling import SamplingParams
 from fiducial.rollout.trajectory import Trajectory
-from fiducial.settings import RowSettings, RunSettings, build
+from fiducial.settings import RowSettings, RunSettings
 from fiducial.train.processes import Processes
 from fiducial.train.renderer import load_renderer
 from fiducial.use import label_steps as collecting

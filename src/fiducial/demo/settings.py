@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ..settings import Seed, Settings
+from ..building import Settings
+from ..settings import Seed
 
 
 class Demo(Settings):

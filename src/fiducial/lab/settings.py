@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ..settings import Seed, Settings
+from ..building import Settings
+from ..settings import Seed
 
 
 class Lab(Settings):

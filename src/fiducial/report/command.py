@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from ..building import POSITIONAL, Settings
 from ..errors import InputError
-from ..settings import POSITIONAL, Settings
 from .page import write_report
 
 

@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from ..building import Settings
 from ..names import ModelName, RowsName, ScorerName
-from ..settings import Aggregate, RowSettings, Seed, Settings
+from ..settings import Aggregate, RowSettings, Seed
 
 
 class Collect(Settings):

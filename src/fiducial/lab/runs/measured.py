@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from ...building import Settings
 from ...methods.dpo import dpo
 from ...methods.grpo import grpo
 from ...methods.ppo import ppo
@@ -28,7 +29,7 @@ from ...methods.settings.grpo import GRPO
 from ...methods.settings.ppo import PPO
 from ...methods.settings.reinforce import Reinforce
 from ...run import Run
-from ...settings import OptimizerSettings, RowSettings, RunSettings, Settings
+from ...settings import OptimizerSettings, RowSettings, RunSettings
 from ...train.checkpoint import numbered
 from ..study.credit import credit
 from ..study.results import Credit

@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from ...building import Settings
 from ...names import ModelName, RowsName
-from ...settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Seed, Settings
+from ...settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings, Seed
 
 
 class Distill(Settings):

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from ...building import Settings
 from ...kl_choice import Penalty
 from ...names import ModelName, RowsName, ScorerName
 from ...settings import (
@@ -17,7 +18,6 @@ from ...settings import (
     RunSettings,
     ScoreSettings,
     Seed,
-    Settings,
     check_minibatches,
 )
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ...building import Settings
 from ...names import ModelName, RowsName, ScorerName
 from ...settings import (
     KLSettings,
@@ -15,7 +16,6 @@ from ...settings import (
     RunSettings,
     ScoreSettings,
     Seed,
-    Settings,
     check_minibatches,
 )
 

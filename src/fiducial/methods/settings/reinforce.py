@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ...building import Settings
 from ...names import ModelName, RowsName, ScorerName
 from ...settings import (
     KLSettings,
@@ -16,7 +17,6 @@ from ...settings import (
     RunSettings,
     ScoreSettings,
     Seed,
-    Settings,
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from ...building import Settings
 from ...names import ModelName, RowsName
 from ...settings import (
     LoraSettings,
@@ -11,7 +12,6 @@ from ...settings import (
     RowSettings,
     RunSettings,
     Seed,
-    Settings,
     check_one_length,
 )
 
