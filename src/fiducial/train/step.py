@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import RunError
 from ..settings import OptimizerSettings
+from .nonfinite import Nonfinite
 from .processes import Processes
 from .progress import say
 
@@ -69,10 +70,12 @@ class Stepper:
         processes: Processes,
         *,
         usual_warmup: int = 0,
+        nonfinite: Nonfinite | None = None,
     ) -> None:
         """Args:
         peak: the largest learning rate. total: optimizer steps of the run.
         usual_warmup: the method's warm-up, where the settings give none.
+        nonfinite: what happens at a gradient that is not finite; None: the step raises.
         """
         self.warmup = warmup_steps(settings, total, usual_warmup)
         if self.warmup > total and processes.main:
@@ -95,6 +98,8 @@ class Stepper:
         self.module: Any
         self.module, self.optimizer = processes.accelerator.prepare(module, optimizer)
         self.peak, self.settings, self.total, self.processes = peak, settings, total, processes
+        self.nonfinite = nonfinite
+        self.number = -1 if nonfinite is None else nonfinite.watch(self.module)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a micro-batch's part of the loss: its sum over the global count.
@@ -108,10 +113,12 @@ class Stepper:
         """Updates the weights.
 
         Returns:
-            the norm of the gradient before clipping, and the learning rate.
+            the norm of the gradient before clipping, and the learning rate. An update that is left
+            out because its gradient is not finite has no norm.
 
         Raises:
-            RunError: the gradient is not finite. The weights are unchanged.
+            RunError: the gradient is not finite, and the update is not left out. The weights are
+                unchanged.
         """
         lr = learning_rate(number, self.total, self.peak, self.settings.schedule, self.warmup)
         for group in self.optimizer.param_groups:
@@ -122,17 +129,27 @@ class Stepper:
             )
         )
         if not math.isfinite(norm):
-            bad = [
-                n
-                for n, p in self.module.named_parameters()
-                if p.grad is not None and not torch.isfinite(p.grad).all()
-            ]
-            raise RunError(
-                f"the gradient is not finite in {len(bad)} tensors, first "
-                f"{bad[0] if bad else 'none'}: lower --learning-rate, or look for a faulty row "
-                "among those of this step"
-            )
+            self._left_out(norm)
+            return {"learning_rate": lr}
         self.processes.dirty = True
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.nonfinite is not None:
+            self.nonfinite.done(self.number)
         return {"grad_norm": norm, "learning_rate": lr}
+
+    def _left_out(self, norm: float) -> None:
+        bad = [
+            n.removeprefix("module.")
+            for n, p in self.module.named_parameters()
+            if p.grad is not None and not torch.isfinite(p.grad).all()
+        ]
+        what = (
+            f"the gradient is not finite in {len(bad)} tensors, first {bad[0]}"
+            if bad
+            else f"the norm of the gradient is {norm}"
+        )
+        if self.nonfinite is None:
+            raise RunError(f"{what}: lower --learning-rate")
+        self.nonfinite.found(self.number, what)
+        self.optimizer.zero_grad(set_to_none=True)
