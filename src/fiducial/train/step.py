@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..errors import RunError
 from ..settings import OptimizerSettings
@@ -123,14 +124,13 @@ class Stepper:
         lr = learning_rate(number, self.total, self.peak, self.settings.schedule, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = float(
-            self.processes.accelerator.clip_grad_norm_(
-                self.module.parameters(), self.settings.max_grad_norm
-            )
-        )
+        with_gradient = [p for p in self.module.parameters() if p.grad is not None]
+        total = get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+        norm = float(total)
         if not math.isfinite(norm):
             self._left_out(norm)
             return {"learning_rate": lr}
+        clip_grads_with_norm_(with_gradient, self.settings.max_grad_norm, total)
         self.processes.dirty = True
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -145,7 +145,7 @@ class Stepper:
             if p.grad is not None and not torch.isfinite(p.grad).all()
         ]
         what = (
-            f"the gradient is not finite in {len(bad)} tensors, first {bad[0]}"
+            f"the gradient is not finite in {len(bad)} tensor{'s' * (len(bad) > 1)}, first {bad[0]}"
             if bad
             else f"the norm of the gradient is {norm}"
         )
