@@ -97,7 +97,7 @@ class Run(Generic[S]):
         self._fresh = is_free(self.path)
         self._lock = lock_together(self.path, self.processes)
         if self.main and not self.settings.resume:
-            config.write_text(dump_yaml(self.settings, self.method), encoding="utf-8")
+            checkpoint.write_text(config, dump_yaml(self.settings, self.method))
         self.processes.wait()
         random.seed(self.settings.seed)
         np.random.seed(self.settings.seed % 2**32)
