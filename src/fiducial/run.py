@@ -29,7 +29,7 @@ from .train.keep import Clock, newest, restore, save, together
 from .train.lock import lock_together
 from .train.meter import Meter
 from .train.nonfinite import Nonfinite
-from .train.processes import Processes
+from .train.processes import Processes, lost_peer
 from .train.progress import Progress, say
 from .train.records import Records
 from .train.resume import changed_settings, note_changes
@@ -126,6 +126,12 @@ class Run(Generic[S]):
         finally:
             if self._lock is not None:
                 self._lock.release()
+        if self.processes.count > 1 and lost_peer(error):
+            with self.explained():
+                raise RunError(
+                    "another process ended, or did not answer within --run.timeout-minutes "
+                    f"{self.keep.timeout_minutes:g}: the reason is what that one printed"
+                ) from error
 
     def _close(self, error: BaseException | None) -> None:
         """Keep what a failed run has, and say so; leave nothing of a refused one."""
@@ -233,12 +239,12 @@ class Run(Generic[S]):
         if (loss := values.get("eval/loss")) is not None:
             self._evaluated = self.step, float(loss)
         seconds = round(time.monotonic() - self._began + self._seconds, 3)
-        with self._going_on():
+        with self.explained(""):
             self._records.add("metrics.jsonl", [{"step": self.step, "seconds": seconds, **values}])
 
     def record_samples(self, rows: list[dict[str, Any]]) -> None:
         """Lines of samples.jsonl at the current step."""
-        with self._going_on():
+        with self.explained(""):
             self._records.add("samples.jsonl", [{"step": self.step, **row} for row in rows])
 
     def pause(self) -> None:
@@ -288,7 +294,7 @@ class Run(Generic[S]):
                 "evaluated": self._evaluated[1] if here and self._evaluated else None,
             }
 
-        with self._going_on():
+        with self.explained(""):
             save(
                 self.path / "checkpoints",
                 self.step,
@@ -336,7 +342,7 @@ class Run(Generic[S]):
             shutil.rmtree(self.path / "model", ignore_errors=True)
             aside.rename(self.path / "model")
 
-        with self._going_on():
+        with self.explained(""):
             together(self.processes, write, self.path / "model")
         if self.main:
             self._write_summary("done")
@@ -372,21 +378,16 @@ class Run(Generic[S]):
             write_report(self.path)
 
     @contextlib.contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """A RunError of the block says which checkpoint is safe and how to go on."""
+    def explained(self, where: str | None = None) -> Iterator[None]:
+        """A RunError of the block names the step, or `where`, and says what is safe and how to go
+        on.
+        """
         try:
             yield
         except RunError as error:
+            where = f"step {self.step + 1}: " if where is None else where
             safe = newest(self.path / "checkpoints")
-            raise RunError(f"{error}; {safe}; {self.how_to_go_on()}") from error
-
-    @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """A RunError of the block names the step and says how to go on."""
-        try:
-            yield
-        except RunError as error:
-            raise RunError(f"step {self.step + 1}: {error}; {self.how_to_go_on()}") from error
+            raise RunError(f"{where}{error}; {safe}; {self.how_to_go_on()}") from error
 
     def how_to_go_on(self) -> str:
         """The command that continues this run."""
