@@ -37,7 +37,7 @@ from ..rollout.sampling import (
     sampling_params,
 )
 from ..rollout.trajectory import Trajectory
-from ..settings import LoraSettings, RowSettings, RunSettings, ScoreSettings
+from ..settings import LoraSettings, RowSettings, RunSettings, ScoreSettings, WorkerSettings
 from ..train.processes import Processes
 from ..train.renderer import load_renderer, same_ends
 from .critic import critic_start
@@ -107,6 +107,9 @@ class OnlineSettings(_Common, Protocol):
 
     @property
     def score(self) -> ScoreSettings: ...
+
+    @property
+    def worker(self) -> WorkerSettings: ...
 
     @property
     def steps(self) -> int: ...
@@ -280,7 +283,9 @@ def prepare_online(
     prompts, rows, note = read_prompts(settings.data, settings, renderer)
     loaded = None
     if rewards is None:
-        loaded = load_rewards(settings.reward, settings.reward_weights, settings.run, processes)
+        loaded = load_rewards(
+            settings.reward, settings.reward_weights, settings.run, processes, settings.worker
+        )
         rewards = loaded
     rewards.check_rows(rows)
     start = None if critic is None else critic_start(critic, loaded, renderer, settings)

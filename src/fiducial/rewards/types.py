@@ -15,24 +15,7 @@ from ..data.render import Renderer
 from ..data.row_types import Content, PromptRow
 from ..errors import RunError
 from ..rollout.trajectory import Trajectory
-
-
-@dataclass(frozen=True)
-class TrainerState:
-    """Where a run is when it asks for rewards, as in TRL's `trainer_state`.
-
-    global_step: iterations that are done. max_steps: iterations of the whole run. epoch: prompts
-    drawn so far over the number of prompts.
-    """
-
-    global_step: int
-    max_steps: int
-    epoch: float
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"trainer_state has global_step, max_steps and epoch here, and no {name}"
-        )
+from .values import TrainerState as TrainerState
 
 
 @dataclass(frozen=True)

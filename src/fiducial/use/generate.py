@@ -32,7 +32,12 @@ def generate(settings: Generate) -> int:
     processes = Processes()
     out = new_file(settings.out) if settings.out else None
     best = BestOf.open(
-        settings.best_of, settings.score, settings.aggregate, settings.temperature, processes
+        settings.best_of,
+        settings.score,
+        settings.aggregate,
+        settings.temperature,
+        processes,
+        settings.worker,
     )
     model = Model.open(
         settings.model,
