@@ -26,10 +26,6 @@ TICK = 0.05
 """Seconds between two looks at the memory of the family."""
 BYE, KILL = b"b", b"k"
 """What the run says to the keeper: the worker may end by itself, or is killed at once."""
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals by which a run is asked to stop, which its workers may get too; the run needs them until
-its step has ended.
-"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def main(channel: int, control: int, trace: int, limit: float) -> None:
     run, keeper = os.getppid(), os.getpid()
     for fd in (channel, control, trace):
         os.set_inheritable(fd, False)
-    ignore_interrupts()
+    children.ignore_interrupts()
     children.adopt_orphans()
     pid = os.fork()
     if pid == 0:
@@ -72,14 +68,6 @@ def main(channel: int, control: int, trace: int, limit: float) -> None:
     with contextlib.suppress(OSError):  # the run has ended
         words.sendall(json.dumps(asdict(end)).encode())
     os.killpg(0, signal.SIGKILL)  # this process too; where descendants are not known, all of them
-
-
-def ignore_interrupts() -> None:
-    """Live through the signals that ask a run to stop. Processes that are forked from here get them
-    as usual.
-    """
-    for number in INTERRUPTS:
-        signal.signal(number, lambda number, frame: None)
 
 
 class _Keeper:

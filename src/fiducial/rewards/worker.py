@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError
+from ..train.children import ignore_interrupts
 from .calling import Takes, file_of, load_function, told
-from .keeper import INTERRUPTS, ignore_interrupts
 from .questions import Question, begin, ended, read
 
 HEAD = struct.Struct("!QQ")
@@ -41,7 +41,6 @@ def serve(channel: int, trace: int) -> None:
     with contextlib.suppress(OSError):  # where memory runs out, this process ends before the run
         Path("/proc/self/oom_score_adj").write_text("1000")
     ignore_interrupts()
-    os.register_at_fork(after_in_child=_as_usual)
     faulthandler.enable(file=trace)
     faulthandler.register(signal.SIGUSR1, file=trace, all_threads=True)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -136,11 +135,3 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # the user's code may have closed or replaced it
             stream.flush()
-
-
-def _as_usual() -> None:
-    """In a process that a function forks: signals act as in any program."""
-    for number in INTERRUPTS:
-        signal.signal(
-            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        )

@@ -18,6 +18,7 @@ from pathlib import Path
 LINUX = sys.platform == "linux"
 _DEATH_SIGNAL, _SUBREAPER = 1, 36
 """Numbers of prctl(2)."""
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
@@ -47,6 +48,15 @@ def end_with_parent() -> None:
 
     # for systems without the kernel's help
     threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def ignore_interrupts() -> None:
+    """Live through the signals by which a run is asked to stop, which its children may get too: the
+    run needs them until its step has ended. Processes that are forked from here act as usual.
+    """
+    for number in INTERRUPTS:
+        signal.signal(number, lambda number, frame: None)
+    os.register_at_fork(after_in_child=_as_usual)
 
 
 def adopt_orphans() -> None:
@@ -85,6 +95,12 @@ def machine_memory() -> int | None:
         with contextlib.suppress(OSError, ValueError):  # "max": no limit
             found.append(int(Path(path).read_text()))
     return min((n for n in found if n > 0), default=None)
+
+
+def _as_usual() -> None:
+    for number in INTERRUPTS:
+        interrupt = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if interrupt else signal.SIG_DFL)
 
 
 def _prctl(option: int, value: int) -> None:
