@@ -6,7 +6,6 @@ up, and how it ended is told with the function, its line, and the rows that it w
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import time
 from dataclasses import dataclass
