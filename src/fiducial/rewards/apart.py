@@ -7,6 +7,7 @@ up, and how it ended is told with the function, its line, and the rows that it w
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from dataclasses import dataclass
 from typing import NoReturn
@@ -46,6 +47,11 @@ class FunctionApart:
         Raises:
             InputError: on every process, if the function cannot be loaded or called.
         """
+        if os.name != "posix":
+            raise InputError(
+                f"{flag}: {name} cannot run in a process of its own on this system: give "
+                "--worker.in-process"
+            )
         self.name, self.flag, self.settings = name, flag, settings
         self._worker: Worker | None = None
         self._asked: Question | None = None
@@ -101,8 +107,8 @@ class FunctionApart:
 
     def _start(self) -> Facts:
         began = time.monotonic()
-        worker = Worker(self.settings, f"{self.flag} {self.name}")
         try:
+            worker = Worker(self.settings, f"{self.flag} {self.name}")
             worker.request((self.name, self.flag), self.settings.seconds)
             reply = worker.reply()
         except Stopped as stopped:

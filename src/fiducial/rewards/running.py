@@ -27,6 +27,8 @@ from .worker import receive, send
 
 SHOWN = 64 * 1024
 """Bytes that a function may print in one call; the rest is dropped. Our choice."""
+BEGINNING = 60.0
+"""Seconds within which a worker is ready to load a function, on a busy machine too."""
 REPLY = 1 << 30
 """Bytes of a reply, far more than scores and columns need; more is no reply."""
 START = (
@@ -92,6 +94,13 @@ class Worker:
     """A worker process with its keeper. It is gone when this object is."""
 
     def __init__(self, settings: WorkerSettings, title: str) -> None:
+        """
+        Args:
+            title: names the function, where it prints too much.
+
+        Raises:
+            Stopped: the process did not begin to work.
+        """
         self.settings = settings
         memory = machine_memory() or float("inf")
         given = settings.gigabytes
@@ -127,6 +136,8 @@ class Worker:
             self._output,
             os.getpid(),
         )
+        self._until = time.monotonic() + BEGINNING
+        self.reply()
 
     def request(self, message: object, seconds: float) -> None:
         """Send a question, or the name and the flag of a function to load.

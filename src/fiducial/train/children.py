@@ -15,10 +15,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .stopping import SIGNALS
+
 LINUX = sys.platform == "linux"
 _DEATH_SIGNAL, _SUBREAPER = 1, 36
 """Numbers of prctl(2)."""
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
@@ -54,7 +55,7 @@ def ignore_interrupts() -> None:
     """Live through the signals by which a run is asked to stop, which its children may get too: the
     run needs them until its step has ended. Processes that are forked from here act as usual.
     """
-    for number in INTERRUPTS:
+    for number in SIGNALS:
         signal.signal(number, lambda number, frame: None)
     os.register_at_fork(after_in_child=_as_usual)
 
@@ -98,7 +99,7 @@ def machine_memory() -> int | None:
 
 
 def _as_usual() -> None:
-    for number in INTERRUPTS:
+    for number in SIGNALS:
         interrupt = number == signal.SIGINT
         signal.signal(number, signal.default_int_handler if interrupt else signal.SIG_DFL)
 
