@@ -147,7 +147,8 @@ class FunctionApart:
             return None
         until = time.monotonic() + limit
         for row in range(question.rows):
-            left = until - time.monotonic()
+            if (left := until - time.monotonic()) <= 0:
+                break
             try:
                 self._worker.request(question.take(row), left)
                 self._worker.reply()

@@ -22,7 +22,7 @@ PROCESSES = 1000
 """Processes that a function may have at once; more are taken for a fork bomb. Our choice."""
 GRACE = 2.0
 """Seconds that a worker has for its own exit handlers when a run has ended."""
-TICK = 0.05
+TICK = 0.1
 """Seconds between two looks at the memory of the family."""
 BYE, KILL = b"b", b"k"
 """What the run says to the keeper: the worker may end by itself, or is killed at once."""

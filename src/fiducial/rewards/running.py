@@ -31,10 +31,8 @@ BEGINNING = 60.0
 """Seconds within which a worker is ready to load a function, on a busy machine too."""
 REPLY = 1 << 30
 """Bytes of a reply, far more than scores and columns need; more is no reply."""
-START = (
-    "import sys, json; a = json.loads(sys.argv.pop()); sys.path[:] = a.pop(); "
-    "from fiducial.rewards.keeper import main; main(*a)"
-)
+MAIN = "from fiducial.rewards.keeper import main; main(*a)"
+START = f"import sys, json; a = json.loads(sys.argv.pop()); sys.path[:] = a.pop(); {MAIN}"
 _FRAME = re.compile(r'^  File "(.*)", line (\d+)', re.MULTILINE)
 
 
@@ -183,6 +181,7 @@ class Worker:
             pass
         end, trace = self._stop(late), self._read_trace()
         self.kill()
+        late = late and end.memory is None and end.processes is None
         raise Stopped(None if late else end, self.settings, trace, self.limit)
 
     def kill(self) -> None:

@@ -24,6 +24,7 @@ from ..errors import InputError, RunError
 from ..train.children import ignore_interrupts
 from .calling import Takes, file_of, load_function, told
 from .questions import Question, begin, ended, read
+from .values import among
 
 HEAD = struct.Struct("!QQ")
 """In front of every message: its number, and its length in bytes."""
@@ -45,11 +46,11 @@ def serve(channel: int, trace: int) -> None:
     faulthandler.register(signal.SIGUSR1, file=trace, all_threads=True)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     connection = socket.socket(fileno=channel)
-    answer: Callable[[Any], dict[str, Any]] = _Function().answer
+    answer = _Function().answer
     send(connection, 0, b"{}")  # ready: from here on it is the function that takes time
     while (frame := receive(connection)) is not None:
         number, body = frame
-        reply = answer(pickle.loads(body))
+        reply = answer(body)
         if os.getpid() != me:
             os._exit(0)  # a process that the function forked and that came back here
         send(connection, number, json.dumps(reply).encode())
@@ -105,8 +106,14 @@ class _Function:
         self.function: Callable[..., Any] | None = None
         self.takes: Takes | None = None
 
-    def answer(self, request: tuple[str, str] | Question) -> dict[str, Any]:
+    def answer(self, body: bytes) -> dict[str, Any]:
+        who = "the question"
         try:
+            request: tuple[str, str] | Question = pickle.loads(body)
+            if isinstance(request, Question):
+                who = among(request.where) + request.who
+            else:
+                who = f"{request[1]}: {request[0]}"
             if isinstance(request, tuple):
                 return self._load(*request)
             assert self.function is not None and self.takes is not None
@@ -114,8 +121,7 @@ class _Function:
             return asdict(read(self.function, request, asked))
         except (InputError, RunError) as error:
             return {"failed": str(error)}
-        except BaseException as error:  # of an object that the function returned
-            who = request.who if isinstance(request, Question) else f"{request[1]}: {request[0]}"
+        except BaseException as error:  # of an object that was given or returned
             return {"failed": f"{who} raised {told(error, self.function)}"}
         finally:
             _flush()
