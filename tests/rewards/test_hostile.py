@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -239,11 +238,9 @@ def test_each_ends_in_time_with_the_function_and_the_row(file, name, monkeypatch
     assert "rows.jsonl:" in message and "\n" not in message
     del part, caught
     assert state() == before and children() <= ours
-
-
-def test_processes_that_a_function_leaves_behind_are_ended(file):
-    pids = [int(x) for x in Path(f"{file}.pids").read_text().split()]  # of `forks` above
-    assert len(pids) > 3 and all(map(gone, pids))
+    if name == "forks":  # those that left the family, too
+        pids = [int(x) for x in Path(f"{file}.pids").read_text().split()]
+        assert len(pids) > 3 and all(map(gone, pids))
 
 
 IMPORTS = {
@@ -425,11 +422,15 @@ def test_more_processes_than_allowed_are_ended(file, monkeypatch):
 
 
 PARENT = """
-import sys
-sys.path[:0] = {path!r}
-from test_hostile import load, responses, SLOW
-part = load({name!r}, SLOW)
-part.score(responses("a"))
+from fiducial.rewards.questions import Question
+from fiducial.rewards.running import Worker
+from fiducial.settings import WorkerSettings
+
+worker = Worker(WorkerSettings(), "title")
+worker.request(({name!r}, "--reward"), 60)
+worker.reply()
+worker.request(Question("f", {{"completions": ["a"]}}, 1), 60)
+worker.reply()
 """
 HANGS = """
 import os, time
@@ -444,9 +445,8 @@ def f(completions):
 
 def test_a_worker_and_its_children_end_with_the_run_whatever_ends_it(tmp_path):
     (tmp_path / "r.py").write_text(HANGS.format(pids=f"{tmp_path}/pids"))
-    folders = [os.path.dirname(__file__), f"{os.path.dirname(__file__)}/.."]
-    code = PARENT.format(path=folders, name=f"{tmp_path}/r.py:f")
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
+    code = PARENT.format(name=f"{tmp_path}/r.py:f")
+    parent = subprocess.Popen([sys.executable, "-c", code])
     pids = tmp_path / "pids"
     wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 4, 60)
     parent.send_signal(signal.SIGKILL)
