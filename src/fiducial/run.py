@@ -73,6 +73,7 @@ class Run(Generic[S]):
         )
         self._evaluated: tuple[int, float] | None = None
         self._stopping = Stopping(say if self.main else lambda text: None)
+        self._stopping.at_once = True  # until the first step begins
         self._bar: Progress | None = None
         self._changed: dict[str, Any] = {}
         self._inputs: dict[str, Any] = {}
@@ -97,7 +98,7 @@ class Run(Generic[S]):
         self._fresh = is_free(self.path)
         self._lock = lock_together(self.path, self.processes)
         if self.main and not self.settings.resume:
-            config.write_text(dump_yaml(self.settings, self.method), encoding="utf-8")
+            checkpoint.write_text(config, dump_yaml(self.settings, self.method))
         self.processes.wait()
         random.seed(self.settings.seed)
         np.random.seed(self.settings.seed % 2**32)
@@ -137,6 +138,8 @@ class Run(Generic[S]):
                 self.save_checkpoint()  # the weights are those of the last recorded step
         if error is None or not self.main:
             return
+        if isinstance(error, KeyboardInterrupt):
+            say(f"stopped at once after step {self.step}: {self.how_to_go_on()}")
         if isinstance(error, InputError):
             if self._fresh:  # refused before it began: the mended command works with this folder
                 shutil.rmtree(self.path, ignore_errors=True)
@@ -167,6 +170,8 @@ class Run(Generic[S]):
             if self.main and self._changed:
                 text = dump_yaml(self.settings, self.method)
                 note_changes(self.path / "config.yaml", text, self.step, self._changed)
+                if self._changed.keys() & {"steps", "epochs"}:
+                    say(f"the learning rate goes on as in a run of {total} steps")
         elif self.main:
             self._inputs = record_inputs(self.path, self._plain())
         self._records.cut(self.step, self._records.lines)
@@ -174,6 +179,7 @@ class Run(Generic[S]):
             title or self.method, total, start=self.step, show=self.main
         ).__enter__()
         self._clock = Clock(self.keep.checkpoint_minutes, self.processes)
+        self._stopping.at_once = False
         self._step_started = time.monotonic()
 
     def running(self) -> bool:

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,27 @@ def test_a_checkpoint_is_made_when_its_minutes_have_passed(sft, tmp_path, monkey
     minutes = {"checkpoint_every": 0, "checkpoint_minutes": 5.0, "keep_checkpoints": 9}
     fd.sft(sft("run", 8, run=minutes))
     assert steps_of(tmp_path / "run") == [3, 6, 8]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step_stops_at_once_and_says_how_to_go_on(
+    sft, tmp_path, monkeypatch, capsys, number
+):
+    monkeypatch.setattr("fiducial.methods.sft.prepare", lambda *a: os.kill(os.getpid(), number))
+    with pytest.raises(KeyboardInterrupt):
+        fd.sft(sft("run"))
+    assert f"fiducial sft --out {tmp_path / 'run'} --resume" in capsys.readouterr().err
+    monkeypatch.undo()
+    fd.sft(sft("run", resume=True))
+    fd.sft(sft("whole"))
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def test_a_schedule_that_a_longer_run_changes_is_said(sft, tmp_path, capsys):
+    fd.sft(sft("run", 2))
+    assert "the learning rate goes on" not in capsys.readouterr().err
+    fd.sft(sft("run", 3, resume=True))
+    assert "the learning rate goes on as in a run of 3 steps" in capsys.readouterr().err
 
 
 def test_no_default_run_is_without_a_checkpoint():

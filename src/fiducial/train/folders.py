@@ -10,6 +10,9 @@ from ..errors import InputError
 from ..names import shortened
 from .checkpoint import write_bytes
 
+NOTHING = {".lock", "config.yaml.aside"}
+"""What a run leaves that was killed before it had begun."""
+
 
 def open_folder(out: str | None, default: str, resume: bool) -> Path:
     """The folder of a command that makes several runs.
@@ -52,7 +55,7 @@ def is_free(path: Path) -> bool:
         InputError: it cannot be looked at.
     """
     try:
-        return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+        return not path.exists() or (path.is_dir() and {p.name for p in path.iterdir()} <= NOTHING)
     except OSError as error:
         raise InputError(f"--out: {shortened(path)} cannot be made: {error.strerror}") from error
 
