@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from .config_file import dump_yaml
-from .errors import InputError, RunError
+from .errors import InputError, RunError, Unscored
 from .report.card import model_card
 from .report.page import write_report
 from .settings import TrainingSettings
@@ -31,7 +31,7 @@ from .train.meter import Meter
 from .train.nonfinite import Nonfinite
 from .train.processes import Processes, lost_peer
 from .train.progress import Progress, say
-from .train.records import Records
+from .train.records import Records, keep_unscored
 from .train.resume import changed_settings, note_changes
 from .train.step import Stepper
 from .train.stopping import Stopping
@@ -380,13 +380,15 @@ class Run(Generic[S]):
     @contextlib.contextmanager
     def explained(self, where: str | None = None) -> Iterator[None]:
         """A RunError of the block names the step, or `where`, and says what is safe and how to go
-        on.
+        on. Responses that could not be scored are kept.
         """
         try:
             yield
         except RunError as error:
-            where = f"step {self.step + 1}: " if where is None else where
+            where = f"step {min(self.step + 1, self.total)}: " if where is None else where
             safe = newest(self.path / "checkpoints")
+            if isinstance(error, Unscored) and self.main:
+                safe = f"{keep_unscored(self.path, error.rows, self.step + 1)}; {safe}"
             raise RunError(f"{where}{error}; {safe}; {self.how_to_go_on()}") from error
 
     def how_to_go_on(self) -> str:

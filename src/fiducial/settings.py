@@ -131,6 +131,25 @@ class RunSettings(Settings):
     """How long one process waits for the others before all of them stop with an error."""
 
 
+class WorkerSettings(Settings):
+    """Where a reward function or a judge from a Python file runs: in a process of its own, with
+    limits.
+    """
+
+    seconds: float = Field(default=600.0, gt=0, le=MONTH * 60)
+    """Longest time that one call of the function, or loading its file, may take. 600: our choice,
+    because a language model behind an endpoint that judges a batch needs minutes.
+    """
+    gigabytes: float | None = Field(default=None, gt=0)
+    """Most memory that the function may use, with all processes that it starts. None: half of the
+    machine's memory. Our choice. Measured on Linux only.
+    """
+    in_process: bool = False
+    """Call the function in the process of the command, without limits: for a function that needs
+    what is in that process, such as its process group of torch.
+    """
+
+
 def check_minibatches(minibatches: int, batch_size: int) -> None:
     """Refuse more optimizer steps over a batch than it has responses.
 
@@ -341,6 +360,9 @@ class OnlineSettings(CommonSettings, Protocol):
 
     @property
     def score(self) -> ScoreSettings: ...
+
+    @property
+    def worker(self) -> WorkerSettings: ...
 
     @property
     def steps(self) -> int: ...

@@ -148,7 +148,8 @@ def grpo(
             )
             run.checkpoint_if_due()
 
-        run.record_samples(ready.answers(run.step, run.state.drawn))
+        with run.explained():
+            run.record_samples(ready.answers(run.step, run.state.drawn))
         run.model = policy
         probe = torch.tensor([ready.prompts[0]])
         return run.finish(save=lambda path: save(policy, ready.renderer.tokenizer, path, probe))

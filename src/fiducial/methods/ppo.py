@@ -117,7 +117,8 @@ def ppo(
             )
             run.checkpoint_if_due()
 
-        run.record_samples(ready.answers(run.step, run.step * settings.batch_size))
+        with run.explained():
+            run.record_samples(ready.answers(run.step, run.step * settings.batch_size))
         run.model = policy = ready.roles.policy
         probe = torch.tensor([ready.prompts[0]])
         return run.finish(save=lambda path: save(policy, ready.renderer.tokenizer, path, probe))

@@ -165,7 +165,8 @@ def reinforce(
             )
             run.checkpoint_if_due()
 
-        run.record_samples(ready.answers(run.step, run.step * settings.batch_size // size))
+        with run.explained():
+            run.record_samples(ready.answers(run.step, run.step * settings.batch_size // size))
         run.model = policy
         probe = torch.tensor([ready.prompts[0]])
         return run.finish(save=lambda path: save(policy, ready.renderer.tokenizer, path, probe))

@@ -18,7 +18,7 @@ from ..data.prepare import joined, load
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..data.sources import records
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, Unscored
 from ..models.contract import check_roles
 from ..models.load import exists, load_policy, load_roles, load_scorer
 from ..models.roles import Roles
@@ -118,7 +118,7 @@ class PreparedOnline:
                 ask for `trainer_state`.
 
         Raises:
-            RunError: a reward failed, or no reward judges one of the responses.
+            Unscored: a reward failed, or no reward judges one of the responses.
         """
         return self._scored([self.rows[i] for i, _ in chosen], trajectory, step, drawn)
 
@@ -152,8 +152,13 @@ class PreparedOnline:
     ) -> Scored:
         state = TrainerState(step, self.steps, drawn / len(self.rows))
         responses = Responses.of(rows, trajectory, self.renderer, state)
-        scored = self.rewards.score(responses)
-        scored.floats(responses.where)
+        try:
+            scored = self.rewards.score(responses)
+            scored.floats(responses.where)
+        except RunError as error:
+            both = zip(responses.as_rows(), responses.token_ids(), responses.where, strict=True)
+            rows_kept = [row | ids | {"where": where} for row, ids, where in both]
+            raise Unscored(str(error), rows_kept) from error
         return scored
 
 
@@ -245,7 +250,9 @@ def prepare_online(
     prompts, rows, note = read_prompts(settings.data, settings, renderer)
     loaded = None
     if rewards is None:
-        loaded = load_rewards(settings.reward, settings.reward_weights, settings.run, processes)
+        loaded = load_rewards(
+            settings.reward, settings.reward_weights, settings.run, processes, settings.worker
+        )
         rewards = loaded
     rewards.check_rows(rows)
     start = None if critic is None else critic_start(critic, loaded, renderer, settings)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .disk import explained
+from .disk import explained, told
 from .folders import cut_after
 from .progress import say
 
@@ -56,3 +56,18 @@ class Records:
                 self.lines[name], foreign = cut_after(path, step, lines.get(name))
             if foreign:
                 say(f"{path}: {foreign} lines were no records, and are dropped")
+
+
+def keep_unscored(folder: Path, rows: Iterable[Mapping[str, Any]], step: int) -> str:
+    """Keep the responses of a step that could not be scored, in place of those of an earlier step.
+
+    Returns:
+        where they are, or why not, as a clause.
+    """
+    path = folder / "unscored.jsonl"
+    lines = [json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows]
+    try:
+        path.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        return told(error, path)
+    return f"the {len(lines):,} responses that were not scored are in {path}"

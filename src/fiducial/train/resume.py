@@ -10,7 +10,7 @@ import yaml
 from ..errors import InputError
 from .checkpoint import write_text
 
-FREE = {"steps", "epochs", "resume", "out", "run"}
+FREE = {"steps", "epochs", "resume", "out", "run", "worker"}
 """Settings that may differ when a run is resumed, because no result depends on them. The exception
 is `run.precision`, which may not differ.
 """
