@@ -186,6 +186,23 @@ METRICS: dict[str, Metric] = {
         "limit. Above 0.95 is healthy; below, raise max_new_tokens, penalize cut responses, or "
         "train the end token in SFT."
     ),
+    "completions/repetition": _metric(
+        "honesty", "Repetition", "share of four-token sequences", (None, 0.5)
+    )(
+        "Share of the sequences of four tokens of a response that stood in it before, on average "
+        "over the responses. A few hundredths are usual for prose. If it grows with the reward, "
+        "the policy has learned to say the same again and again: penalize it in the reward, or "
+        "raise beta."
+    ),
+    "calibration/outside": _metric(
+        "honesty", "Outside the reward model's range", "share of responses", (None, 0.5)
+    )(
+        "Share of responses that the reward model scores outside the range that held 98% of its "
+        "scores of held-out responses when it was trained. Such responses are unlike all that it "
+        "was measured on, so its scores of them are guesses. If it grows, the policy is leaving "
+        "the model's range (over-optimization): raise beta, stop earlier, or train the reward "
+        "model on responses of this policy."
+    ),
     "policy_loss": _metric("stability", "Policy loss", "surrogate")(
         "The surrogate whose gradient moves the policy. About 0 and flat is normal where "
         "advantages are centered, and its value says little: watch the reward and the KL. Large "

@@ -18,7 +18,7 @@ from fiducial.data.row_types import Message, PromptRow
 from fiducial.errors import InputError, RunError
 from fiducial.methods import reward_model as reward_page
 from fiducial.methods.ppo import prepare
-from fiducial.methods.reward_model import Ranking, reference_scores
+from fiducial.methods.reward_model import Ranking, score_facts
 from fiducial.methods.settings.ppo import PPO, CriticSettings
 from fiducial.rewards.load import load_reward, load_rewards
 from fiducial.rewards.shaping import ScoreScale, normalize_scores, shape
@@ -242,7 +242,7 @@ def test_the_zero_of_the_scores_is_that_of_a_random_sample(monkeypatch):
             for i in range(0, count, 2)
         ]
         settings = SimpleNamespace(reference_data=None, seed=seed)
-        return reference_scores(None, train, settings, None, None)  # type: ignore[arg-type]
+        return score_facts(None, train, [], settings, None, None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(
         reward_page, "all_scores", lambda s, rows, *a: torch.tensor([float(r.ids[0]) for r in rows])
