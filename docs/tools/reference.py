@@ -155,7 +155,7 @@ def _metrics_page() -> Page:
         "except for `ratio/first`, which must be 1, and for a KL, which is not below 0 on "
         "average.\n",
     ]
-    for group in metrics.GROUPS:
+    for group in GROUPS:
         parts.append(f"## {group.capitalize()}\n")
         parts.append("| metric | unit | healthy | what it is |\n|---|---|---|---|")
         for name, metric in metrics.METRICS.items():

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 
 from .config_file import dump_yaml
 from .errors import InputError, RunError
+from .report.alarms import Watch
 from .report.card import model_card
 from .report.page import write_report
 from .settings import RunSettings
@@ -80,6 +81,7 @@ class Run(Generic[S]):
         self._bar: Progress | None = None
         self._changed: dict[str, Any] = {}
         self._inputs: dict[str, Any] = {}
+        self._watch = Watch(self.path, settings.model_dump(mode="json"))
 
     @property
     def main(self) -> bool:
@@ -170,6 +172,8 @@ class Run(Generic[S]):
             self._note_changes()
         elif self.main:
             (self.path / "metrics.jsonl").write_text("")
+        if self.main:
+            self._watch.begin()
         self._bar = Progress(
             title or self.method, total, start=self.step, show=self.main
         ).__enter__()
@@ -237,6 +241,7 @@ class Run(Generic[S]):
             }
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            self._watch.see(line)
 
     def record_samples(self, rows: list[dict[str, Any]]) -> None:
         """Lines of samples.jsonl at the current step."""
@@ -257,7 +262,7 @@ class Run(Generic[S]):
         Raises:
             RunError: the run was asked to stop; the message says how to go on.
         """
-        stop = self.processes.any(self._stopping.wanted)
+        stop = self.processes.any(self._stopping.wanted or self._watch.stopped is not None)
         due = self.keep.checkpoint_every > 0 and self.step % self.keep.checkpoint_every == 0
         if stop or due:
             self.save_checkpoint()
@@ -266,6 +271,7 @@ class Run(Generic[S]):
                 self._write_summary("interrupted")
             raise RunError(
                 f"stopped at step {self.step} of {self.total}, saved: {self.how_to_go_on()}"
+                f"{self._watch.why_stopped}"
             )
         self.pause()
 
