@@ -94,8 +94,8 @@ class Alarms:
         if not self._news("not-finite", bool(bad)) or not bad:
             return None
         name, value = bad[0]
-        advice = self.setup.advice("lower --learning-rate", "look at the rows of this step")
-        text = f"{name} is {value}, which no later number can mend: {advice}."
+        advice = self.setup.sentence("lower --learning-rate", "look at the rows of this step")
+        text = f"{name} is {value}: something overflowed or was divided by 0. {advice}"
         return Alarm("not-finite", int(row.get("step", 0)), {name: value}, text)
 
     def _news(self, name: str, true: bool) -> bool:

@@ -8,7 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from ..metrics import METRICS, finite
-from .rules import Found
+from .rules import Found, bounds
+from .rules_updates import more_critic
 from .tracks import FIRST, Setup
 
 
@@ -41,6 +42,17 @@ class Ending:
     find: Callable[[History, Setup], Found | None]
 
 
+def _critic(history: History, setup: Setup) -> Found | None:
+    late, low = history.late("explained_variance"), bounds("explained_variance")[0]
+    if late is None or late >= low:
+        return None
+    return Found(
+        {"explained_variance": late},
+        "Late in the run the critic explains less than a constant would (explained variance "
+        f"{late:.3g}; heuristic: above 0.3), so its advantages are noise. {more_critic(setup)}",
+    )
+
+
 def _unclipped(history: History, setup: Setup) -> Found | None:
     late, epochs = history.late("clip_ratio"), history.values("epochs_done")
     # with one pass over the batch the ratio is 1 and nothing can be clipped
@@ -63,12 +75,11 @@ def _unfinished(history: History, setup: Setup) -> Found | None:
         {"completions/finished": late},
         f"Only {100 * late:.3g}% of responses end by themselves late in the run (heuristic: above "
         f"{100 * low:g}%): the others are cut. "
-        + setup.advice(
+        + setup.sentence(
             "Raise --max-new-tokens",
             "make cut responses cost something with --score.missing-eos-penalty 1",
             "train the end token with sft",
-        )
-        + ".",
+        ),
     )
 
 
@@ -116,6 +127,7 @@ def _overfit(history: History, setup: Setup) -> Found | None:
 
 
 ENDINGS = (
+    Ending("critic", _critic),
     Ending("unclipped", _unclipped),
     Ending("ends", _unfinished),
     Ending("too-easy", _too_easy),

@@ -25,19 +25,18 @@ def _no_spread(tracks: Tracks, setup: Setup) -> Found | None:
         f"All responses get the same score in {100 * mean:.3g}% of the groups over the last "
         f"{RECENT} records (heuristic: below one half), and such groups teach nothing: the prompts "
         "are too easy or too hard. "
-        + setup.advice(
+        + setup.sentence(
             "Use prompts of medium difficulty or a finer reward",
             "raise --group-size",
             "replace such prompts with --resample 8",
-        )
-        + ".",
+        ),
     )
 
 
 def _ends(tracks: Tracks, setup: Setup) -> Found | None:
     name = "completions/finished"
     track = tracks[name]
-    remedies = setup.advice(
+    remedies = setup.sentence(
         "Raise --max-new-tokens",
         "name the token that ends an answer of this model with --stop",
         "make cut responses cost something with --score.missing-eos-penalty 1",
@@ -46,24 +45,24 @@ def _ends(tracks: Tracks, setup: Setup) -> Found | None:
         return Found(
             {name: 0.0},
             "None of the responses of the first batch ended by itself: they are cut at "
-            f"--max-new-tokens, or the model ends its answers in another way. {remedies}.",
+            f"--max-new-tokens, or the model ends its answers in another way. {remedies}",
         )
     if track.count < RECENT:
         return None
     mean, low = track.mean, bounds(name)[0]
-    if mean < factors(name)[0] * track.start:
+    if track.start >= low and mean < factors(name)[0] * track.start:
         return Found(
             {name: mean},
             f"Ends vanish: {100 * mean:.3g}% of the responses end by themselves over the last "
             f"{RECENT} records, where {100 * track.start:.3g}% did at the start: the policy is "
-            f"paid for going on. {remedies}.",
+            f"paid for going on. {remedies}",
         )
-    if mean < low and track.newest_five <= mean:
+    if mean < low and track.newest_five <= mean + 0.02:  # the ends are not being learned
         return Found(
             {name: mean},
             f"Only {100 * mean:.3g}% of the responses end by themselves over the last {RECENT} "
             f"records (heuristic: above {100 * low:g}%), so that most scores are those of "
-            f"fragments. {remedies}.",
+            f"fragments. {remedies}",
         )
     return None
 
@@ -81,9 +80,8 @@ def _longer(tracks: Tracks, setup: Setup) -> Found | None:
         {name: length, "reward": reward.mean},
         f"Responses grew from {track.start:.3g} to {length:.3g} tokens while the reward rose from "
         f"{reward.start:.3g} to {reward.mean:.3g} (heuristic: less than {most:g} times the "
-        "length): the reward may be paying for length. Compare scores at equal length, and "
-        + setup.advice("raise --beta", "charge for length with --score.length-buffer")
-        + ".",
+        "length): the reward may be paying for length. Compare scores at equal length. "
+        + setup.sentence("raise --beta", "charge for length with --score.length-buffer"),
     )
 
 
@@ -97,10 +95,10 @@ def _repetition(tracks: Tracks, setup: Setup) -> Found | None:
         {name: track.mean},
         f"{100 * track.mean:.3g}% of what the responses say stood in them before, over the last "
         f"{RECENT} records ({100 * track.start:.3g}% at the start; heuristic: below "
-        f"{100 * high:g}%): the policy has learned to repeat itself. Look at the samples, charge "
-        "for repetition in the reward, and "
-        + setup.advice("raise --beta", "lower --learning-rate")
-        + ".",
+        f"{100 * high:g}%): the policy has learned to repeat itself. Look at the samples. "
+        + setup.sentence(
+            "charge for repetition in a --reward function", "raise --beta", "lower --learning-rate"
+        ),
     )
 
 
@@ -112,7 +110,7 @@ def _collapse(tracks: Tracks, setup: Setup) -> Found | None:
         {"entropy": track.mean},
         f"Entropy fell from {track.start:.3g} to {track.mean:.3g} nats per token (heuristic: not "
         f"below {least:g} of the start): the policy always says the same, and can find nothing "
-        "better. " + setup.advice("Raise --beta", "lower --learning-rate", "stop earlier") + ".",
+        "better. " + setup.sentence("Raise --beta", "lower --learning-rate", "stop earlier"),
     )
 
 
@@ -127,10 +125,9 @@ def _outside(tracks: Tracks, setup: Setup) -> Found | None:
         f"held-out scores over the last {RECENT} records (heuristic: at most {100 * high:g}%): "
         "the policy has left what the model was trained on, and its scores are guesses "
         "(over-optimization). "
-        + setup.advice(
+        + setup.sentence(
             "Raise --beta", "stop earlier", "train the reward model on responses of this policy"
-        )
-        + ".",
+        ),
     )
 
 
@@ -146,9 +143,7 @@ def _falling(tracks: Tracks, setup: Setup) -> Found | None:
         {"reward": mean},
         f"The reward fell from {track.best:.3g} to {mean:.3g}, by more than the standard deviation "
         f"of a batch at the start (heuristic: {spread.start:.3g}): the policy has lost what it had "
-        "learned. "
-        + setup.advice("Lower --learning-rate", "raise --beta")
-        + ", and go back to a checkpoint from before the fall.",
+        "learned. " + setup.sentence("lower --learning-rate", "raise --beta"),
     )
 
 
@@ -161,28 +156,29 @@ def _displacement(tracks: Tracks, setup: Setup) -> Found | None:
     fall = track.start - track.mean
     if implicit and isinstance(beta, int | float) and beta > 0:
         fall = -implicit.mean / beta
-    if fall <= max(10.0, (factors("logps/chosen")[1] - 1) * abs(track.start)):
+    least = (factors("logps/chosen")[1] - 1) * abs(track.start)
+    if fall <= max(10.0, least, 5 * error(track.last())):
         return None
     return Found(
         {"logps/chosen": track.mean},
         f"Chosen answers became less likely by {fall:.3g} nats per response, from "
         f"{track.start:.4g} to {track.mean:.4g} (heuristic: by less than ten nats or half of the "
         "start): probability moves to answers that nobody compared (displacement). "
-        + setup.advice("Raise --beta", "lower --learning-rate", "fine-tune on the chosen answers")
-        + ".",
+        + setup.sentence(
+            "Raise --beta", "lower --learning-rate", "fine-tune on the chosen answers"
+        ),
     )
 
 
 def _reversed(tracks: Tracks, setup: Setup) -> Found | None:
     track = tracks["rewards/margins"]
-    if track.count < 2 * RECENT or not clearly_below(track.last(2 * RECENT), 0.0):
+    if track.count < 2 * RECENT or not clearly_below(track, 0.0):
         return None
     return Found(
         {"rewards/margins": track.mean},
         f"The margin of the implicit rewards stays below 0 ({track.mean:.3g}): the policy learns "
-        "the opposite of the labels. Check that chosen and rejected are not exchanged"
-        + (", and " + tail if (tail := setup.advice("lower --learning-rate")) else "")
-        + ".",
+        "the opposite of the labels. Check that chosen and rejected are not exchanged in --data. "
+        + setup.sentence("lower --learning-rate"),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from statistics import median
+import math
+from statistics import fmean, median
 
 from ..metrics import lookup
 from .rules import Find, Found, Rule, Tracks, bounds, factors, recent
@@ -16,18 +17,17 @@ def _negative_kl(tracks: Tracks, setup: Setup) -> Found | None:
         ("kl_teacher", "teacher"),
     ):
         track = tracks.get(name)
-        if track and track.count >= RECENT and clearly_below(track.last(2 * RECENT), 0.0):
+        if track and clearly_below(track, 0.0):
             mean = track.mean
             return Found(
                 {name: mean},
                 f"The KL to the {whose} stays below 0 ({mean:.3g} {lookup(name).unit} over the "
                 f"last {RECENT} records), which cannot be true on average: the sampler draws from "
                 "other probabilities than the trainer computes. "
-                + setup.advice(
+                + setup.sentence(
                     "Turn off top-k, top-p and minimum length in the sampler, and try "
                     "--temperature 1 to see whether the temperature divides the logits everywhere"
-                )
-                + ".",
+                ),
             )
     return None
 
@@ -48,10 +48,9 @@ def _runaway_kl(tracks: Tracks, setup: Setup) -> Found | None:
                 f"The KL to the reference is {nats:.3g} nats per response over the last {RECENT} "
                 f"records, {nats / target:.2g} times --kl.target {target:g} (heuristic: at most "
                 f"{most:g} times): beta does not rise fast enough to hold it. "
-                + setup.advice(
+                + setup.sentence(
                     "Raise --beta to start from", "lower --kl.horizon", "lower --learning-rate"
-                )
-                + ".",
+                ),
             )
         return None
     track = tracks.get("kl")
@@ -66,23 +65,22 @@ def _runaway_kl(tracks: Tracks, setup: Setup) -> Found | None:
         f"The policy runs away from the reference: the KL is {nats:.3g} nats per response and "
         f"{track.mean:.3g} per token over the last {RECENT} records (heuristic: at most "
         f"{bounds('objective/kl')[1]:g} and {bounds('kl')[1]:g}), and a reward is seldom right so "
-        f"far from where it was learned. {setup.advice(*remedies)}.",
+        f"far from where it was learned. {setup.sentence(*remedies)}",
     )
 
 
 def _first_ratio(tracks: Tracks, setup: Setup) -> Found | None:
     value, (low, high) = tracks["ratio/first"].newest, bounds("ratio/first")
-    if low is None or high is None or low <= value <= high:
+    if low <= value <= high:
         return None
     return Found(
         {"ratio/first": value},
         f"The probability ratio before the first update was {value:.4g}, but it must be 1: the "
         "policy that sampled is not the one that is trained. "
-        + setup.advice(
+        + setup.sentence(
             "Turn dropout off, use one temperature everywhere, and compute log-probabilities with "
             "--run.precision float32"
-        )
-        + ".",
+        ),
     )
 
 
@@ -95,18 +93,17 @@ def _sampler_gap(tracks: Tracks, setup: Setup) -> Found | None:
         f"The log-probabilities of sampler and trainer differ by up to {value:.3g} nats "
         f"(heuristic: below {high:g}): the sampler has outdated weights, another temperature or "
         "another precision. "
-        + setup.advice(
+        + setup.sentence(
             "Sync the weights after every step",
             "use --run.precision float32",
             "correct for it with --long.correction sequence_tis",
-        )
-        + ".",
+        ),
     )
 
 
 def _weights(tracks: Tracks, setup: Setup) -> Found | None:
     effective, dropped = (recent(tracks, f"correction/{n}") for n in ("effective", "dropped"))
-    remedies = setup.advice(
+    remedies = setup.sentence(
         "Sync the sampler more often",
         "use a correction per token (--long.correction tis)",
         "raise --long.cap",
@@ -116,35 +113,43 @@ def _weights(tracks: Tracks, setup: Setup) -> Found | None:
             {"correction/effective": effective},
             f"The importance weights leave {100 * effective:.3g}% of the batch over the last "
             f"{RECENT} records (heuristic: at least {100 * low:g}%): the sampler's probabilities "
-            f"are far from the trainer's. {remedies}.",
+            f"are far from the trainer's. {remedies}",
         )
     if dropped is not None and dropped > (high := bounds("correction/dropped")[1]):
         return Found(
             {"correction/dropped": dropped},
             f"The correction drops {100 * dropped:.3g}% of the tokens over the last {RECENT} "
             f"records (heuristic: at most {100 * high:g}%): the sampler and the trainer no longer "
-            f"belong together. {remedies}.",
+            f"belong together. {remedies}",
         )
     return None
 
 
 def _critic(tracks: Tracks, setup: Setup) -> Found | None:
     track, low = tracks["explained_variance"], bounds("explained_variance")[0]
-    # a new critic begins below 0, and one that is on its way up is no fault
-    if track.count < 2 * RECENT or track.mean >= low or track.newest_five >= low:
+    values = track.last(KEPT)
+    if track.count < KEPT or track.mean >= low or fmean(values) + 3 * error(values) >= low:
+        return None
+    if track.mean > fmean(values) + error(values):  # a new critic begins below 0, and rises
         return None
     return Found(
         {"explained_variance": track.mean},
         "The critic explains less than a constant would (explained variance "
         f"{track.mean:.3g} over the last {RECENT} records; heuristic: above 0.3), so its "
         "advantages are noise: it learns too slowly for what the policy changes. "
-        + setup.advice(
-            "Raise --critic.learning-rate",
-            "start it from the reward model with --critic.start reward",
-            "lower --learning-rate",
-        )
-        + ".",
+        + more_critic(setup),
     )
+
+
+def more_critic(setup: Setup) -> str:
+    """What to do about a critic that learns too slowly."""
+    start = setup.value("critic.start")
+    remedies = ["raise --critic.coefficient", "give it a trunk of its own (--critic.start policy)"]
+    if start != "shared":
+        remedies = ["raise --critic.learning-rate"]
+        if start != "reward":
+            remedies.append("start it from the reward model (--critic.start reward)")
+    return setup.sentence(*remedies, "lower --learning-rate")
 
 
 def _update_kl(tracks: Tracks, setup: Setup) -> Found | None:
@@ -155,7 +160,7 @@ def _update_kl(tracks: Tracks, setup: Setup) -> Found | None:
         {"approx_kl": mean},
         f"The updates on one batch move the policy by {mean:.3g} nats per token over the last "
         f"{RECENT} records (heuristic: below {high:g}): the steps are too large. "
-        f"{_smaller_steps(setup)}.",
+        f"{_smaller_steps(setup)}",
     )
 
 
@@ -171,7 +176,7 @@ def _clipping(tracks: Tracks, setup: Setup) -> Found | None:
                 {name: mean},
                 f"{100 * mean:.3g}% of {what} over the last {RECENT} records (heuristic: at most "
                 f"{100 * high:g}%): the policy moves far within one batch. "
-                f"{_smaller_steps(setup)}.",
+                f"{_smaller_steps(setup)}",
             )
     return None
 
@@ -180,7 +185,7 @@ def _smaller_steps(setup: Setup) -> str:
     several = [
         f"lower --{name}" for name in ("epochs", "minibatches") if (setup.value(name) or 2) != 1
     ]
-    return setup.advice("Lower --learning-rate", *several)
+    return setup.sentence("lower --learning-rate", *several)
 
 
 def _spike(name: str, rate: str) -> Find:
@@ -190,19 +195,23 @@ def _spike(name: str, rate: str) -> Find:
         usual = [v for v in track.last(KEPT)[:-1] if v > 0]
         if len(usual) < RECENT or track.newest <= max(times * median(usual), 3 * max(usual)):
             return None
+        # where norms differ a lot from batch to batch, a spike must stand out of that
+        usually = median(usual)
+        spread = median(abs(math.log(v / usually)) for v in usual)
+        if math.log(track.newest / usually) <= 8 * spread:
+            return None
         whose = "critic's gradient" if name.startswith("critic") else "gradient"
         return Found(
             {name: track.newest},
-            f"The norm of the {whose} is {track.newest:.3g}, {track.newest / median(usual):.3g} "
+            f"The norm of the {whose} is {track.newest:.3g}, {track.newest / usually:.3g} "
             f"times its median over the last {len(usual)} records (heuristic: at most {times:g} "
             "times): a broken row, or steps that are too large. "
-            + setup.advice(
+            + setup.sentence(
                 "Look at the rows of this step",
                 f"lower --{rate}",
                 "lengthen --optimizer.warmup-steps",
                 "lower --optimizer.max-grad-norm",
-            )
-            + ".",
+            ),
         )
 
     return find
@@ -211,18 +220,22 @@ def _spike(name: str, rate: str) -> Find:
 def _rising(name: str) -> Find:
     def find(tracks: Tracks, setup: Setup) -> Found | None:
         track, most = tracks[name], factors(name)[1]
-        if track.count < 2 * RECENT or track.start <= 0 or "policy_loss" in tracks:
+        if track.count < RECENT or track.first <= 0:
             return None
-        mean = track.mean
-        if mean <= most * track.start or mean - track.start <= 5 * error(track.last()):
+        # the first five may themselves be the explosion, and the first batch an easy one
+        above_start = track.mean > most * track.start and track.count >= 2 * RECENT
+        exploded = track.mean > 2 * track.first and min(track.last()) > track.first
+        noise = 5 * error(track.last())
+        usual = track.start if above_start else track.first
+        if not (above_start or exploded) or track.mean - usual <= noise:
             return None
-        what = lookup(name).title
+        unit = lookup(name).unit
         return Found(
-            {name: mean},
-            f"{what} rose from {track.start:.3g} to {mean:.3g} {lookup(name).unit} (heuristic: at "
-            f"most {most:g} times its start): training diverges. "
-            + setup.advice("Lower --learning-rate", "lengthen --optimizer.warmup-steps")
-            + ".",
+            {name: track.mean},
+            f"{lookup(name).title} rose from {usual:.3g} to {track.mean:.3g} {unit} over the last "
+            f"{RECENT} records (heuristic: at most {most:g} times its start, and twice its first "
+            "value): training diverges. "
+            + setup.sentence("Lower --learning-rate", "lengthen --optimizer.warmup-steps"),
         )
 
     return find

@@ -7,7 +7,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 FIRST = 5
@@ -21,14 +21,14 @@ KEPT = 50
 class Track:
     """One metric so far. Values are finite.
 
-    count: number of values. start: mean of the first five, or of as many as there are. mean: of the
-    newest ten, or of as many as there are. best: the highest mean of ten successive values, -inf
-    before there are ten.
+    count: number of values. first: the first of them. start: mean of the first five. mean: of the
+    newest ten. Of fewer values, it is the mean of those. best: the highest mean of ten successive
+    values, -inf before there are ten.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.start = self.mean = 0.0
+        self.first = self.start = self.mean = 0.0
         self.best = -math.inf
         self._kept = deque[float](maxlen=KEPT)
         self._recent = deque[float](maxlen=RECENT)
@@ -36,6 +36,8 @@ class Track:
     def add(self, value: float) -> None:
         """The next value."""
         self.count += 1
+        if self.count == 1:
+            self.first = value
         if self.count <= FIRST:
             self.start += (value - self.start) / self.count
         self._kept.append(value)
@@ -61,14 +63,22 @@ class Track:
 
 def error(values: Sequence[float]) -> float:
     """Standard error of the mean, values taken as independent; 0 for fewer than two."""
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    n = len(values)
+    if n < 2:
+        return 0.0
+    mean = sum(values) / n  # statistics.stdev is exact, and too slow for every step
+    return math.sqrt(sum((v - mean) * (v - mean) for v in values) / (n - 1) / n)
 
 
-def clearly_below(values: Sequence[float], bar: float) -> bool:
-    """Whether the mean lies five standard errors below `bar`, and nine tenths of the values below.
+def clearly_below(track: Track, bar: float) -> bool:
+    """Whether nine tenths of the values that are kept lie below `bar`, and their mean by five
+    standard errors; false of fewer than ten values.
 
     A run asks this at each of thousands of steps, where two errors would be reached by chance.
     """
+    values = track.last(KEPT)
+    if track.mean >= bar or len(values) < RECENT:
+        return False
     below = sum(v < bar for v in values) >= 0.9 * len(values)
     return below and fmean(values) + 5 * error(values) < bar
 
@@ -104,3 +114,8 @@ class Setup:
         if len(kept) < 2:
             return "".join(kept)
         return ", ".join(kept[:-1]) + (", or " if len(kept) > 2 else " or ") + kept[-1]
+
+    def sentence(self, *remedies: str) -> str:
+        """The same as a sentence of its own."""
+        clause = self.advice(*remedies)
+        return clause and f"{clause[0].upper()}{clause[1:]}."
