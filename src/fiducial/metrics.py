@@ -184,7 +184,11 @@ METRICS: dict[str, Metric] = {
         "raise beta."
     ),
     "calibration/outside": metric(
-        "honesty", "Outside the reward model's range", "share of responses", (None, 0.5)
+        "honesty",
+        "Outside the reward model's range",
+        "share of responses",
+        (None, 0.5),
+        alarm=(None, 0.7),
     )(
         "Share of responses that the reward model scores outside the range that held 98% of its "
         "scores of held-out responses when it was trained. Such responses are unlike all that it "
