@@ -634,32 +634,26 @@ MEASURED = KLSettings(estimator="k1")
 
 def test_a_real_reward_for_length_is_told(go: Any) -> None:
     stops = tuple("etaoinshrdlucmfw")  # so that answers begin short
-    raised, _ = go(
-        "grpo", "length", beta=0.0, learning_rate=3e-3, steps=24, max_new_tokens=16, stop=stops
-    )
-    assert "length" in raised
+    how = {"beta": 0.0, "learning_rate": 3e-3, "steps": 18, "max_new_tokens": 12, "stop": stops}
+    raised, _ = go("reinforce", "length", **how)
+    assert {"length", "ends"} <= set(raised)
 
 
 def test_a_real_run_with_too_large_steps_is_told(go: Any) -> None:
-    raised, _ = go(
-        "ppo", "count_e", beta=0.0, kl=MEASURED, learning_rate=0.1, steps=12, max_new_tokens=12
-    )
+    how = {"beta": 0.0, "kl": MEASURED, "learning_rate": 0.1, "steps": 10, "max_new_tokens": 8}
+    raised, _ = go("ppo", "count_e", **how)
     assert {"update-kl", "clipping", "kl-runaway"} <= set(raised)
 
 
-def test_a_real_constant_reward_is_told_at_the_fifth_step(go: Any) -> None:
-    raised, _ = go("reinforce", "flat", steps=5, max_new_tokens=4)
-    assert raised["no-spread"] == 5
+def test_a_real_constant_reward_and_answers_that_never_end_are_told(go: Any) -> None:
+    raised, _ = go("reinforce", "flat", steps=10, max_new_tokens=1)
+    assert raised["no-spread"] == 5 and raised["ends"] <= 10
 
 
 def test_a_real_run_that_repeats_itself_is_told(go: Any) -> None:
-    raised, _ = go("reinforce", "length", beta=0.0, learning_rate=1e-2, steps=15, max_new_tokens=12)
+    how = {"beta": 0.0, "learning_rate": 1e-2, "steps": 15, "max_new_tokens": 12}
+    raised, _ = go("reinforce", "length", **how)
     assert {"repetition", "entropy-collapse"} <= set(raised)
-
-
-def test_real_answers_that_never_end_are_told(go: Any) -> None:
-    raised, _ = go("grpo", "count_e", steps=10, max_new_tokens=1)
-    assert raised["ends"] <= 10
 
 
 def test_a_real_run_beyond_its_reward_model_is_told(go: Any) -> None:
@@ -669,7 +663,7 @@ def test_a_real_run_beyond_its_reward_model_is_told(go: Any) -> None:
         str(taught.path / "model"),
         beta=0.0,
         learning_rate=1e-2,
-        steps=12,
+        steps=13,
         max_new_tokens=12,
     )
     assert "reward-range" in raised
