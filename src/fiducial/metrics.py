@@ -27,6 +27,10 @@ METRICS: dict[str, Metric] = {
         "times the usual value are a warning: lower the learning rate, lengthen the warm-up, or "
         "look for broken rows at that step."
     ),
+    "skipped_updates": metric("stability", "Updates left out", "updates")(
+        "Updates left out so far because their gradient was not finite (--run.on-nonfinite skip). "
+        "If it grows, lower the learning rate, or look at the rows in bad-batch.jsonl."
+    ),
     "learning_rate": metric("stability", "Learning rate", "per step")(
         "Step size after warm-up and decay. It follows the schedule in config.yaml; if it stays at "
         "0, the schedule is longer than the run."

@@ -150,7 +150,7 @@ BAD_RUNS: dict[str, tuple[Rows, int, list[str]]] = {
     ),
     "reward-range": (
         ppo_history({"calibration/outside": lambda t: t}),
-        25,
+        33,
         ["reward model's", "heuristic", "over-optimization"],
     ),
     "reward-falling": (
@@ -524,7 +524,7 @@ def test_the_state_after_any_row_is_that_of_a_watch_that_saw_them_all(tmp_path: 
         folder = tmp_path / str(cut)
         folder.mkdir()
         write_jsonl(folder / "metrics.jsonl", BOTH[:cut])
-        watch = Watch(folder, {})
+        watch = Watch(folder, {}, writes=True)
         watch.begin()
         for row in BOTH[cut:]:
             watch.see(row)

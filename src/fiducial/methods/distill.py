@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,9 +56,8 @@ from ..run import Run
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from ..train.renderer import load_renderer, same_ends
-from ..train.step import Stepper
 from .settings.distill import Distill
-from .setup import check_names, notes
+from .setup import check_names, described, notes
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,7 @@ def distill(settings: Distill, *, sampler: Sampler | None = None) -> Run[None]:
         ready = prepare(settings, processes, sampler=sampler)
         train, policy = ready.train.items, ready.roles.policy
         announce(ready, settings, run)
-        stepper = Stepper(
-            policy, settings.learning_rate, settings.optimizer, settings.steps, processes
-        )
+        stepper = run.stepper(policy, settings.learning_rate, settings.steps)
         run.start(settings.steps)
         if run.step == 0:
             run.record_samples(answers(ready, settings, run))
@@ -99,6 +97,9 @@ def distill(settings: Distill, *, sampler: Sampler | None = None) -> Run[None]:
             ready.sampler.sync(policy, run.step)
             trajectory = sample_all(
                 ready.sampler, [train[i] for i, _ in chosen], ready.params, keys, processes
+            )
+            run.nonfinite.rows = partial(
+                described, trajectory, train, ready.train.rows, ready.renderer
             )
             count, gaps = int(trajectory.mask.sum()), [0.0]
             plan = processes.plan([[int(n)] for n in trajectory.lengths], settings.run.tokens)

@@ -36,7 +36,6 @@ from ..run import Run
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from ..train.reference_cache import cached, fingerprint
-from ..train.step import Stepper
 from .settings.dpo import DPO
 from .setup import Prepared, prepare_offline
 
@@ -61,14 +60,7 @@ def dpo(settings: DPO) -> Run[None]:
     with Run("dpo", settings, state=None) as run:
         ready = prepare(settings, run.processes, run.path / "skipped.jsonl")
         train, held_out, policy = ready.train.items, ready.held_out.items, ready.roles.policy
-        stepper = Stepper(
-            policy,
-            settings.learning_rate,
-            settings.optimizer,
-            ready.total,
-            run.processes,
-            usual_warmup=WARMUP,
-        )
+        stepper = run.stepper(policy, settings.learning_rate, ready.total, WARMUP)
         announce(ready, stepper.warmup, run)
         # before the first step moves the policy, which is the reference until then
         read = ready.batches.rows(ready.total)
@@ -83,6 +75,7 @@ def dpo(settings: DPO) -> Run[None]:
             run.record_samples(answers(ready, settings, run))
             run.pause()
 
+        run.nonfinite.rows = lambda: ready.describe(run.step)
         while run.running():
             rows = ready.batches[run.step]
             pairs = [train[i] for i in rows]

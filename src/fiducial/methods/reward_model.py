@@ -29,7 +29,6 @@ from ..models.scores import ScoreFacts
 from ..run import Run
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
-from ..train.step import Stepper
 from .settings.reward_model import RewardModel
 from .setup import Prepared, prepare_offline
 
@@ -64,11 +63,10 @@ def reward(settings: RewardModel) -> Run[None]:
         ready = prepare(settings, run.processes, run.path / "skipped.jsonl")
         train, held_out, scorer = ready.train.items, ready.held_out.items, ready.roles.scorer
         announce(ready, run)
-        stepper = Stepper(
-            scorer, settings.learning_rate, settings.optimizer, ready.total, run.processes
-        )
+        stepper = run.stepper(scorer, settings.learning_rate, ready.total)
         run.start(ready.total)
 
+        run.nonfinite.rows = lambda: ready.describe(run.step)
         while run.running():
             prompts = [train[i] for i in ready.batches[run.step]]
             plan = run.processes.plan([p.lengths for p in prompts], settings.run.tokens)

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..metrics import finite, known
 from ..train.checkpoint import write_bytes
+from ..train.disk import explained
 from ..train.progress import say
 from .endings import ENDINGS, History
 from .rules import Rule
@@ -131,17 +132,17 @@ def off(config: Mapping[str, Any]) -> bool:
 
 class Watch:
     """What a run does with its alarms: a line in alarms.jsonl, a word in the terminal, and perhaps
-    the end of the run.
+    the end of the run. Processes that do not write have none.
 
     stopped: the alarm that ends the run; None if it goes on.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, writes: bool) -> None:
         self.stopped: Alarm | None = None
-        self._config = config
         self._path = folder / "alarms.jsonl"
         self._alarms = Alarms(config)
         self._action = Setup(config).value("run.on-alarm")
+        self._writes = writes
 
     @property
     def why_stopped(self) -> str:
@@ -151,22 +152,33 @@ class Watch:
         return f" --run.on-alarm warn. The alarm ({self.stopped.name}): {self.stopped.text}"
 
     def begin(self) -> None:
-        """Take in the rows that metrics.jsonl has, and let alarms.jsonl hold what they raised."""
-        if self._action == "off":
-            self._path.unlink(missing_ok=True)  # of a run that raised some before it was resumed
+        """Take in the rows that metrics.jsonl has, and let alarms.jsonl hold what they raised.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        if not self._writes:
             return
-        metrics, lines = self._path.with_name("metrics.jsonl"), list[str]()
-        if metrics.exists():
-            with metrics.open(encoding="utf-8", newline="\n") as file:
-                lines = [a.line() for row in file for a in self._alarms.see(json.loads(row))]
-        write_bytes(self._path, "".join(lines).encode())
+        with explained(self._path):
+            if self._action == "off":
+                self._path.unlink(missing_ok=True)  # of a run that raised some before
+                return
+            metrics, lines = self._path.with_name("metrics.jsonl"), list[str]()
+            if metrics.exists():
+                with metrics.open(encoding="utf-8", newline="\n") as file:
+                    lines = [a.line() for row in file for a in self._alarms.see(json.loads(row))]
+            write_bytes(self._path, "".join(lines).encode())
 
     def see(self, row: Mapping[str, Any]) -> None:
-        """Judge a row that was recorded."""
-        if self._action == "off":
+        """Judge a row that was recorded.
+
+        Raises:
+            RunError: alarms.jsonl cannot be written.
+        """
+        if not self._writes or self._action == "off":
             return
         for alarm in self._alarms.see(row):
-            with self._path.open("a", encoding="utf-8") as file:
+            with explained(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(alarm.line())
             say(f"alarm ({alarm.name}) at step {alarm.step}: {alarm.text}")
             if self._action == "stop" and self.stopped is None:
