@@ -18,6 +18,7 @@ from torch import nn
 
 from .config_file import dump_yaml
 from .errors import InputError, RunError, Unscored
+from .report.alarms import Watch
 from .report.card import model_card
 from .report.page import write_report
 from .settings import TrainingSettings
@@ -59,8 +60,7 @@ class Run(Generic[S]):
         self.model: Any = None
         self.evaluation: dict[str, dict[str, float]] = {}
         self.rows = self.tokens = self.total = 0
-        self.train_seconds = 0.0
-        self._seconds = self._step_started = 0.0
+        self.train_seconds = self._seconds = self._step_started = 0.0
         self._summarized = False
         self._records = Records(self.path, writes=self.main)
         self._clock = Clock(self.keep.checkpoint_minutes, self.processes)
@@ -77,6 +77,7 @@ class Run(Generic[S]):
         self._bar: Progress | None = None
         self._changed: dict[str, Any] = {}
         self._inputs: dict[str, Any] = {}
+        self._watch = Watch(self.path, self._plain(), writes=self.main)
 
     @property
     def main(self) -> bool:
@@ -181,6 +182,7 @@ class Run(Generic[S]):
         elif self.main:
             self._inputs = record_inputs(self.path, self._plain())
         self._records.cut(self.step, self._records.lines)
+        self._watch.begin()
         self._bar = Progress(
             title or self.method, total, start=self.step, show=self.main
         ).__enter__()
@@ -240,7 +242,9 @@ class Run(Generic[S]):
             self._evaluated = self.step, float(loss)
         seconds = round(time.monotonic() - self._began + self._seconds, 3)
         with self.explained(""):
-            self._records.add("metrics.jsonl", [{"step": self.step, "seconds": seconds, **values}])
+            row = {"step": self.step, "seconds": seconds, **values}
+            self._records.add("metrics.jsonl", [row])
+            self._watch.see(row)
 
     def record_samples(self, rows: list[dict[str, Any]]) -> None:
         """Lines of samples.jsonl at the current step."""
@@ -253,13 +257,12 @@ class Run(Generic[S]):
 
     def checkpoint_if_due(self) -> None:
         """Save every N steps, every few minutes, and at the last step; after Ctrl-C, SIGTERM or
-        SIGHUP save now and stop.
+        SIGHUP save now and stop, and so after an alarm with --run.on-alarm stop.
 
         Raises:
-            RunError: the run was asked to stop, or nothing can be saved; the message says how to
-                go on.
+            RunError: the run was asked to stop, or nothing can be saved; it says how to go on.
         """
-        stop = self.processes.any(self._stopping.wanted)
+        stop = self.processes.any(self._stopping.wanted or self._watch.stopped is not None)
         by_steps = self.keep.checkpoint_every > 0 and self.step % self.keep.checkpoint_every == 0
         if stop or by_steps or not self.running() or self._clock.due():
             self.save_checkpoint()
@@ -393,4 +396,5 @@ class Run(Generic[S]):
 
     def how_to_go_on(self) -> str:
         """The command that continues this run."""
-        return f"go on with: fiducial {self.method} --out {self.path} --resume"
+        command = f"fiducial {self.method} --out {self.path} --resume"
+        return f"go on with: {command}{self._watch.why_stopped}"

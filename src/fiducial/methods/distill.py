@@ -41,6 +41,7 @@ from ..models.roles import Roles, TokenOutputs
 from ..models.save import save
 from ..models.trunk import plain
 from ..rollout.agreement import check_online
+from ..rollout.completions import completion_metrics
 from ..rollout.samples import show_samples
 from ..rollout.sampling import (
     Keys,
@@ -113,11 +114,8 @@ def distill(settings: Distill, *, sampler: Sampler | None = None) -> Run[None]:
                     gap = select(now.logprobs.detach() - sampled, mask).abs().max()
                     gaps.append(float(gap))
             norms = stepper.step(run.step)
-            about = {
-                "completions/mean_length": float(trajectory.response_lengths.float().mean()),
-                "completions/finished": float(trajectory.finished.float().mean()),
-                "sampler_gap": max(processes.gather(gaps)),
-            }
+            about = completion_metrics(trajectory)
+            about["sampler_gap"] = max(processes.gather(gaps))
             run.end_step(
                 norms | about,
                 rows=len(chosen),

@@ -33,7 +33,11 @@ from .settings.reward_model import RewardModel
 from .setup import Prepared, prepare_offline
 
 SAMPLE = 512
-"""Number of training responses that set the zero of the scores where there is no reference data."""
+"""Number of responses that set the zero of the scores, where there is no reference data, and their
+range.
+"""
+RANGE = (0.01, 0.99)
+"""The quantiles of the scores that are the ends of their range."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def reward(settings: RewardModel) -> Run[None]:
                 run.record(evaluate(scorer, held_out, train, settings, run))
             run.checkpoint_if_due()
 
-        scorer.facts = reference_scores(scorer, train, settings, ready.renderer, run)
+        scorer.facts = score_facts(scorer, train, held_out, settings, ready.renderer, run)
         run.model = scorer
         probe = torch.tensor([train[0].responses[0].ids])
         return run.finish(save=lambda path: save(scorer, ready.renderer.tokenizer, path, probe))
@@ -228,16 +232,19 @@ def evaluate(
     }
 
 
-def reference_scores(
+def score_facts(
     scorer: ScoreModel,
     train: list[Ranking],
+    held_out: list[Ranking],
     settings: RewardModel,
     renderer: Renderer,
     run: Run[None],
 ) -> ScoreFacts:
-    """Mean and standard deviation of the scores of the reference completions.
+    """Mean and standard deviation of the scores of the reference completions, and the range of the
+    scores of held-out responses.
 
-    Without reference data they are a random sample of the training responses.
+    Without reference data, and without held-out pairs, a random sample of the training responses
+    takes their place.
     """
     if settings.reference_data:
         rendered, _, _ = load(
@@ -247,12 +254,20 @@ def reference_scores(
             lambda r: renderer.completion(r.prompt, r.completion, r.where, r.sampled),
         )
     else:
-        every = [r for ranking in train for r in ranking.responses]
-        # files are often sorted, so their first rows are not like the others
-        drawn = random.Random(settings.seed).sample(range(len(every)), min(SAMPLE, len(every)))
-        rendered = [every[i] for i in sorted(drawn)]
+        rendered = _sample(train, settings.seed)
     scores = all_scores(scorer, rendered, settings, run)
-    return ScoreFacts(float(scores.mean()), float(scores.std()) if len(scores) > 1 else 1.0)
+    judged = all_scores(scorer, _sample(held_out or train, settings.seed), settings, run)
+    low, high = (float(judged.double().quantile(q)) for q in RANGE)
+    std = float(scores.std()) if len(scores) > 1 else 1.0
+    return ScoreFacts(float(scores.mean()), std, low=low, high=high)
+
+
+def _sample(rankings: list[Ranking], seed: int) -> list[Rendered]:
+    """Some of the responses, in their order."""
+    every = [r for ranking in rankings for r in ranking.responses]
+    # files are often sorted, so their first rows are not like the others
+    drawn = random.Random(seed).sample(range(len(every)), min(SAMPLE, len(every)))
+    return [every[i] for i in sorted(drawn)]
 
 
 def _length_gaps(ranking: Ranking) -> list[int]:
