@@ -44,9 +44,12 @@ def csv_records(path: Path, source: str, gauge: Gauge) -> Iterator[Record]:
                 raise InputError(
                     f"{source}:1: key {shown(twice[0])} names two columns; rename one of them"
                 )
-            for number, row in enumerate((row for row in reader if row), 1):
+            row_bytes[0] = 0
+            for row in reader:
                 row_bytes[0] = 0
-                yield _csv_record(f"{source}:row {number}", header, row)
+                if row:
+                    number += 1
+                    yield _csv_record(f"{source}:row {number}", header, row)
         except csv.Error as error:
             raise InputError(
                 f"{source}:row {number + 1}: broken CSV ({error}); write it again, with quotes "
