@@ -133,7 +133,7 @@ def parquet_records(path: Path, source: str, gauge: Gauge) -> Iterator[Record]:
                 )
             number = 0
             for group in range(table.num_row_groups):
-                # a group stores a cell that stands in many rows once, and a batch holds it each time
+                # a cell that many rows share is stored once, and a batch holds it for each row
                 size = table.metadata.row_group(group).total_byte_size
                 count = min(1000, max(1, BATCH_BYTES // max(size, 1)))
                 for batch in table.iter_batches(batch_size=count, row_groups=[group]):

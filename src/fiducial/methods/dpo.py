@@ -8,10 +8,10 @@ Bradley-Terry likelihood of the labels is its loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,8 @@ from ..core.reductions import select
 from ..core.shared_prefix import SharedPrefix, common_length, shared_prefix
 from ..data.batches import pad
 from ..data.elements import RowFormat
-from ..data.pairs import preference_rows
-from ..data.prepare import text_of
-from ..data.render import Rendered, Renderer
+from ..data.pairs import Pair, preference_rows
+from ..data.prepare import prompt_text
 from ..data.row_types import PreferenceRow
 from ..models.contract import FLOAT32
 from ..models.roles import Policy, full_precision
@@ -44,16 +43,10 @@ WARMUP = 150
 """Optimizer steps of warm-up in the paper, appendix B; a tenth of a run that is shorter."""
 
 
-class Pair(NamedTuple):
-    """The rendered responses of a preference row."""
-
-    chosen: Rendered
-    rejected: Rendered
-
-    def costs(self, shared: bool) -> list[int]:
-        """Lengths of the rows that the pair takes: one that holds the prompt once, or two."""
-        both = [len(self.chosen), len(self.rejected)]
-        return [sum(both) - common_length(self)] if shared else both
+def costs_of(pair: Pair, shared: bool) -> list[int]:
+    """Lengths of the rows that a pair takes: one that holds the prompt once, or two."""
+    both = [len(pair.chosen), len(pair.rejected)]
+    return [sum(both) - common_length(pair)] if shared else both
 
 
 def dpo(settings: DPO) -> Run[None]:
@@ -73,11 +66,11 @@ def dpo(settings: DPO) -> Run[None]:
         # before the first step moves the policy, which is the reference until then
         read = ready.batches.rows(ready.total)
         found = reference_logprobs(
-            policy, [train[i] for i in read] + held_out, settings.run.tokens, run
+            policy, [*(train[i] for i in read), *held_out], settings.run.tokens, run
         )
         reference = torch.full((len(train), 2), torch.nan)  # of pairs that no step reads
         reference[read], unseen = found[: len(read)], found[len(read) :]
-        costs = [pair.costs(policy.supports_shared_prefix) for pair in train]
+        costs = [costs_of(pair, policy.supports_shared_prefix) for pair in train]
         run.start(ready.total)
         if run.step == 0:
             run.record_samples(answers(ready, settings, run))
@@ -125,15 +118,10 @@ def prepare(settings: DPO, processes: Processes, skipped: Path | None = None) ->
     Raises:
         InputError: a row or the model cannot be used.
     """
-
-    def render(renderer: Renderer) -> Callable[[PreferenceRow], Pair]:
-        both = preference_rows(renderer)
-        return lambda row: Pair(*both(row))
-
     rows = RowFormat[Pair](
         (PreferenceRow,),
-        render,
-        lambda row: text_of(row.prompt),
+        preference_rows,
+        prompt_text,
         lambda pair: [pair.chosen.ids, pair.rejected.ids],
     )
     ready = prepare_offline(settings, processes, rows, skipped=skipped)
@@ -201,7 +189,7 @@ def pair_logprobs(policy: Any, pairs: list[Pair], device: torch.device) -> tuple
     first, places = distinct((tuple(r.ids), tuple(r.mask)) for r in rows)
     once = [rows[i] for i in first]
     if inner.supports_shared_prefix and (
-        len(once) == len(rows) or sum(sum(p.costs(True)) for p in pairs) < sum(map(len, once))
+        len(once) == len(rows) or sum(sum(costs_of(p, True)) for p in pairs) < sum(map(len, once))
     ):
         ids, mask, layout = shared_prefix(pairs)
         layout = SharedPrefix(*(x.to(device) for x in layout))
@@ -221,7 +209,7 @@ def reference_logprobs(policy: Policy, pairs: list[Pair], tokens: int, run: Run[
             some = [pairs[i] for i in rows]
             return (torch.stack(pair_logprobs(policy, some, run.processes.device), 1),)
 
-        costs = [p.costs(policy.supports_shared_prefix) for p in pairs]
+        costs = [costs_of(p, policy.supports_shared_prefix) for p in pairs]
         title = "dpo: log-probabilities of the reference"
         return run.processes.map_rows(costs, tokens, 2, both, title=title)[0]
 
@@ -230,7 +218,7 @@ def reference_logprobs(policy: Policy, pairs: list[Pair], tokens: int, run: Run[
 
 
 def evaluate(
-    policy: Policy, pairs: list[Pair], reference: Tensor, settings: DPO, run: Run[None]
+    policy: Policy, pairs: Sequence[Pair], reference: Tensor, settings: DPO, run: Run[None]
 ) -> dict[str, float]:
     """The loss's metrics on held-out pairs; the accuracy's interval goes to the summary."""
 
@@ -238,7 +226,7 @@ def evaluate(
         some = [pairs[i] for i in rows]
         return (torch.stack(pair_logprobs(policy, some, run.processes.device), 1),)
 
-    costs = [p.costs(policy.supports_shared_prefix) for p in pairs]
+    costs = [costs_of(p, policy.supports_shared_prefix) for p in pairs]
     (logprobs,) = run.processes.map_rows(costs, settings.run.tokens, 2, compute)
     _, metrics = losses.dpo(
         *logprobs.T, *reference.T, beta=settings.beta, label_smoothing=settings.label_smoothing
