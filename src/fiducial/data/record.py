@@ -79,7 +79,9 @@ class Gauge:
 
     def share(self) -> float:
         """From 0 to 1; 0 where it is not known."""
-        return min(1.0, self.file.tell() / self.size) if self.size else 0.0
+        if not self.size:
+            return 0.0
+        return 1.0 if self.file.closed else min(1.0, self.file.tell() / self.size)
 
 
 class _Unpacked(io.RawIOBase):

@@ -78,8 +78,7 @@ def dpo(settings: DPO) -> Run[None]:
             plan = run.processes.plan(costs, settings.run.tokens)
             known = reference[rows]
             if frozen is not None:
-                with frozen.policy() as before:
-                    known = all_logprobs(before, pairs, settings.run.tokens, run)
+                known = frozen_logprobs(frozen, pairs, settings.run.tokens, run)
             for micro in accumulate(plan, run.processes, stepper.module):
                 some = [pairs[i] for i in micro.rows]
                 chosen, rejected = pair_logprobs(stepper.module, some, run.processes.device)
@@ -104,8 +103,7 @@ def dpo(settings: DPO) -> Run[None]:
             )
             if held_out and run.due(settings.run.eval_every):
                 if frozen is not None and unseen is None:
-                    with frozen.policy() as before:
-                        unseen = reference_logprobs(before, held_out, settings.run.tokens, run)
+                    unseen = frozen_logprobs(frozen, held_out, settings.run.tokens, run)
                 assert unseen is not None
                 run.record(evaluate(policy, held_out, unseen, settings, run))
             run.checkpoint_if_due()
@@ -225,6 +223,12 @@ def all_logprobs(
 
     costs = [costs_of(p, policy.supports_shared_prefix) for p in pairs]
     return run.processes.map_rows(costs, tokens, 2, both, title=title)[0]
+
+
+def frozen_logprobs(frozen: Frozen, pairs: Sequence[Pair], tokens: int, run: Run[None]) -> Tensor:
+    """[pairs, 2] log-probabilities of the policy as it was before the first step."""
+    with frozen.policy() as policy:
+        return all_logprobs(policy, pairs, tokens, run)
 
 
 def reference_logprobs(

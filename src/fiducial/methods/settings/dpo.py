@@ -51,9 +51,8 @@ class DPO(Settings):
     times that.
     """
     reference_pass: Literal["auto", "first", "each_step"] = "auto"
-    """When the reference reads the pairs: all before the first step, kept on disk for later runs;
-    or those of each step, beside a frozen copy of the model (with LoRA: its base). auto: each_step
-    for more than 20,000 pairs. Our choice; no published value.
+    """When the reference reads the pairs: all before the first step, or those of each step (without
+    LoRA it is then a copy in memory). auto: each_step beyond 20,000 pairs. Our choice.
     """
     max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a sample response on the run's page."""
