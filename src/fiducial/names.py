@@ -30,6 +30,11 @@ ScorerName = Annotated[str, Name("scorer")]
 """A reward model's folder, file.py:function, module:function, or a verifiable reward's name."""
 
 
+def progress_file(out: str | Path) -> Path:
+    """The file beside an unfinished file of rows that says how far it is."""
+    return Path(f"{out}.progress.jsonl")
+
+
 def looks_local(name: str) -> bool:
     """Whether a name can only be a path: a name on the Hub is `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1

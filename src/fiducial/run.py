@@ -251,13 +251,17 @@ class Run(Generic[S]):
         """Do not count what was done since the last step (evaluation, checkpoints) as training."""
         self._step_started = time.monotonic()
 
+    def stop_wanted(self) -> bool:
+        """Whether a signal asked any of the processes to stop."""
+        return self.processes.any(self._stopping.wanted)
+
     def checkpoint_if_due(self) -> None:
         """Save every N steps; after Ctrl-C, SIGTERM or SIGHUP save now and stop.
 
         Raises:
             RunError: the run was asked to stop; the message says how to go on.
         """
-        stop = self.processes.any(self._stopping.wanted)
+        stop = self.stop_wanted()
         due = self.keep.checkpoint_every > 0 and self.step % self.keep.checkpoint_every == 0
         if stop or due:
             self.save_checkpoint()

@@ -27,15 +27,17 @@ from ..data.pairs import preference_rows
 from ..data.prepare import text_of
 from ..data.render import Rendered, Renderer
 from ..data.row_types import PreferenceRow
+from ..errors import RunError
 from ..models.contract import FLOAT32
 from ..models.roles import Policy, full_precision
 from ..models.save import save
 from ..rollout.samples import show_samples
 from ..rollout.sampling import sampling_params
 from ..run import Run
+from ..train.machine import tokens_in_a_minute
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
-from ..train.reference_cache import cached, fingerprint
+from ..train.reference_cache import cached, fingerprint, parts
 from ..train.step import Stepper
 from .settings.dpo import DPO
 from .setup import Prepared, prepare_offline
@@ -214,19 +216,36 @@ def pair_logprobs(policy: Any, pairs: list[Pair], device: torch.device) -> tuple
 
 
 def reference_logprobs(policy: Policy, pairs: list[Pair], tokens: int, run: Run[None]) -> Tensor:
-    """[pairs, 2] log-probabilities of the policy as it is now, from the disk if they are there."""
+    """[pairs, 2] log-probabilities of the policy as it is now, from the disk if they are there.
 
-    def compute() -> Tensor:
+    Raises:
+        RunError: a signal asked to stop; the parts that are done are kept.
+    """
+    costs = [p.costs(policy.supports_shared_prefix) for p in pairs]
+
+    def compute(part: range) -> Tensor:
         def both(rows: list[int]) -> tuple[Tensor, ...]:
-            some = [pairs[i] for i in rows]
+            some = [pairs[part[i]] for i in rows]
             return (torch.stack(pair_logprobs(policy, some, run.processes.device), 1),)
 
-        costs = [p.costs(policy.supports_shared_prefix) for p in pairs]
-        title = "dpo: log-probabilities of the reference"
-        return run.processes.map_rows(costs, tokens, 2, both, title=title)[0]
+        return run.processes.map_rows([costs[i] for i in part], tokens, 2, both)[0]
+
+    def stop_if_wanted(done: int) -> None:
+        if run.stop_wanted():
+            raise RunError(
+                f"stopped after the reference's log-probabilities of {done:,} of {len(pairs):,} "
+                f"pairs, which are kept: {run.how_to_go_on()}"
+            )
 
     rows = [[p.chosen.ids, p.chosen.mask, p.rejected.ids, p.rejected.mask] for p in pairs]
-    return cached(fingerprint(policy, rows), compute, run.processes)
+    return cached(
+        fingerprint(policy, rows),
+        parts(costs, tokens_in_a_minute(policy)),
+        compute,
+        run.processes,
+        "dpo: log-probabilities of the reference",
+        stop_if_wanted,
+    )
 
 
 def evaluate(

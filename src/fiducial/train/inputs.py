@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,14 @@ def inputs(settings: dict[str, Any]) -> dict[str, Any]:
         "model": {"name": name, "sha256": sha256(found) if found is not None else None},
         "data": data,
     }
+
+
+def hashes(names: Mapping[str, str | None]) -> dict[str, str | None]:
+    """SHA-256 by flag of the local files and folders that settings name; None for what is on the
+    Hub or has a name of its own.
+    """
+    found = {flag: _local(name) for flag, name in names.items() if name is not None}
+    return {flag: None if path is None else sha256(path) for flag, path in found.items()}
 
 
 def sha256(path: Path) -> str:

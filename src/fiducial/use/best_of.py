@@ -113,6 +113,20 @@ class BestOf:
         self.prompts += (chosen := [numbers[i] for i in best])
         return chosen, responses.take(best)
 
+    def since(self, drawn: int, kept: int) -> dict[str, list[Any]]:
+        """What was added after the first `drawn` and `kept` scores: plain values, for a file."""
+        return {
+            "drawn": self.drawn[drawn:],
+            "drawn_prompts": self.drawn_prompts[drawn:],
+            "kept": self.kept[kept:],
+            "prompts": self.prompts[kept:],
+        }
+
+    def recall(self, added: dict[str, list[Any]]) -> None:
+        """Add what `since` gave in a command that was interrupted."""
+        for name, values in added.items():
+            getattr(self, name).extend(values)
+
     def means(self) -> dict[str, dict[str, float]]:
         """The mean score, with its interval, of all responses drawn and of those kept."""
         return {

@@ -47,6 +47,8 @@ class Collect(Settings):
     """Tokens that end a response, in addition to the model's own ends."""
     seed: Seed = 0
     """Random seed for sampling."""
+    resume: bool = False
+    """Go on with the unfinished file that --out names, after the last block that was written."""
     rows: RowSettings = RowSettings()
 
 
@@ -87,6 +89,8 @@ class LabelSteps(Settings):
     """Tokens that end a solution, in addition to the model's own ends."""
     seed: Seed = 0
     """Random seed for sampling."""
+    resume: bool = False
+    """Go on with the unfinished file that --out names, after the last block that was written."""
     rows: RowSettings = RowSettings()
 
     @model_validator(mode="after")
@@ -133,6 +137,8 @@ class Generate(Settings):
     """Tokens that end a response, in addition to the model's own ends."""
     seed: Seed = 0
     """Random seed for sampling."""
+    resume: bool = False
+    """Go on with the unfinished file that --out names, after the last block that was written."""
     rows: RowSettings = RowSettings()
 
 
