@@ -174,16 +174,23 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
         return lambda row: fitting_prompt(row, renderer, settings.max_new_tokens)
 
     check_names(settings)
-    renderer = load_renderer(settings.model, settings.rows)
+    trust = settings.trust_remote_code
+    renderer = load_renderer(settings.model, settings.rows, trust=trust)
     rows = RowFormat[list[int]](
         (PromptRow,), render, lambda row: text_of(row.prompt), lambda ids: [ids]
     )
     train, held_out, note = read(settings.data, settings.rows, rows, renderer, settings.seed)
-    policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
-    policy = policy.to(processes.device)
+    policy = load_policy(
+        settings.model, settings.lora, settings.run, renderer.tokenizer, trust=trust
+    ).to(processes.device)
     same_ends(plain(policy.lm), renderer)
     teacher = load_teacher(
-        settings.teacher, policy, renderer.tokenizer, renderer.max_length, settings.run
+        settings.teacher,
+        policy,
+        renderer.tokenizer,
+        renderer.max_length,
+        settings.run,
+        trust=trust,
     )
     roles = Roles(policy=policy, teacher=teacher.to(processes.device))
     params = sampling_params(renderer, settings.max_new_tokens, settings.temperature, settings.stop)

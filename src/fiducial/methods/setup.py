@@ -76,6 +76,9 @@ class _Common(Protocol):
     @property
     def batch_size(self) -> int: ...
 
+    @property
+    def trust_remote_code(self) -> bool: ...
+
 
 class OfflineSettings(_Common, Protocol):
     """The settings of a method that learns from rows."""
@@ -222,7 +225,8 @@ def prepare_offline(
         InputError: a row or a model cannot be used.
     """
     check_names(settings)
-    renderer = load_renderer(settings.model, settings.rows)
+    trust = settings.trust_remote_code
+    renderer = load_renderer(settings.model, settings.rows, trust=trust)
     train, held_out, note = read(
         settings.data, settings.rows, rows, renderer, settings.seed, skipped
     )
@@ -234,10 +238,13 @@ def prepare_offline(
             head="normal",
             tokenizer=renderer.tokenizer,
             seed=settings.seed,
+            trust=trust,
         )
         roles = Roles(scorer=model)
     else:
-        policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
+        policy = load_policy(
+            settings.model, settings.lora, settings.run, renderer.tokenizer, trust=trust
+        )
         same_ends(plain(policy.lm), renderer)
         limit = context(plain(policy.lm).config)
         if (asked := getattr(settings, "max_new_tokens", 0)) > max(limit, USUAL_TOKENS):
@@ -276,11 +283,14 @@ def prepare_online(
     check_names(settings)
     if rewards is None:
         check_rewards(settings.reward, settings.reward_weights)
-    renderer = load_renderer(settings.model, settings.rows)
+    trust = settings.trust_remote_code
+    renderer = load_renderer(settings.model, settings.rows, trust=trust)
     prompts, rows, note = read_prompts(settings.data, settings, renderer)
     loaded = None
     if rewards is None:
-        loaded = load_rewards(settings.reward, settings.reward_weights, settings.run, processes)
+        loaded = load_rewards(
+            settings.reward, settings.reward_weights, settings.run, processes, trust=trust
+        )
         rewards = loaded
     rewards.check_rows(rows)
     start = None if critic is None else critic_start(critic, loaded, renderer, settings)
@@ -293,6 +303,7 @@ def prepare_online(
         critic=start,
         reference=reference,
         seed=settings.seed,
+        trust=trust,
     )
     same_ends(plain(roles.policy.lm), renderer)
     params = sampling_params(renderer, settings.max_new_tokens, settings.temperature, settings.stop)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ..errors import InputError
+from .remote_code import is_remote
 from .trunk import text_config
 
 HEADS = ("lm_head.", "embed_out.")
@@ -194,7 +195,7 @@ def _head(config: Any) -> list[str]:
     """The beginnings of the names of a language model's output weights."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=is_remote(config))
     except Exception:
         return []
     head = model.get_output_embeddings()

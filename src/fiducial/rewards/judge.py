@@ -32,14 +32,14 @@ class Judge:
     compare: Callable[..., Any] | None = None
 
     @staticmethod
-    def open(name: str, run: RunSettings, processes: Processes) -> Judge:
+    def open(name: str, run: RunSettings, processes: Processes, *, trust: bool = False) -> Judge:
         """A judge by its name on the command line.
 
         Raises:
             InputError: the name leads nowhere, or a function that compares needs more than it is
                 given.
         """
-        scorer = load_any(name, run, processes, "--judge")
+        scorer = load_any(name, run, processes, "--judge", trust=trust)
         if not isinstance(scorer, FunctionReward) or not scorer.compares:
             return Judge(name, scorer=scorer)
         if more := [n for n in scorer.takes.required if n not in COMPARED]:

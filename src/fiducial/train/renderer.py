@@ -13,18 +13,23 @@ from transformers.utils import cached_file
 from ..data.render import Renderer, set_chat_template
 from ..errors import InputError
 from ..models.load import load_config, load_tokenizer
+from ..models.remote_code import not_run
 from ..models.trunk import context
 from ..settings import RowSettings
+from .launch import asked
+from .progress import say
 
 
-def load_renderer(name: str, rows: RowSettings, *, flag: str = "--model") -> Renderer:
+def load_renderer(
+    name: str, rows: RowSettings, *, flag: str = "--model", trust: bool = False
+) -> Renderer:
     """The renderer for the model in a folder or on the Hub.
 
     Raises:
         InputError: there is no tokenizer, it has no such EOS token, `max_length` exceeds the
             model's context, or the model's configs end a response at an id that does not exist.
     """
-    tokenizer = load_tokenizer(name, flag=flag)
+    tokenizer = load_tokenizer(name, flag=flag, trust=trust)
     set_chat_template(tokenizer, rows.chat_template)
     if rows.eos_token is not None:
         if tokenizer.convert_tokens_to_ids(rows.eos_token) in (None, tokenizer.unk_token_id):
@@ -33,7 +38,9 @@ def load_renderer(name: str, rows: RowSettings, *, flag: str = "--model") -> Ren
                 "name one of its tokens"
             )
         tokenizer.eos_token = rows.eos_token
-    config = load_config(name, flag=flag)
+    config = load_config(name, flag=flag, trust=trust)
+    if not trust and asked().index == 0 and (said := not_run(name)):
+        say(said)
     limit = context(config)
     if rows.max_length is not None and rows.max_length > limit:
         raise InputError(

@@ -9,7 +9,7 @@ import yaml
 
 from ..errors import InputError
 
-FREE = {"steps", "epochs", "resume", "out", "run"}
+FREE = {"steps", "epochs", "resume", "out", "run", "trust_remote_code"}
 """Settings that may differ when a run is resumed, because no result depends on them. The exception
 is `run.precision`, which may not differ.
 """

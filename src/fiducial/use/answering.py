@@ -57,6 +57,7 @@ class Model:
         *,
         max_new_tokens: int,
         flag: str = "--model",
+        trust: bool = False,
     ) -> Model:
         """Load a model and render the prompts for it; each must leave room for a response.
 
@@ -68,7 +69,7 @@ class Model:
             records(prompts)  # opens the file and reads nothing yet
         except InputError as error:
             raise InputError(f"--prompts: {error}") from error
-        renderer = load_renderer(name, rows, flag=flag)
+        renderer = load_renderer(name, rows, flag=flag, trust=trust)
 
         def render(row: PromptRow) -> list[int]:
             return fitting_prompt(row, renderer, max_new_tokens)
@@ -76,7 +77,9 @@ class Model:
         ids, kept, note = load(prompts, rows, (PromptRow,), render)
         if (note := joined(note, renderer.take_notes(len(kept)))) and processes.main:
             say(f"{prompts}: {note}")
-        policy = load_policy(name, LoraSettings(), RunSettings(), renderer.tokenizer, flag=flag)
+        policy = load_policy(
+            name, LoraSettings(), RunSettings(), renderer.tokenizer, flag=flag, trust=trust
+        )
         policy = policy.to(processes.device)
         params = SamplingParams(max_new_tokens)
         roles, names = Roles(policy=policy), {"model": name}

@@ -56,6 +56,8 @@ class BestOf:
         aggregate: Aggregate | None,
         temperature: float,
         processes: Processes,
+        *,
+        trust: bool = False,
     ) -> BestOf | None:
         """The choice that --best-of, --score and --aggregate ask for; None if none is given.
 
@@ -78,7 +80,7 @@ class BestOf:
                 f"--best-of {n} with --temperature 0: all {n} responses would be the same, the "
                 "most likely one; give a temperature above 0, such as --temperature 1"
             )
-        scorer = load_reward(score, RunSettings(), processes, "--score", aggregate)
+        scorer = load_reward(score, RunSettings(), processes, "--score", aggregate, trust=trust)
         return BestOf(n, score, scorer, temperature)
 
     def keep(self, numbers: list[int], responses: Responses) -> tuple[list[int], Responses]:

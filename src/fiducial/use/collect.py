@@ -34,7 +34,7 @@ def collect(settings: Collect) -> dict[str, Any]:
 
 
 def _collect(settings: Collect, processes: Processes, output: Output) -> dict[str, Any]:
-    judge = Judge.open(settings.judge, RunSettings(), processes)
+    judge = Judge.open(settings.judge, RunSettings(), processes, trust=settings.trust_remote_code)
     if judge.compare is not None and settings.pairs == "extremes":
         raise InputError(
             "--pairs extremes needs scores, and this judge only compares two responses: use "
@@ -46,6 +46,7 @@ def _collect(settings: Collect, processes: Processes, output: Output) -> dict[st
         settings.rows,
         processes,
         max_new_tokens=settings.max_new_tokens,
+        trust=settings.trust_remote_code,
     )
     judge.check_rows(model.rows)
     params = sampling_params(

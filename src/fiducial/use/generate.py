@@ -35,7 +35,12 @@ def generate(settings: Generate) -> int:
 
 def _generate(settings: Generate, processes: Processes, output: Output) -> int:
     best = BestOf.open(
-        settings.best_of, settings.score, settings.aggregate, settings.temperature, processes
+        settings.best_of,
+        settings.score,
+        settings.aggregate,
+        settings.temperature,
+        processes,
+        trust=settings.trust_remote_code,
     )
     model = Model.open(
         settings.model,
@@ -43,6 +48,7 @@ def _generate(settings: Generate, processes: Processes, output: Output) -> int:
         settings.rows,
         processes,
         max_new_tokens=settings.max_new_tokens,
+        trust=settings.trust_remote_code,
     )
     if best is not None:
         best.scorer.check_rows(model.rows)

@@ -63,7 +63,7 @@ def label_steps(settings: LabelSteps) -> dict[str, Any]:
 
 
 def _label_steps(settings: LabelSteps, processes: Processes, output: Output) -> dict[str, Any]:
-    judge = Judge.open(settings.judge, RunSettings(), processes)
+    judge = Judge.open(settings.judge, RunSettings(), processes, trust=settings.trust_remote_code)
     if judge.scorer is None:
         raise InputError(
             f"--judge: {settings.judge} compares two responses, and steps are labeled by the score "
@@ -75,6 +75,7 @@ def _label_steps(settings: LabelSteps, processes: Processes, output: Output) -> 
         settings.rows,
         processes,
         max_new_tokens=settings.max_new_tokens,
+        trust=settings.trust_remote_code,
     )
     judge.check_rows(model.rows)
     labeler = Labeler(settings, model, judge)

@@ -49,6 +49,10 @@ class Collect(Settings):
     """Random seed for sampling."""
     resume: bool = False
     """Go on with the unfinished file that --out names, after the last block that was written."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for models
+    whose authors you trust.
+    """
     rows: RowSettings = RowSettings()
 
 
@@ -91,6 +95,10 @@ class LabelSteps(Settings):
     """Random seed for sampling."""
     resume: bool = False
     """Go on with the unfinished file that --out names, after the last block that was written."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for models
+    whose authors you trust.
+    """
     rows: RowSettings = RowSettings()
 
     @model_validator(mode="after")
@@ -139,6 +147,10 @@ class Generate(Settings):
     """Random seed for sampling."""
     resume: bool = False
     """Go on with the unfinished file that --out names, after the last block that was written."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for models
+    whose authors you trust.
+    """
     rows: RowSettings = RowSettings()
 
 
@@ -183,4 +195,8 @@ class Evaluate(Settings):
     """Tokens that end a response, in addition to the model's own ends."""
     seed: Seed = 0
     """Random seed for sampling."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for models
+    whose authors you trust.
+    """
     rows: RowSettings = RowSettings()
