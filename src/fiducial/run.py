@@ -320,7 +320,7 @@ class Run(Generic[S]):
                 for name in ("metrics.jsonl", "samples.jsonl"):
                     (self.path / name).write_text("")
             return
-        self.processes.accelerator.load_state(str(newest))
+        checkpoint.restore(self.processes.accelerator, newest)
         counters = json.loads((newest / "run.json").read_text())
         self.step, self.rows, self.tokens = counters["step"], counters["rows"], counters["tokens"]
         self.train_seconds, self._seconds = counters["train_seconds"], counters["seconds"]

@@ -37,6 +37,8 @@ SHARED = "shared"
 """In place of a critic's folder: a value head on the policy's own trunk."""
 
 
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+"""Endings of files of weights that can run code when they are loaded."""
 HEADS = ("score.", "classifier.", "classification_head.", "pre_classifier.", "dense.")
 """Beginnings of the names of a new scalar head."""
 
@@ -319,18 +321,21 @@ def _pretrained(
     """The model in float32, and whether a folder holds it as it is."""
     exists(name, flag)
     folder = Path(name)
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        pickles = [p.name for p in folder.glob("*.bin")]
+    wanted = "adapter_model" if _is_adapter(name) else "model"
+    if folder.is_dir() and not list(folder.glob(f"{wanted}*.safetensors")):
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
         what = (
-            f"only {pickles[0]}, a pickle, which is never loaded: convert it to safetensors"
+            f"its weights in {pickles[0]}, a pickle, which could run code and is never loaded: "
+            "have its author, or someone who trusts them, save it again with "
+            "save_pretrained(..., safe_serialization=True)"
             if pickles
-            else "no weights (*.safetensors)"
+            else f"no weights ({wanted}*.safetensors)"
         )
         raise InputError(f"{flag}: {name} holds {what}")
     options = {"dtype": torch.float32, "use_safetensors": True, **keywords}
     options["trust_remote_code"] = trust
     try:
-        if (folder / "adapter_config.json").is_file():
+        if _is_adapter(name):
             return _merged(auto, name, flag, new, options), False
         return pretrained(auto, name, flag, new=new, **options), True
     except InputError:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from types import TracebackType
 
+from ..names import printable
+
 LINE_SECONDS = 15.0
 
 
@@ -19,7 +21,8 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int, *, start: int = 0, show: bool = True) -> None:
-        self.title, self.total, self.done, self.first, self.show = title, total, start, start, show
+        self.title, self.total, self.show = printable(title), total, show
+        self.done = self.first = start
         self.live = show and sys.stderr.isatty()
         self.began = self.said = time.monotonic()
 
@@ -36,7 +39,7 @@ class Progress:
             from rich.progress import Progress as Bar
 
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -80,4 +83,4 @@ class Progress:
 
 def say(text: str) -> None:
     """Prints one line to the terminal."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from ..errors import InputError, RunError
-from ..names import progress_file, shortened
+from ..names import printable, progress_file, shortened
 from ..train.folders import make_folder, new_file
 from ..train.inputs import hashes
 from ..train.lock import Lock
@@ -217,7 +217,7 @@ class Output:
         """
         data = b"".join(_line(row) for row in rows)
         if self.processes.main and self.path is None:
-            print(data.decode(), end="", file=sys.stdout)
+            print(printable(data.decode()), end="", file=sys.stdout)  # still JSON, and the same
         elif self.processes.main and self.path is not None:
             self._bytes += len(data)
             self._digest.update(data)

@@ -50,8 +50,8 @@ class Collect(Settings):
     resume: bool = False
     """Go on with the unfinished file that --out names, after the last block that was written."""
     trust_remote_code: bool = False
-    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for models
-    whose authors you trust.
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
     """
     rows: RowSettings = RowSettings()
 
@@ -96,8 +96,8 @@ class LabelSteps(Settings):
     resume: bool = False
     """Go on with the unfinished file that --out names, after the last block that was written."""
     trust_remote_code: bool = False
-    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for models
-    whose authors you trust.
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
     """
     rows: RowSettings = RowSettings()
 
@@ -148,8 +148,8 @@ class Generate(Settings):
     resume: bool = False
     """Go on with the unfinished file that --out names, after the last block that was written."""
     trust_remote_code: bool = False
-    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for models
-    whose authors you trust.
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
     """
     rows: RowSettings = RowSettings()
 
@@ -196,7 +196,7 @@ class Evaluate(Settings):
     seed: Seed = 0
     """Random seed for sampling."""
     trust_remote_code: bool = False
-    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for models
-    whose authors you trust.
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
     """
     rows: RowSettings = RowSettings()
