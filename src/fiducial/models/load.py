@@ -26,6 +26,7 @@ from . import tabular as tabular  # registers its architecture, so that its fold
 from .remote_code import needed
 from .roles import Policy, Reference, Roles, ScoreModel
 from .scores import CriticStart, ScoreFacts, adapter_scores, rescaled
+from .tokenizer_mark import check_mark
 from .trainable import trainable
 from .trunk import context, plain
 from .weights import adapters_merged, check_adapter, check_config, pretrained
@@ -54,7 +55,8 @@ def load_tokenizer(name: str, *, flag: str = "--model", trust: bool = False) -> 
     """
     exists(name, flag)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_with_tokenizer(name), trust_remote_code=trust)
+        folder = _with_tokenizer(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except Exception as error:
         raise needed(name, flag, error) or InputError(
             f"{flag}: no tokenizer can be loaded from {name}: {_first_line(error)}"
@@ -64,6 +66,7 @@ def load_tokenizer(name: str, *, flag: str = "--model", trust: bool = False) -> 
             f"{flag}: {name} holds no tokenizer (tokenizer.json): copy those of the model's maker "
             "into the folder"
         )
+    check_mark(tokenizer, Path(folder), flag)
     return tokenizer
 
 

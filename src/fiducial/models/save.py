@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ..errors import RunError
 from .remote_code import is_remote
 from .roles import Policy, ScoreModel, full_precision
+from .tokenizer_mark import write_mark
 from .trunk import plain
 from .weights import adapters_merged
 
@@ -58,6 +59,7 @@ def save(module: Policy | ScoreModel, tokenizer: Any, path: Path, probe: Tensor)
     _same_ending(plain(model), tokenizer)
     model.save_pretrained(path, safe_serialization=True)
     tokenizer.save_pretrained(path)
+    write_mark(tokenizer, path)
     device = next(module.parameters()).device
     # nothing can be predicted from one token alone
     probe = (probe if probe.shape[1] > 1 else probe.repeat(1, 2)).to(device)

@@ -39,8 +39,6 @@ def load_renderer(
             )
         tokenizer.eos_token = rows.eos_token
     config = load_config(name, flag=flag, trust=trust)
-    if not trust and asked().index == 0 and (said := not_run(name)):
-        say(said)
     limit = context(config)
     if rows.max_length is not None and rows.max_length > limit:
         raise InputError(
@@ -49,7 +47,25 @@ def load_renderer(
         )
     sizes = [len(tokenizer), getattr(config.get_text_config(), "vocab_size", None) or 0]
     ends = end_ids(name, max(sizes), flag=flag)
+    notes = ("" if trust else not_run(name), plain_ends(tokenizer, ends, name))
+    if asked().index == 0:
+        for note in filter(None, notes):
+            say(note)
     return Renderer(tokenizer, rows.max_length or limit, rows.on_long, rows.train_on, ends)
+
+
+def plain_ends(tokenizer: Any, ends: frozenset[int], name: str) -> str:
+    """A sentence for configs that end a response at a token which the tokenizer counts as text, as
+    those of another model may; else "".
+    """
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    if not (plain := sorted(i for i in ends - special if i < len(tokenizer))):
+        return ""
+    return (
+        f"{name} ends a response at token {plain[0]}, which its tokenizer has as plain text, "
+        f"{tokenizer.convert_ids_to_tokens(plain[0])!r}: check that the tokenizer belongs to the "
+        "model, or correct eos_token_id in its configs"
+    )
 
 
 def same_ends(model: Any, renderer: Renderer) -> None:
