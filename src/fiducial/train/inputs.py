@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,14 @@ def _flat(found: dict[str, Any]) -> dict[str, tuple[str, str | None]]:
         "--model": (model["name"], model["sha256"]),
         **{flag: (one["source"], one["sha256"]) for flag, one in found["data"].items()},
     }
+
+
+def hashes(names: Mapping[str, str | None]) -> dict[str, str | None]:
+    """SHA-256 by flag of the local files and folders that settings name; None for what is on the
+    Hub or has a name of its own.
+    """
+    found = {flag: _local(name) for flag, name in names.items() if name is not None}
+    return {flag: None if path is None else sha256(path) for flag, path in found.items()}
 
 
 def _short(value: str | None) -> str:

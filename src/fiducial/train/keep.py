@@ -152,7 +152,7 @@ def restore(run_folder: Path, run: Processes) -> dict[str, Any] | None:
         if run.main:
             say(f"{run_folder} has no checkpoint yet: starting from the beginning")
         return None
-    run.accelerator.load_state(str(good))
+    checkpoint.restore(run.accelerator, good)
     counters: dict[str, Any] = json.loads((good / checkpoint.COUNTERS).read_text())
     if run.main:
         say(f"resumed from {good}")
