@@ -7,17 +7,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
 from typing import Any
-
-import torch
-from accelerate import Accelerator
-from accelerate.utils import load
-
-from ..errors import InputError
 
 MANIFEST = "manifest.json"
 COUNTERS = "run.json"
@@ -106,31 +99,6 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
             return path, faults
         faults.append(wrong)
     return None, faults
-
-
-def restore(accelerator: Accelerator, folder: Path) -> None:
-    """Loads what `Accelerator.save_state` wrote: modules, optimizers and random states. Of the
-    pickles among these files only tensors and plain values are read, so no file can run code.
-
-    Raises:
-        InputError: a file holds something else, or a random state cannot be restored.
-    """
-    states = folder / f"random_states_{accelerator.process_index}.pkl"
-    try:
-        accelerator.load_state(str(folder))
-        # Accelerate passes over random states that it cannot load
-        known = load(states) if states.exists() else None  # more processes than there were
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"--resume: a file of {folder} holds something other than tensors and plain values, "
-            f"and reading it could run code ({str(error).split(chr(10))[0][:120]}): remove this "
-            "checkpoint if you do not know where it comes from"
-        ) from error
-    if known is not None and not torch.equal(known["torch_manual_seed"], torch.get_rng_state()):
-        raise InputError(
-            f"--resume: the random state in {states} cannot be restored: remove this checkpoint, "
-            "and the one before it is used"
-        )
 
 
 def write_bytes(path: Path, data: bytes) -> None:
