@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,27 @@ def hashes(names: Mapping[str, str | None]) -> dict[str, str | None]:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, or of the names and digests of all files in a folder."""
+    """SHA-256 of a file's bytes, or of the names and digests of all files in a folder; for that
+    of an adapter also of its base model, if that is a folder.
+    """
     if path.is_file():
         return digest(path)
     state = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         state.update(f"{file.relative_to(path)}\0{digest(file)}\n".encode())
+    if (base := _base(path)) is not None:
+        state.update(sha256(base).encode())
     return state.hexdigest()
+
+
+def _base(folder: Path) -> Path | None:
+    """The folder of the model that an adapter belongs to; None if it is none, or on the Hub."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = Path(config["base_model_name_or_path"])
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return base if base.is_dir() and not (base / "adapter_config.json").exists() else None
 
 
 def _named(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
