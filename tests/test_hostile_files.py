@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,10 @@ def test_and_so_is_every_other_model_of_a_command(
 def test_code_that_is_not_needed_is_not_run_and_said(copy, canary, tmp_path, capsys):
     folder = copy()
     with_code(folder, canary, tokenizer=False, known=True)
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(
+        f"open({str(canary)!r}, 'w')\ndef generate(model, **keywords):\n    pass\n"
+    )
     fd.sft(settings(folder, tmp_path))
     said = capsys.readouterr().err
     assert f"{folder} brings Python code of its own, mine.py (auto_map in config.json)" in said
@@ -436,6 +441,23 @@ def test_an_end_that_the_tokenizer_has_as_text_is_said(copy, capsys):
 # ---- the network ----
 
 
+def test_the_tests_themselves_reach_nothing(no_network):
+    with socket.socket() as own:
+        for reach in (
+            lambda: socket.create_connection(("192.0.2.1", 80), timeout=1),
+            lambda: socket.getaddrinfo("huggingface.co", 443),
+            lambda: own.bind(("0.0.0.0", 0)),
+            lambda: own.connect_ex(("192.0.2.1", 80)),
+        ):
+            no_network.clear()
+            with pytest.raises(OSError, match="the tests open no socket"):
+                reach()
+            assert no_network
+    no_network.clear()
+    with socket.create_server(("127.0.0.1", 0)) as server:  # processes of a group meet here
+        socket.create_connection(server.getsockname()).close()
+
+
 def test_a_run_and_its_page_from_local_files_open_no_socket(
     copy, tmp_path, data, no_network, monkeypatch
 ):
@@ -447,6 +469,9 @@ def test_a_run_and_its_page_from_local_files_open_no_socket(
     assert main(["report", str(run.path)]) == 0
     values = {"model": str(run.path / "model"), "prompts": data["prompts"], "max_new_tokens": 2}
     generate(Generate(**values, out=str(tmp_path / "g.jsonl")))
+    lora = {"lora": LoraSettings(r=2), "out": str(tmp_path / "lora")}
+    adapter = fd.sft(settings(tmp_path / "model", tmp_path, **lora)).path / "model"
+    load_policy(str(adapter), LoraSettings(), RunSettings())
     for name in ("./none", str(tmp_path / "none"), "a/b/c", "~/none"):
         with pytest.raises(InputError, match="there is no folder"):
             fd.sft(settings(name, tmp_path, out=str(tmp_path / "other")))

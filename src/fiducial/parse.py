@@ -62,8 +62,8 @@ def parse(cls: type[S], args: Sequence[str], *, command: str) -> S:
     except MissingSetting as missing:
         if file is None and given.get(("resume",)) is True and ("out",) in given:
             raise InputError(
-                f"--resume: {given['out',]} holds nothing to go on with (a run has a config.yaml, "
-                f"an unfinished file {progress_file(given['out',]).name} beside it)"
+                f"--resume: {given['out',]} holds no run to go on with (config.yaml is missing), "
+                f"and is no unfinished file ({progress_file(given['out',]).name} is missing)"
             ) from None
         called = next(_called(flag) for flag in flags(cls) if ".".join(flag.path) == missing.name)
         raise InputError(

@@ -10,6 +10,7 @@ import torch
 
 from fiducial.train import reference_cache
 from fiducial.train.processes import Processes
+from fiducial.train.progress import Progress
 
 DAY = 24 * 3600.0
 
@@ -124,6 +125,24 @@ def test_a_part_that_is_not_whole_is_computed_again(whole, tmp_path, damage):
         part.write_bytes((tmp_path / "reference-k.0-3.safetensors").read_bytes())
     assert torch.equal(whole(), whole.values)
     assert whole.asked == [range(3, 5), range(9, 10)]
+
+
+def test_the_bar_moves_with_every_part_computed_or_read(whole, monkeypatch):
+    moved = []
+
+    class Bar(Progress):
+        def __init__(self, *given, show):
+            moved.append((*given, show))
+            super().__init__(*given, show=show)
+
+        def advance(self, *, by):
+            moved.append(by)
+
+    monkeypatch.setattr(reference_cache, "Progress", Bar)
+    with pytest.raises(KeyboardInterrupt):
+        whole(fail_at=5)
+    whole()
+    assert moved == [("pass", 10, True), 3, 2, ("pass", 10, True), 3, 2, 4, 1]
 
 
 def test_a_folder_that_cannot_be_written_stops_no_pass(whole, monkeypatch, capsys):
