@@ -179,8 +179,8 @@ class Run(Generic[S]):
                 note_changes(self.path / "config.yaml", text, self.step, self._changed)
                 if self._changed.keys() & {"steps", "epochs"}:
                     say(f"the learning rate goes on as in a run of {total} steps")
-        elif self.main:
-            self._inputs = record_inputs(self.path, self._plain())
+        if self.main:
+            self._inputs = record_inputs(self.path, self._plain(), self._inputs)
         self._records.cut(self.step, self._records.lines)
         self._watch.begin()
         self._bar = Progress(

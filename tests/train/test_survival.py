@@ -119,6 +119,8 @@ def test_a_signal_before_the_first_step_stops_at_once_and_says_how_to_go_on(
     fd.sft(sft("run", resume=True))
     fd.sft(sft("whole"))
     assert records(tmp_path / "run") == records(tmp_path / "whole")
+    began = [(tmp_path / name / "inputs.json").read_text() for name in ("run", "whole")]
+    assert began[0] == began[1]
 
 
 def test_a_schedule_that_a_longer_run_changes_is_said(sft, tmp_path, capsys):

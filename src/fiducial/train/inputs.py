@@ -62,10 +62,18 @@ def inputs(settings: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def record_inputs(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of a run that begins; they are written into its folder."""
-    found = inputs(settings)
-    write_json(folder / NAME, found)
+def record_inputs(
+    folder: Path, settings: dict[str, Any], known: dict[str, Any]
+) -> dict[str, Any]:
+    """The inputs of a run; they are written into its folder, unless they are there.
+
+    Args:
+        known: those of a run that goes on; it has recorded them, unless it was stopped before it
+            began.
+    """
+    found = known or inputs(settings)
+    if not (folder / NAME).exists():
+        write_json(folder / NAME, found)
     return found
 
 
