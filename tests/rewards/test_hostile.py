@@ -67,9 +67,16 @@ def forks(completions):  # a chain of at most 20, each in a session of its own
             file.write(f"{os.getpid()}\\n")
     time.sleep(60)
 
-def forks_and_returns(completions):
-    os.fork()
-    return [float(len(completions))] * len(completions)
+def leaves_a_child(completions):  # whose own parent has ended, and with a session of its own
+    if os.fork() == 0:
+        if os.fork() == 0:
+            os.setsid()
+            with open(FILE, "a") as file:
+                file.write(f"{os.getpid()}\\n")
+            time.sleep(60)
+        os._exit(0)
+    time.sleep(0.1)
+    sys.exit(0)
 
 def segfault(completions):
     ctypes.string_at(0)  # @segfault
@@ -155,6 +162,7 @@ SAID = {
     "allocates": r"used 0\.\d+ GB of memory, more than the 0\.25 GB that it may, and was stopped",
     "allocates_elsewhere": r"used 0\.\d+ GB of memory.* raise --worker\.gigabytes",
     "forks": TIME,
+    "leaves_a_child": "raised SystemExit: 0",
     "segfault": r"crashed: its process was ended by the signal SIGSEGV AT",
     "kills_itself": r"crashed: .* SIGKILL, as the system does where memory runs out",
     "leaves": "ended its own process with exit code 0: it must return instead",
@@ -234,9 +242,9 @@ def test_each_ends_in_time_with_the_function_and_the_row(file, name, monkeypatch
     assert "rows.jsonl:" in message and "\n" not in message
     del part, caught
     assert state() == before and children() <= ours
-    if name == "forks":  # those that left the family, too
+    if name in ("forks", "leaves_a_child"):
         pids = [int(x) for x in Path(f"{file}.pids").read_text().split()]
-        assert len(pids) > 3 and all(map(gone, pids))
+        assert pids and all(map(gone, pids))
 
 
 IMPORTS = {
@@ -275,7 +283,6 @@ def counts(prompts, completions, kind, log_metric=None, log_extra=None):
     calls += 1
     prompts.clear(); kind.clear(); completions.append("x")
     sys.path.clear(); os.chdir("/"); os.environ.clear()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     log_metric("calls", calls)
     log_extra("me", [os.getpid()] * 2)
     return [float(calls)] * 2
@@ -372,6 +379,15 @@ def test_functions_work_at_the_same_time(good):
 
 def test_a_worker_imports_nothing_heavy(good):
     assert load(f"{good}:imports", SLOW).score(responses("a", "b")).scores == [0.0, 0.0]
+
+
+def test_a_module_is_found_where_the_command_would_find_it(tmp_path, monkeypatch):
+    (tmp_path / "only_here_17.py").write_text("def f(completions):\n    return [2.0]\n")
+    (tmp_path / "json.py").write_text("raise KeyError('not the json of the library')\n")
+    monkeypatch.syspath_prepend(tmp_path / "nowhere")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    assert load("only_here_17:f", SLOW).score(responses("a")).scores == [2.0]
 
 
 def test_what_a_function_prints_reaches_the_user_up_to_a_bound(good, capsys):
