@@ -18,6 +18,7 @@ from torch import nn
 
 from .config_file import dump_yaml
 from .errors import InputError, RunError, Unscored
+from .report.alarms import Watch
 from .report.card import model_card
 from .report.page import write_report
 from .settings import TrainingSettings
@@ -29,7 +30,7 @@ from .train.keep import Clock, newest, restore, save, together
 from .train.lock import lock_together
 from .train.meter import Meter
 from .train.nonfinite import Nonfinite
-from .train.processes import Processes
+from .train.processes import Processes, lost_peer
 from .train.progress import Progress, say
 from .train.records import Records, keep_unscored
 from .train.resume import changed_settings, note_changes
@@ -59,8 +60,7 @@ class Run(Generic[S]):
         self.model: Any = None
         self.evaluation: dict[str, dict[str, float]] = {}
         self.rows = self.tokens = self.total = 0
-        self.train_seconds = 0.0
-        self._seconds = self._step_started = 0.0
+        self.train_seconds = self._seconds = self._step_started = 0.0
         self._summarized = False
         self._records = Records(self.path, writes=self.main)
         self._clock = Clock(self.keep.checkpoint_minutes, self.processes)
@@ -77,6 +77,7 @@ class Run(Generic[S]):
         self._bar: Progress | None = None
         self._changed: dict[str, Any] = {}
         self._inputs: dict[str, Any] = {}
+        self._watch = Watch(self.path, self._plain(), writes=self.main)
 
     @property
     def main(self) -> bool:
@@ -126,6 +127,12 @@ class Run(Generic[S]):
         finally:
             if self._lock is not None:
                 self._lock.release()
+        if self.processes.count > 1 and lost_peer(error):
+            with self.explained():
+                raise RunError(
+                    "another process ended, or did not answer within --run.timeout-minutes "
+                    f"{self.keep.timeout_minutes:g}: the reason is what that one printed"
+                ) from error
 
     def _close(self, error: BaseException | None) -> None:
         """Keep what a failed run has, and say so; leave nothing of a refused one."""
@@ -175,6 +182,7 @@ class Run(Generic[S]):
         elif self.main:
             self._inputs = record_inputs(self.path, self._plain())
         self._records.cut(self.step, self._records.lines)
+        self._watch.begin()
         self._bar = Progress(
             title or self.method, total, start=self.step, show=self.main
         ).__enter__()
@@ -233,12 +241,14 @@ class Run(Generic[S]):
         if (loss := values.get("eval/loss")) is not None:
             self._evaluated = self.step, float(loss)
         seconds = round(time.monotonic() - self._began + self._seconds, 3)
-        with self._going_on():
-            self._records.add("metrics.jsonl", [{"step": self.step, "seconds": seconds, **values}])
+        with self.explained(""):
+            row = {"step": self.step, "seconds": seconds, **values}
+            self._records.add("metrics.jsonl", [row])
+            self._watch.see(row)
 
     def record_samples(self, rows: list[dict[str, Any]]) -> None:
         """Lines of samples.jsonl at the current step."""
-        with self._going_on():
+        with self.explained(""):
             self._records.add("samples.jsonl", [{"step": self.step, **row} for row in rows])
 
     def pause(self) -> None:
@@ -247,13 +257,12 @@ class Run(Generic[S]):
 
     def checkpoint_if_due(self) -> None:
         """Save every N steps, every few minutes, and at the last step; after Ctrl-C, SIGTERM or
-        SIGHUP save now and stop.
+        SIGHUP save now and stop, and so after an alarm with --run.on-alarm stop.
 
         Raises:
-            RunError: the run was asked to stop, or nothing can be saved; the message says how to
-                go on.
+            RunError: the run was asked to stop, or nothing can be saved; it says how to go on.
         """
-        stop = self.processes.any(self._stopping.wanted)
+        stop = self.processes.any(self._stopping.wanted or self._watch.stopped is not None)
         by_steps = self.keep.checkpoint_every > 0 and self.step % self.keep.checkpoint_every == 0
         if stop or by_steps or not self.running() or self._clock.due():
             self.save_checkpoint()
@@ -288,7 +297,7 @@ class Run(Generic[S]):
                 "evaluated": self._evaluated[1] if here and self._evaluated else None,
             }
 
-        with self._going_on():
+        with self.explained(""):
             save(
                 self.path / "checkpoints",
                 self.step,
@@ -336,7 +345,7 @@ class Run(Generic[S]):
             shutil.rmtree(self.path / "model", ignore_errors=True)
             aside.rename(self.path / "model")
 
-        with self._going_on():
+        with self.explained(""):
             together(self.processes, write, self.path / "model")
         if self.main:
             self._write_summary("done")
@@ -372,27 +381,20 @@ class Run(Generic[S]):
             write_report(self.path)
 
     @contextlib.contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """A RunError of the block says which checkpoint is safe and how to go on."""
-        try:
-            yield
-        except RunError as error:
-            safe = newest(self.path / "checkpoints")
-            raise RunError(f"{error}; {safe}; {self.how_to_go_on()}") from error
-
-    @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """A RunError of the block names the step and says how to go on. Responses that could not be
-        scored are kept.
+    def explained(self, where: str | None = None) -> Iterator[None]:
+        """A RunError of the block names the step, or `where`, and says what is safe and how to go
+        on. Responses that could not be scored are kept.
         """
         try:
             yield
         except RunError as error:
-            step, kept = min(self.step + 1, self.total), ""
+            where = f"step {min(self.step + 1, self.total)}: " if where is None else where
+            safe = newest(self.path / "checkpoints")
             if isinstance(error, Unscored) and self.main:
-                kept = f"; {keep_unscored(self.path, error.rows, step)}"
-            raise RunError(f"step {step}: {error}{kept}; {self.how_to_go_on()}") from error
+                safe = f"{keep_unscored(self.path, error.rows, self.step + 1)}; {safe}"
+            raise RunError(f"{where}{error}; {safe}; {self.how_to_go_on()}") from error
 
     def how_to_go_on(self) -> str:
         """The command that continues this run."""
-        return f"go on with: fiducial {self.method} --out {self.path} --resume"
+        command = f"fiducial {self.method} --out {self.path} --resume"
+        return f"go on with: {command}{self._watch.why_stopped}"

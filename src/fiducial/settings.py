@@ -129,6 +129,10 @@ class RunSettings(Settings):
     """Recompute activations in the backward pass: less memory, more time."""
     timeout_minutes: float = Field(default=10.0, gt=0, le=MONTH)
     """How long one process waits for the others before all of them stop with an error."""
+    on_alarm: Literal["warn", "stop", "off"] = "warn"
+    """When the numbers of a run look wrong: warn says so and writes it to alarms.jsonl, stop saves
+    a checkpoint as well and ends the run, off judges nothing. warn: our choice.
+    """
 
 
 class WorkerSettings(Settings):
