@@ -133,6 +133,11 @@ BAD_RUNS: dict[str, tuple[Rows, int, list[str]]] = {
         10,
         ["Only 30% of the responses", "heuristic"],
     ),
+    "ends, fewer than few": (
+        ppo_history({"completions/finished": lambda t: 0.2 - 0.15 * t}),
+        10,
+        ["Only 1"],
+    ),
     "length": (
         ppo_history(LONGER),
         24,
