@@ -134,9 +134,9 @@ BAD_RUNS: dict[str, tuple[Rows, int, list[str]]] = {
         ["Only 30% of the responses", "heuristic"],
     ),
     "ends, fewer than few": (
-        ppo_history({"completions/finished": lambda t: 0.2 - 0.15 * t}),
+        ppo_history({"completions/finished": lambda t: 0.2 if t < 0.13 else 0.05}),
         10,
-        ["Only 1"],
+        ["Only 12.5% of"],
     ),
     "length": (
         ppo_history(LONGER),
