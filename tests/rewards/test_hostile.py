@@ -490,7 +490,10 @@ def test_a_run_whose_reward_hangs_keeps_what_it_has_and_goes_on(models, tmp_path
     assert main(words) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"fiducial: step 2: {data}:1: the reward function {reward}:f did not")
-    assert f"the 4 responses that were not scored are in {run}/unscored.jsonl; go on with" in last
+    assert (
+        f"the 4 responses that were not scored are in {run}/unscored.jsonl; " in last
+        and "; go on with" in last
+    )
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "failed" and summary["steps"] == 1
     assert (run / "checkpoints" / "checkpoint-1").is_dir()

@@ -33,7 +33,7 @@ from ..core import intervals
 from ..core.reductions import select
 from ..data.batches import stream
 from ..data.elements import Elements, RowFormat, read
-from ..data.prepare import text_of
+from ..data.prepare import prompt_text
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..models.load import load_policy, load_teacher
@@ -168,14 +168,13 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
     Raises:
         InputError: a row or a model cannot be used, or the vocabularies differ.
     """
-
-    def render(renderer: Renderer) -> Callable[[PromptRow], list[int]]:
-        return lambda row: fitting_prompt(row, renderer, settings.max_new_tokens)
-
     check_names(settings)
     renderer = load_renderer(settings.model, settings.rows)
     rows = RowFormat[list[int]](
-        (PromptRow,), render, lambda row: text_of(row.prompt), lambda ids: [ids]
+        (PromptRow,),
+        partial(_prompts, max_new_tokens=settings.max_new_tokens),
+        prompt_text,
+        lambda ids: [ids],
     )
     train, held_out, note = read(settings.data, settings.rows, rows, renderer, settings.seed)
     policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
@@ -187,9 +186,13 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
     roles = Roles(policy=policy, teacher=teacher.to(processes.device))
     params = sampling_params(renderer, settings.max_new_tokens, settings.temperature, settings.stop)
     names = {"model": settings.model, "teacher": settings.teacher}
-    prompts = train.items + held_out.items
+    prompts = [*train.items, *held_out.items]
     sampler, checked = check_online(roles, prompts, params, sampler, names)
     return Ready(renderer, train, held_out, roles, sampler, params, notes(note, checked))
+
+
+def _prompts(renderer: Renderer, max_new_tokens: int) -> Callable[[PromptRow], list[int]]:
+    return lambda row: fitting_prompt(row, renderer, max_new_tokens)
 
 
 def announce(ready: Ready, settings: Distill, run: Run[None]) -> None:
@@ -206,7 +209,7 @@ def answers(ready: Ready, settings: Distill, run: Run[None]) -> list[dict[str, A
     return show_samples(
         ready.roles.policy,
         ready.renderer,
-        [(r.prompt, r.where) for r in rows][: settings.run.samples],
+        [(r.prompt, r.where) for r in rows[: settings.run.samples]],
         run.processes,
         seed=settings.seed,
         params=ready.params,

@@ -9,6 +9,7 @@ pairs, and the prompt counts once.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from .. import losses
 from ..core import intervals
 from ..data.batches import pad
 from ..data.elements import RowFormat
-from ..data.pairs import preference_rows
-from ..data.prepare import load, text_of
+from ..data.pairs import Pair, preference_rows
+from ..data.prepare import load, prompt_text
 from ..data.render import Rendered, Renderer
 from ..data.row_types import CompletionRow, PreferenceRow
 from ..models.roles import ScoreModel
@@ -106,23 +107,20 @@ def prepare(
         InputError: a row or the model cannot be used.
     """
 
-    def key(row: PreferenceRow) -> str:
-        return text_of(row.prompt)
-
     def ids(ranking: Ranking) -> list[list[int]]:
         return [r.ids for r in ranking.responses]
 
-    rows = RowFormat((PreferenceRow,), preference_rows, key, ids, rankings)
+    rows = RowFormat((PreferenceRow,), preference_rows, prompt_text, ids, rankings)
     return prepare_offline(settings, processes, rows, scorer=True, skipped=skipped)
 
 
 def rankings(
-    pairs: list[tuple[Rendered, Rendered]], rows: list[PreferenceRow]
+    pairs: Sequence[Pair], rows: Sequence[PreferenceRow]
 ) -> tuple[list[str], list[Ranking]]:
     """The prompts, and the ranking of each: all rows of a prompt together."""
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        groups.setdefault(text_of(row.prompt), []).append(i)
+        groups.setdefault(prompt_text(row), []).append(i)
     ranked = [_rank([pairs[i] for i in g], [rows[i].margin for i in g]) for g in groups.values()]
     return list(groups), ranked
 
@@ -145,7 +143,7 @@ def announce(ready: Prepared[Ranking], run: Run[None]) -> None:
         say(f"reward: the tokenizer has no pad token of its own, so the saved model uses {token}")
 
 
-def _rank(pairs: list[tuple[Rendered, Rendered]], margins: list[float | None]) -> Ranking:
+def _rank(pairs: Sequence[Pair], margins: Sequence[float | None]) -> Ranking:
     numbers: dict[tuple[int, ...], int] = {}
     responses: list[Rendered] = []
     indices = []
@@ -158,7 +156,7 @@ def _rank(pairs: list[tuple[Rendered, Rendered]], margins: list[float | None]) -
     return Ranking(responses, indices, [m or 0.0 for m in margins])
 
 
-def pair_tensors(rankings: list[Ranking], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pair_tensors(rankings: Sequence[Ranking], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs [P, 2], prompt of each pair [P] and margins [P] of rankings whose responses stand one
     after the other.
     """
@@ -197,8 +195,8 @@ def all_scores(
 
 def evaluate(
     scorer: ScoreModel,
-    held_out: list[Ranking],
-    train: list[Ranking],
+    held_out: Sequence[Ranking],
+    train: Sequence[Ranking],
     settings: RewardModel,
     run: Run[None],
 ) -> dict[str, float]:
@@ -234,8 +232,8 @@ def evaluate(
 
 def score_facts(
     scorer: ScoreModel,
-    train: list[Ranking],
-    held_out: list[Ranking],
+    train: Sequence[Ranking],
+    held_out: Sequence[Ranking],
     settings: RewardModel,
     renderer: Renderer,
     run: Run[None],
@@ -262,7 +260,7 @@ def score_facts(
     return ScoreFacts(float(scores.mean()), std, low=low, high=high)
 
 
-def _sample(rankings: list[Ranking], seed: int) -> list[Rendered]:
+def _sample(rankings: Sequence[Ranking], seed: int) -> list[Rendered]:
     """Some of the responses, in their order."""
     every = [r for ranking in rankings for r in ranking.responses]
     # files are often sorted, so their first rows are not like the others

@@ -7,7 +7,7 @@ InputError for everything that can be known before training.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -39,6 +39,7 @@ from ..rollout.sampling import (
 from ..rollout.trajectory import Trajectory
 from ..settings import CommonSettings, OfflineSettings, OnlineSettings
 from ..train.processes import Processes
+from ..train.progress import reading
 from ..train.renderer import load_renderer, same_ends
 from .critic import critic_start
 
@@ -163,7 +164,10 @@ class PreparedOnline:
 
 
 def described(
-    trajectory: Trajectory, prompts: list[list[int]], rows: list[PromptRow], renderer: Renderer
+    trajectory: Trajectory,
+    prompts: Sequence[list[int]],
+    rows: Sequence[PromptRow],
+    renderer: Renderer,
 ) -> Iterator[dict[str, Any]]:
     """Sampled responses as people read them, with the row of each prompt."""
     where = {tuple(ids): row.where for ids, row in zip(prompts, rows, strict=True)}
@@ -192,9 +196,10 @@ def prepare_offline(
     """
     check_names(settings)
     renderer = load_renderer(settings.model, settings.rows)
-    train, held_out, note = read(
-        settings.data, settings.rows, rows, renderer, settings.seed, skipped
-    )
+    with reading(f"{settings.data}: rows", show=processes.main) as told:
+        train, held_out, note = read(
+            settings.data, settings.rows, rows, renderer, settings.seed, skipped, told
+        )
     if scorer:
         model = load_scorer(
             settings.model,
@@ -214,8 +219,9 @@ def prepare_offline(
                 f"--max-new-tokens {asked:,} is more than the model's context of {limit:,} tokens"
             )
         roles = Roles(policy=policy.to(processes.device))
-    sequences = [ids for item in [*train.items, *held_out.items] for ids in rows.ids(item)]
-    checked = check_roles(roles, sequences, max(map(len, sequences)), {"model": settings.model})
+    both = (train.items, held_out.items)
+    probed = extremes(ids for items in both for item in items for ids in rows.ids(item))
+    checked = check_roles(roles, probed, len(probed[-1]), {"model": settings.model})
     batches = Batches(len(train), settings.batch_size, settings.seed)
     total = settings.steps or max(1, round(settings.epochs * batches.per_epoch))
     note = notes(note, checked)
@@ -291,6 +297,18 @@ def prepare_online(
         settings.steps,
         notes(note, checked),
     )
+
+
+def extremes(sequences: Iterable[Sequence[int]]) -> list[Sequence[int]]:
+    """The shortest sequence of more than one token and the longest, on which models are checked."""
+    shortest = longest = None
+    for ids in sequences:
+        if shortest is None or len(shortest) < 2 or 2 <= len(ids) < len(shortest):
+            shortest = ids
+        if longest is None or len(ids) >= len(longest):
+            longest = ids
+    assert shortest is not None and longest is not None
+    return [shortest, longest]
 
 
 def notes(note: str, checked: str) -> str:
