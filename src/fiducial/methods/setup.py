@@ -197,7 +197,7 @@ def prepare_offline(
     check_names(settings)
     trust = settings.trust_remote_code
     renderer = load_renderer(settings.model, settings.rows, trust=trust)
-    with reading(f"{settings.data}: rows", show=processes.main) as told:
+    with reading(f"reading {settings.data}", show=processes.main) as told:
         train, held_out, note = read(
             settings.data, settings.rows, rows, renderer, settings.seed, skipped, told
         )
