@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..settings import RowSettings
 from .prepare import joined, load, split
 from .render import Renderer
+from .survey import Survey
 
 T = TypeVar("T")
 
@@ -60,30 +61,43 @@ def read(
     renderer: Renderer,
     seed: int,
     skipped: Path | None = None,
+    survey: Survey | None = None,
 ) -> tuple[Elements[T], Elements[T], str]:
     """Rendered elements for training and for evaluation, with no key in both; and a note.
+
+    Args:
+        survey: counts what the rows to train on hold, and evaluation prompts among them.
 
     Raises:
         InputError: a row cannot be used, with its file:line.
     """
 
-    def elements(name: str, file: Path | None) -> tuple[Elements[T], str]:
+    def elements(
+        name: str, file: Path | None, counted: Survey | None = None
+    ) -> tuple[Elements[T], str]:
         rendered, kept, note = load(
             name, settings, rows.accept, rows.render(renderer), skipped=file
         )
         note = joined(note, renderer.take_notes(len({r.where for r in kept})))
+        if counted is not None:
+            counted.look(kept, rendered)
         if rows.join is None:
             return Elements(rendered, [rows.key(r) for r in kept], kept), note
         keys, items = rows.join(rendered, kept)
         return Elements(items, keys, []), note
 
-    train, note = elements(source, skipped)
+    train, note = elements(source, skipped, survey)
     if settings.eval_data:
-        return train, elements(settings.eval_data, None)[0], note
+        held = elements(settings.eval_data, None)[0]
+        if survey is not None:
+            survey.compare(train.keys, held.keys)
+        return train, held, note
     here, there = split(train.keys, settings.held_out, seed)
     if not here:
         raise InputError(
             f"--rows.held-out {settings.held_out:g} of {len(train)} rows leaves none to train on: "
             "give less, or --rows.eval-data"
         )
+    if survey is not None:
+        survey.compare([train.keys[i] for i in here], [train.keys[i] for i in there])
     return train.take(here), train.take(there), note

@@ -32,9 +32,11 @@ from ..core import intervals
 from ..core.reductions import select
 from ..data.batches import stream
 from ..data.elements import Elements, RowFormat, read
+from ..data.judged import judged
 from ..data.prepare import text_of
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
+from ..data.survey import Survey
 from ..models.load import load_policy, load_teacher
 from ..models.roles import Roles, TokenOutputs
 from ..models.save import save
@@ -70,6 +72,7 @@ class Ready:
     sampler: Sampler
     params: SamplingParams
     note: str
+    survey: Survey
 
 
 def distill(settings: Distill, *, sampler: Sampler | None = None) -> Run[None]:
@@ -178,7 +181,11 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
     rows = RowFormat[list[int]](
         (PromptRow,), render, lambda row: text_of(row.prompt), lambda ids: [ids]
     )
-    train, held_out, note = read(settings.data, settings.rows, rows, renderer, settings.seed)
+    survey = Survey(renderer)
+    train, held_out, note = read(
+        settings.data, settings.rows, rows, renderer, settings.seed, survey=survey
+    )
+    findings = judged(survey)
     policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
     policy = policy.to(processes.device)
     same_ends(plain(policy.lm), renderer)
@@ -190,7 +197,8 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
     names = {"model": settings.model, "teacher": settings.teacher}
     prompts = train.items + held_out.items
     sampler, checked = check_online(roles, prompts, params, sampler, names)
-    return Ready(renderer, train, held_out, roles, sampler, params, notes(note, checked))
+    note = notes(note, checked, findings)
+    return Ready(renderer, train, held_out, roles, sampler, params, note, survey)
 
 
 def announce(ready: Ready, settings: Distill, run: Run[None]) -> None:

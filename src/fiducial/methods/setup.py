@@ -14,10 +14,13 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from ..data.batches import Batches
 from ..data.elements import Elements, RowFormat, read
+from ..data.findings import Finding, warned
+from ..data.judged import judged
 from ..data.prepare import joined, load
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..data.sources import records
+from ..data.survey import Survey
 from ..errors import InputError, RunError
 from ..models.contract import check_roles
 from ..models.load import exists, load_policy, load_roles, load_scorer
@@ -116,7 +119,8 @@ class OnlineSettings(_Common, Protocol):
 class Prepared(Generic[T]):
     """What a method that learns from rows needs for its loop.
 
-    note: one sentence about rows that were skipped, or "".
+    note: a line about rows that were skipped and about what was checked, and then a line for each
+    warning. survey: what the rows hold.
     """
 
     renderer: Renderer
@@ -126,6 +130,7 @@ class Prepared(Generic[T]):
     batches: Batches
     total: int
     note: str
+    survey: Survey
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ class PreparedOnline:
     """What a method that learns from its own samples needs for its loop.
 
     rows, prompts: the prompt rows, and their token ids. shown: number of prompts that are answered
-    before and after training. steps: iterations of the run.
+    before and after training. steps: iterations of the run. note, survey: as in `Prepared`.
     """
 
     renderer: Renderer
@@ -148,6 +153,7 @@ class PreparedOnline:
     shown: int
     steps: int
     note: str
+    survey: Survey
 
     def sample(
         self, chosen: Sequence[tuple[int, int]], step: int, *, greedy: bool = False
@@ -223,9 +229,11 @@ def prepare_offline(
     """
     check_names(settings)
     renderer = load_renderer(settings.model, settings.rows)
+    survey = Survey(renderer)
     train, held_out, note = read(
-        settings.data, settings.rows, rows, renderer, settings.seed, skipped
+        settings.data, settings.rows, rows, renderer, settings.seed, skipped, survey
     )
+    findings = judged(survey)
     if scorer:
         model = load_scorer(
             settings.model,
@@ -249,7 +257,8 @@ def prepare_offline(
     checked = check_roles(roles, sequences, max(map(len, sequences)), {"model": settings.model})
     batches = Batches(len(train), settings.batch_size, settings.seed)
     total = settings.steps or max(1, round(settings.epochs * batches.per_epoch))
-    return Prepared(renderer, train, held_out, roles, batches, total, notes(note, checked))
+    note = notes(note, checked, findings)
+    return Prepared(renderer, train, held_out, roles, batches, total, note, survey)
 
 
 def prepare_online(
@@ -278,6 +287,9 @@ def prepare_online(
         check_rewards(settings.reward, settings.reward_weights)
     renderer = load_renderer(settings.model, settings.rows)
     prompts, rows, note = read_prompts(settings.data, settings, renderer)
+    survey = Survey(renderer)
+    survey.look(rows, prompts)
+    findings = judged(survey)
     loaded = None
     if rewards is None:
         loaded = load_rewards(settings.reward, settings.reward_weights, settings.run, processes)
@@ -317,13 +329,17 @@ def prepare_online(
         settings.seed,
         settings.run.samples,
         settings.steps,
-        notes(note, checked),
+        notes(note, checked, findings),
+        survey,
     )
 
 
-def notes(note: str, checked: str) -> str:
-    """What is said at the beginning of a run: rows that were skipped, and what was checked."""
-    return "; ".join(part for part in (note, f"checked: {checked}") if part)
+def notes(note: str, checked: str, findings: Sequence[Finding] = ()) -> str:
+    """What is said at the beginning of a run: rows that were skipped, and what was checked; then,
+    one a line, what is likely wrong with the rows.
+    """
+    first = "; ".join(part for part in (note, f"checked: {checked}") if part)
+    return "\n".join([first, *warned(findings)])
 
 
 def check_names(settings: _Common) -> None:
