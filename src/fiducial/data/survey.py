@@ -40,7 +40,9 @@ _FOREIGN = re.compile(
     r"|system|endoftext|end_of_text)\|>|\[/?INST\]|<(?:start|end)_of_turn>|</s>"
 )
 """Control tokens of well-known models."""
-_BROKEN = re.compile("\ufffd|Ã[\x80-\xbf]|â€[\x80-\xbf™œ“”˜¦]|ï»¿|[\x00-\x08\x0e-\x1f]")
+_BROKEN = re.compile(
+    "\ufffd|\u00c3[\x80-\xbf]|\u00e2\u20ac.|\u00ef\u00bb\u00bf|[\x00-\x08\x0e-\x1f]"
+)
 """What is left of text that was decoded with the wrong character set."""
 
 
