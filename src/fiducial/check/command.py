@@ -16,7 +16,7 @@ from ..methods.setup import Prepared, PreparedOnline
 from ..train.launch import alone
 from ..train.processes import Processes
 from .model import Step, chance, model_findings, offline_step, online_step, weights
-from .plan import plan_findings
+from .plan import plan_findings, sizes, slow
 from .report import Report
 from .reward import GROUP, reward_findings, sample, sample_findings
 from .timing import offline_time, online_time, time_lines
@@ -66,6 +66,7 @@ def check(verb: str, settings: Any) -> Report:
         report.findings.append(_too_large(error))
         return report
     report.findings += model_findings(ready.note, ready.roles)
+    report.findings += slow(step, settings, sizes(ready, settings)[2])
     about = weights(ready.roles)
     report.sections["model"] = {"roles": about, "loss": step.loss, "grad_norm": step.grad_norm}
     report.about["weights that train"] = _weight_lines(about)

@@ -25,7 +25,7 @@ from ..train.processes import Processes
 from ..train.step import Stepper
 from .losses import costs, offline_loss, sampled_loss
 
-SECONDS = 15.0
+SECONDS = 8.0
 """Time for the measured batch; a slower model is measured on fewer rows."""
 AT_ZERO = ("lora_A",)
 """Weights whose gradient is 0 before the first step by construction: the other factor is 0."""
@@ -36,7 +36,8 @@ class Step:
     """A measured step.
 
     loss: mean loss of the batch. sequences, tokens: of the batch, without padding. forward,
-    backward, update: seconds. grad_norm: over all roles that are trained, before clipping.
+    backward, update: seconds. grad_norm: over all roles that are trained, before clipping. slope:
+    sum of the absolute values of the gradient.
     """
 
     loss: float
@@ -46,6 +47,7 @@ class Step:
     backward: float
     update: float
     grad_norm: float
+    slope: float
 
     @property
     def per_token(self) -> float:
@@ -120,9 +122,11 @@ def _measured(
         number = float(value.detach())  # it also waits for an accelerator
         middle = time.monotonic()
         value.backward()  # type: ignore[no-untyped-call]
-        norm = math.hypot(*(_norm(module) for module in trained.values()))
+        grads = [p.grad for m in trained.values() for p in m.parameters() if p.grad is not None]
+        norm = math.sqrt(sum(float(g.float().pow(2).sum()) for g in grads))
         backward = time.monotonic() - middle
-        return Step(number, sequences, tokens, middle - start, backward, 0.0, norm)
+        slope = sum(float(g.float().abs().sum()) for g in grads)
+        return Step(number, sequences, tokens, middle - start, backward, 0.0, norm, slope)
 
     step = timed(1)  # the first pass of a process is slower than all others
     seconds = step.forward + step.backward
@@ -146,11 +150,6 @@ def _update(
     except RunError as error:
         return [Finding("error", "gradient-not-finite", str(error))]
     return []
-
-
-def _norm(module: nn.Module) -> float:
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
-    return math.sqrt(sum(float(g.float().pow(2).sum()) for g in grads))
 
 
 def gradient_findings(step: Step, trained: dict[str, nn.Module]) -> list[Finding]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
-
-from torch import nn
 
 from ..data.findings import Finding
 from ..methods.distill import Ready
 from ..methods.setup import Prepared, PreparedOnline
 from ..models.roles import Roles
 from ..train.step import learning_rate, warmup_steps
+from .model import Step
 
 Prepare = Prepared[Any] | PreparedOnline | Ready
 
@@ -106,41 +104,35 @@ def _rate(roles: Roles, settings: Any, updates: int) -> Iterator[Finding]:
             "give 1e-5 to 1e-3",
             numbers,
         )
-        return
-    typical = _typical(module)
-    moved = _reach(settings, updates)
-    numbers |= {"moved": moved, "typical_weight": typical}
-    if not lora.r and typical and moved < 1e-3 * typical:
-        yield Finding(
-            "warning",
-            "learning-rate-low",
-            f"over the whole run AdamW can move a weight by about {moved:.2g} at most (the sum of "
-            f"the learning rates of {updates:,} steps), which is {moved / typical:.2%} of a "
-            f"typical weight ({typical:.2g}): the model would hardly change",
-            "raise --learning-rate (small models need 10 to 1,000 times the papers' values), or "
-            "give more steps",
-            numbers,
-        )
 
 
-def _reach(settings: Any, updates: int) -> float:
-    """The sum of the learning rates of a run: about the most that a weight moves under AdamW,
-    whose steps have a size of about the learning rate.
+def slow(step: Step, settings: Any, updates: int) -> list[Finding]:
+    """Whether the loss could change at all within the run.
+
+    AdamW moves a weight by about the learning rate in each step. So to first order the loss cannot
+    fall by more than the sum of the learning rates times the sum of the gradient's absolute
+    values; runs stay well below that.
     """
     o = settings.optimizer
     warmup = warmup_steps(o, updates, 0)
-    every = max(1, updates // 1000)
-    some = range(0, updates, every)
-    rates = (learning_rate(i, updates, settings.learning_rate, o.schedule, warmup) for i in some)
-    return sum(rates) * updates / len(some)
-
-
-def _typical(module: nn.Module) -> float:
-    """Root mean square of the matrices that train."""
-    found = [p for p in module.parameters() if p.requires_grad and p.dim() >= 2]
-    squares = sum(float(p.detach().float().pow(2).sum()) for p in found)
-    count = sum(p.numel() for p in found)
-    return math.sqrt(squares / count) if count else 0.0
+    some = range(0, updates, max(1, updates // 1000))
+    rates = [learning_rate(i, updates, settings.learning_rate, o.schedule, warmup) for i in some]
+    reach = sum(rates) * updates / len(some)
+    most = reach * step.slope
+    if most >= 0.01:
+        return []
+    return [
+        Finding(
+            "warning",
+            "learning-rate-low",
+            f"with --learning-rate {settings.learning_rate:g} the {updates:,} steps of the run "
+            f"could lower the loss of the longest batch by {most:.2g} at most: nothing would be "
+            "learned",
+            "raise --learning-rate (small models and adapters need 10 to 1,000 times the papers' "
+            "values), or give more steps",
+            {"learning_rate": settings.learning_rate, "updates": updates, "most": most},
+        )
+    ]
 
 
 def _beta(settings: Any) -> Iterator[Finding]:

@@ -112,7 +112,9 @@ class Survey:
         if row is not self._last:  # a conversation may be several sequences
             self._row(row, sequences)
             self._last = row
-            if len(self.shown) < SHOWN:
+            if len(self.shown) < SHOWN and len(self._prompts) + (not self._prompts) > len(
+                self.shown
+            ):
                 self.shown.append((row, made))
         plain = isinstance(row, TextRow) or isinstance(getattr(row, "prompt", None), str)
         for one in sequences:
