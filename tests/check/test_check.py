@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def long(prompts, completions, **columns):
     return [3.0 * len(c) for c in _texts(completions)]
 
 def rare(prompts, completions, number, **columns):
-    return [h if n % 3 == 0 else 1 for h, n in zip(healthy(prompts, completions), number)]
+    return [h if n % 9 == 0 else 1 for h, n in zip(healthy(prompts, completions), number)]
 
 def tiny(prompts, completions, **columns):
     return [0.001 * h for h in healthy(prompts, completions)]
@@ -67,6 +68,12 @@ def none(prompts, completions, **columns):
 def fails(prompts, completions, **columns):
     raise KeyError("answer")
 """
+
+
+@pytest.fixture(scope="module")
+def models(make: Callable[..., str]) -> dict[str, str]:
+    """Models as they are before training: no token is much more likely than another."""
+    return {kind: make(kind, initializer_range=0.02) for kind in ("llama", "qwen3")}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +103,7 @@ def online(
         "data": world["prompts"],
         "reward": (f"{world['rewards']}:{reward}",),
         "batch_size": 16,
-        "max_new_tokens": 40,
+        "max_new_tokens": 80,
         "learning_rate": 1e-4,
         "beta": 0.05,
         **more,
@@ -205,7 +212,7 @@ def test_a_mistake_in_settings_or_model_is_found_by_name(case, models, world):
 
 def test_a_model_with_another_tokenizer_is_worse_than_chance(make, world):
     """The logits of a wrong vocabulary are confident about the wrong tokens."""
-    confident = make("llama", initializer_range=1.5)
+    confident = make("llama", initializer_range=0.5)
     report = check("sft", SFT(model=confident, data=world["sft"], batch_size=8))
     assert "worse-than-chance" in worrying(report)
 

@@ -168,12 +168,13 @@ def gradient_findings(step: Step, trained: dict[str, nn.Module]) -> list[Finding
                 numbers,
             )
         ]
-    if step.grad_norm == 0:
+    rounding = abs(step.loss) < 1e-6 and step.grad_norm < 1e-5
+    if step.grad_norm == 0 or rounding:
         return [
             Finding(
                 "error",
                 "no-gradient",
-                f"the gradient of {batch} is exactly 0, so no step would change a weight",
+                f"the gradient of {batch} is 0, so nothing would be learned from it",
                 "look at what is learned from: a teacher that is the student itself, or answers "
                 "that do not differ",
                 numbers,

@@ -284,7 +284,7 @@ def _length(scores: list[float], sampled: Sampled, numbers: dict[str, Any]) -> l
 def _scale(settings: Any, std: float, numbers: dict[str, Any]) -> list[Finding]:
     """How much KL a standard deviation of the reward pays for."""
     beta = settings.parts.beta if hasattr(settings, "parts") else settings.beta
-    scaled = getattr(settings, "variant", "") in ("grpo", "dapo", "gspo", "cispo")
+    scaled = hasattr(settings, "parts") and settings.parts.advantage == "grpo"
     normal = scaled or settings.score.normalise != "none"
     if not beta:
         return []
