@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .. import losses
 from ..data.batches import pad
+from ..data.pairs import Pair
 from ..data.render import Rendered
 from ..methods.distill import divergence
-from ..methods.dpo import Pair, pair_logprobs
+from ..methods.dpo import costs_of, pair_logprobs
 from ..methods.prm import Solution, tensors
 from ..methods.reward_model import Ranking, pair_tensors, score
 from ..models.roles import Roles
@@ -22,7 +23,7 @@ from ..rollout.trajectory import Trajectory
 def costs(element: Any, roles: Roles) -> list[int]:
     """The lengths of the sequences that an element takes."""
     if isinstance(element, Pair):
-        return element.costs(roles.policy.supports_shared_prefix)
+        return costs_of(element, roles.policy.supports_shared_prefix)
     return element.lengths if isinstance(element, Ranking) else [len(element)]
 
 

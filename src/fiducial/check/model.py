@@ -8,7 +8,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ class Step:
 
     loss: mean loss of the batch. sequences, tokens: of the batch, without padding. forward,
     backward, update: seconds. grad_norm: over all roles that are trained, before clipping. slope:
-    sum of the absolute values of the gradient.
+    sum of the absolute values of the gradient. usual: mean tokens of an element of the run.
     """
 
     loss: float
@@ -48,17 +48,12 @@ class Step:
     update: float
     grad_norm: float
     slope: float
+    usual: float = 0.0
 
     @property
     def per_token(self) -> float:
         """Seconds of forward and backward pass per token."""
         return (self.forward + self.backward) / max(1, self.tokens)
-
-
-def longest(elements: Sequence[Any], roles: Roles, most: int) -> list[int]:
-    """Numbers of the elements with the longest sequences, longest first, at most `most`."""
-    sizes = [max(costs(e, roles)) for e in elements]
-    return sorted(range(len(sizes)), key=lambda i: -sizes[i])[:most]
 
 
 def offline_step(
@@ -68,8 +63,9 @@ def offline_step(
     hold.
     """
     items, roles, device = ready.train.items, ready.roles, processes.device
-    order = longest(items, roles, settings.batch_size)
-    sizes = [costs(items[i], roles) for i in order]
+    every = [costs(item, roles) for item in items]
+    order = sorted(range(len(every)), key=lambda i: -max(every[i]))[: settings.batch_size]
+    sizes = [every[i] for i in order]
     fit = 1
     while fit < len(order) and max(sizes[0]) * sum(map(len, sizes[: fit + 1])) <= (
         settings.run.tokens
@@ -82,7 +78,8 @@ def offline_step(
         value = offline_loss(chosen, roles, settings, device)
         return value, sum(map(len, some)), sum(map(sum, some))
 
-    return _measured(loss, fit, roles, settings, ready.total, processes)
+    step, found = _measured(loss, fit, roles, settings, ready.total, processes)
+    return replace(step, usual=sum(map(sum, every)) / len(every)), found
 
 
 def online_step(
@@ -98,7 +95,8 @@ def online_step(
         value = sampled_loss(trajectory, rows, ready.roles, settings, processes.device)
         return value, count, sum(lengths[i] for i in rows)
 
-    return _measured(loss, fit, ready.roles, settings, settings.steps, processes)
+    step, found = _measured(loss, fit, ready.roles, settings, settings.steps, processes)
+    return replace(step, usual=sum(lengths) / len(lengths)), found
 
 
 def _measured(

@@ -9,7 +9,6 @@ from ..methods.distill import Ready
 from ..methods.setup import Prepared, PreparedOnline
 from ..rollout.forward import forward
 from ..train.processes import Processes
-from .losses import costs
 from .model import Step
 from .plan import sizes
 from .reward import Sampled
@@ -17,9 +16,7 @@ from .reward import Sampled
 
 def offline_time(ready: Prepared[Any], settings: Any, step: Step) -> dict[str, Any]:
     """Seconds of each part of a step, and of the run, for rows of mean length."""
-    items, roles = ready.train.items, ready.roles
-    mean = sum(sum(costs(e, roles)) for e in items) / len(items)
-    tokens = mean * min(settings.batch_size, len(items))
+    tokens = step.usual * min(settings.batch_size, len(ready.train))
     parts = {
         "forward": step.forward / step.tokens * tokens,
         "backward": step.backward / step.tokens * tokens,
@@ -43,7 +40,7 @@ def online_time(
         forward(trajectory, ready.roles, processes, settings.run.tokens)
     looking = time.monotonic() - start
     many = settings.batch_size / count
-    tokens = float(trajectory.lengths.sum()) * many
+    tokens = step.usual * settings.batch_size
     _, steps, updates = sizes(ready, settings)
     parts = {
         "sampling": sampled.seconds * many,

@@ -107,8 +107,7 @@ def _leak(s: Survey) -> Finding | None:
         FEW,
         "are also among the prompts to train on (whatever their case and white space), so the "
         "evaluation is optimistic",
-        "remove them from --data or from --rows.eval-data; without --rows.eval-data, write equal "
-        "prompts alike",
+        "remove them from --data or from --rows.eval-data",
         unit="evaluation prompts",
     )
 
@@ -168,7 +167,8 @@ def _near(s: Survey) -> Finding | None:
         s.near,
         s.prompts,
         MANY,
-        "differ from another prompt in case and white space alone",
+        "differ from another prompt in case and white space alone, and may stand in training and "
+        "in evaluation",
         "write them alike, so that they count as one prompt",
         shown=0.001,
         unit="prompts",

@@ -71,7 +71,7 @@ class Survey:
         self._judged: dict[int, int] = {}
         self.answers: Counter[int] = Counter()
         self.rejected: Counter[int] = Counter()
-        self._last: Any = None
+        self._last = ""
         self._bos = tokenizer.bos_token_id
         named = {tokenizer.eos_token_id, self._bos, tokenizer.pad_token_id}
         unknown = tokenizer.unk_token_id
@@ -89,7 +89,7 @@ class Survey:
     @property
     def near(self) -> int:
         """Prompts that differ from another one in case and white space alone."""
-        return len(self._prompts) - len(self._folded)
+        return max(0, len(self._prompts) - len(self._folded))
 
     def look(self, rows: Sequence[Row], made: Sequence[Any], most: int = MOST) -> None:
         """Count rows and what was made of each: a sequence, a pair of them, something that has one
@@ -100,18 +100,18 @@ class Survey:
         for i in range(0, len(rows), step):
             self._add(rows[i], made[i])
 
-    def compare(self, train: Sequence[str], held: Sequence[str]) -> None:
-        """Count evaluation prompts that training has too, whatever their case and white space."""
-        if held:
-            known = {hash(_folded(key)) for key in train}
-            found = {hash(_folded(key)) for key in held}
-            self.held, self.leaked = len(found), len(found & known)
+    def compare(self, rows: Sequence[Row], made: Sequence[Any]) -> None:
+        """Count the prompts of evaluation rows, and those that are trained on too, whatever their
+        case and white space.
+        """
+        found = {hash(_folded(text)) for row in rows if (text := _told(row)) is not None}
+        self.held, self.leaked = len(found), len(found & self._folded)
 
     def _add(self, row: Row, made: Any) -> None:
         sequences = _sequences(made)
-        if row is not self._last:  # a conversation may be several sequences
+        if row.where != self._last:  # a conversation may be several sequences
             self._row(row, sequences)
-            self._last = row
+            self._last = row.where
             if len(self.shown) < SHOWN and len(self._prompts) + (not self._prompts) > len(
                 self.shown
             ):
@@ -186,9 +186,10 @@ class Survey:
             n["duplicates"] += hash(asked) in self._prompts
             n["answer at the end"] += _answered(asked or "", row.columns)
         if isinstance(row, ChatRow):
-            first = next(i for i, m in enumerate(row.messages) if m.role == "assistant")
-            prompt = row.messages[:first] or None
+            prompt = _before_answer(row)
             asked = None if prompt is None else text_of(prompt)
+        if isinstance(row, TextRow):
+            self._folded.add(hash(_folded(row.text)))
         self._prompt(row, prompt, asked)
         if isinstance(prompt, str) and texts:
             n["asked in plain"] += 1
@@ -274,6 +275,20 @@ def _parts(row: Row) -> tuple[Content | None, list[Content]]:
     if isinstance(row, StepsRow):
         return row.prompt, ["\n".join(row.completions)]
     return row.prompt, [] if isinstance(row, PromptRow) else [row.completion]
+
+
+def _before_answer(row: ChatRow) -> Content | None:
+    """The messages before the assistant's first."""
+    first = next(i for i, m in enumerate(row.messages) if m.role == "assistant")
+    return row.messages[:first] or None
+
+
+def _told(row: Row) -> str | None:
+    """What must not stand in training and in evaluation: the prompt, or the text."""
+    if isinstance(row, TextRow):
+        return row.text
+    prompt = _before_answer(row) if isinstance(row, ChatRow) else row.prompt
+    return None if prompt is None else text_of(prompt)
 
 
 def _messages(row: Row, prompt: Sequence[Message]) -> Sequence[Message]:

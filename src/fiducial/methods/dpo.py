@@ -8,10 +8,10 @@ Bradley-Terry likelihood of the labels is its loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,11 @@ from ..core.reductions import select
 from ..core.shared_prefix import SharedPrefix, common_length, shared_prefix
 from ..data.batches import pad
 from ..data.elements import RowFormat
-from ..data.pairs import preference_rows
-from ..data.prepare import text_of
-from ..data.render import Rendered, Renderer
-from ..data.row_types import PreferenceRow
+from ..data.pairs import Pair, preference_rows
+from ..data.prepare import prompt_text
+from ..data.row_types import Content, PreferenceRow
 from ..models.contract import FLOAT32
+from ..models.frozen import Frozen
 from ..models.roles import Policy, full_precision
 from ..models.save import save
 from ..rollout.samples import show_samples
@@ -36,7 +36,6 @@ from ..run import Run
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from ..train.reference_cache import cached, fingerprint
-from ..train.step import Stepper
 from .settings.dpo import DPO
 from .setup import Prepared, prepare_offline
 
@@ -44,16 +43,10 @@ WARMUP = 150
 """Optimizer steps of warm-up in the paper, appendix B; a tenth of a run that is shorter."""
 
 
-class Pair(NamedTuple):
-    """The rendered responses of a preference row."""
-
-    chosen: Rendered
-    rejected: Rendered
-
-    def costs(self, shared: bool) -> list[int]:
-        """Lengths of the rows that the pair takes: one that holds the prompt once, or two."""
-        both = [len(self.chosen), len(self.rejected)]
-        return [sum(both) - common_length(self)] if shared else both
+def costs_of(pair: Pair, shared: bool) -> list[int]:
+    """Lengths of the rows that a pair takes: one that holds the prompt once, or two."""
+    both = [len(pair.chosen), len(pair.rejected)]
+    return [sum(both) - common_length(pair)] if shared else both
 
 
 def dpo(settings: DPO) -> Run[None]:
@@ -61,36 +54,35 @@ def dpo(settings: DPO) -> Run[None]:
     with Run("dpo", settings, state=None) as run:
         ready = prepare(settings, run.processes, run.path / "skipped.jsonl")
         train, held_out, policy = ready.train.items, ready.held_out.items, ready.roles.policy
-        stepper = Stepper(
-            policy,
-            settings.learning_rate,
-            settings.optimizer,
-            ready.total,
-            run.processes,
-            usual_warmup=WARMUP,
-        )
-        announce(ready, stepper.warmup, run)
+        stepper = run.stepper(policy, settings.learning_rate, ready.total, WARMUP)
         # before the first step moves the policy, which is the reference until then
         read = ready.batches.rows(ready.total)
-        found = reference_logprobs(
-            policy, [train[i] for i in read] + held_out, settings.run.tokens, run
-        )
+        frozen = Frozen(policy) if settings.reads_reference_at_each_step(len(read)) else None
+        announce(ready, stepper.warmup, frozen, run)
         reference = torch.full((len(train), 2), torch.nan)  # of pairs that no step reads
-        reference[read], unseen = found[: len(read)], found[len(read) :]
-        costs = [pair.costs(policy.supports_shared_prefix) for pair in train]
+        unseen: Tensor | None = None
+        if frozen is None:
+            pairs = [*(train[i] for i in read), *held_out]
+            found = reference_logprobs(policy, pairs, settings.run.tokens, run)
+            reference[read], unseen = found[: len(read)], found[len(read) :]
         run.start(ready.total)
         if run.step == 0:
             run.record_samples(answers(ready, settings, run))
             run.pause()
 
+        run.nonfinite.rows = lambda: ready.describe(run.step)
         while run.running():
             rows = ready.batches[run.step]
             pairs = [train[i] for i in rows]
-            plan = run.processes.plan([costs[i] for i in rows], settings.run.tokens)
+            costs = [costs_of(pair, policy.supports_shared_prefix) for pair in pairs]
+            plan = run.processes.plan(costs, settings.run.tokens)
+            known = reference[rows]
+            if frozen is not None:
+                known = frozen_logprobs(frozen, pairs, settings.run.tokens, run)
             for micro in accumulate(plan, run.processes, stepper.module):
                 some = [pairs[i] for i in micro.rows]
                 chosen, rejected = pair_logprobs(stepper.module, some, run.processes.device)
-                ref = reference[[rows[i] for i in micro.rows]].to(chosen)
+                ref = known[micro.rows].to(chosen)
                 loss, metrics = losses.dpo_sum(
                     chosen,
                     rejected,
@@ -110,6 +102,9 @@ def dpo(settings: DPO) -> Run[None]:
                 show=("loss", "rewards/margins", "rewards/accuracies"),
             )
             if held_out and run.due(settings.run.eval_every):
+                if frozen is not None and unseen is None:
+                    unseen = frozen_logprobs(frozen, held_out, settings.run.tokens, run)
+                assert unseen is not None
                 run.record(evaluate(policy, held_out, unseen, settings, run))
             run.checkpoint_if_due()
 
@@ -125,15 +120,10 @@ def prepare(settings: DPO, processes: Processes, skipped: Path | None = None) ->
     Raises:
         InputError: a row or the model cannot be used.
     """
-
-    def render(renderer: Renderer) -> Callable[[PreferenceRow], Pair]:
-        both = preference_rows(renderer)
-        return lambda row: Pair(*both(row))
-
     rows = RowFormat[Pair](
         (PreferenceRow,),
-        render,
-        lambda row: text_of(row.prompt),
+        preference_rows,
+        prompt_text,
         lambda pair: [pair.chosen.ids, pair.rejected.ids],
     )
     ready = prepare_offline(settings, processes, rows, skipped=skipped)
@@ -159,8 +149,8 @@ def agree_when_shared(policy: Policy, pair: Pair, device: torch.device) -> bool:
     return bool(((shared - alone).abs() <= FLOAT32 * max(1, tokens)).all())
 
 
-def announce(ready: Prepared[Pair], warmup: int, run: Run[None]) -> None:
-    """Say what is trained on, and how long the learning rate rises."""
+def announce(ready: Prepared[Pair], warmup: int, frozen: Frozen | None, run: Run[None]) -> None:
+    """Say what is trained on, how long the learning rate rises, and where the reference is."""
     if not run.main:
         return
     cut = sum(p.chosen.truncated or p.rejected.truncated for p in ready.train.items)
@@ -169,17 +159,24 @@ def announce(ready: Prepared[Pair], warmup: int, run: Run[None]) -> None:
     say(f"dpo: {counts}{note}")
     if warmup:
         say(f"the learning rate rises over the first {warmup} of {ready.total} steps")
+    if frozen is not None:
+        memory = ", a copy of the model that stays in memory" if frozen.copied else ""
+        say(f"the reference{memory} reads the pairs of each step (--reference-pass first: before)")
     if ready.note:
         say(ready.note)
 
 
 def answers(ready: Prepared[Pair], settings: DPO, run: Run[None]) -> list[dict[str, Any]]:
     """What the policy answers to a few prompts, for the page."""
-    asked = dict.fromkeys((r.prompt, "") for r in ready.held_out.rows or ready.train.rows)
+    asked: dict[tuple[Content, str], None] = {}
+    for row in ready.held_out.rows or ready.train.rows:
+        if len(asked) >= settings.run.samples:
+            break
+        asked[row.prompt, ""] = None
     return show_samples(
         ready.roles.policy,
         ready.renderer,
-        list(asked)[: settings.run.samples],
+        list(asked),
         run.processes,
         seed=settings.seed,
         params=sampling_params(ready.renderer, settings.max_new_tokens),
@@ -201,7 +198,7 @@ def pair_logprobs(policy: Any, pairs: list[Pair], device: torch.device) -> tuple
     first, places = distinct((tuple(r.ids), tuple(r.mask)) for r in rows)
     once = [rows[i] for i in first]
     if inner.supports_shared_prefix and (
-        len(once) == len(rows) or sum(sum(p.costs(True)) for p in pairs) < sum(map(len, once))
+        len(once) == len(rows) or sum(sum(costs_of(p, True)) for p in pairs) < sum(map(len, once))
     ):
         ids, mask, layout = shared_prefix(pairs)
         layout = SharedPrefix(*(x.to(device) for x in layout))
@@ -213,33 +210,45 @@ def pair_logprobs(policy: Any, pairs: list[Pair], device: torch.device) -> tuple
     return chosen, rejected
 
 
-def reference_logprobs(policy: Policy, pairs: list[Pair], tokens: int, run: Run[None]) -> Tensor:
-    """[pairs, 2] log-probabilities of the policy as it is now, from the disk if they are there."""
+def all_logprobs(
+    policy: Policy, pairs: Sequence[Pair], tokens: int, run: Run[None], title: str | None = None
+) -> Tensor:
+    """[pairs, 2] log-probabilities of the policy as it is now, without gradient, in micro-batches,
+    on all processes.
+    """
 
-    def compute() -> Tensor:
-        def both(rows: list[int]) -> tuple[Tensor, ...]:
-            some = [pairs[i] for i in rows]
-            return (torch.stack(pair_logprobs(policy, some, run.processes.device), 1),)
-
-        costs = [p.costs(policy.supports_shared_prefix) for p in pairs]
-        title = "dpo: log-probabilities of the reference"
-        return run.processes.map_rows(costs, tokens, 2, both, title=title)[0]
-
-    rows = [[p.chosen.ids, p.chosen.mask, p.rejected.ids, p.rejected.mask] for p in pairs]
-    return cached(fingerprint(policy, rows), compute, run.processes)
-
-
-def evaluate(
-    policy: Policy, pairs: list[Pair], reference: Tensor, settings: DPO, run: Run[None]
-) -> dict[str, float]:
-    """The loss's metrics on held-out pairs; the accuracy's interval goes to the summary."""
-
-    def compute(rows: list[int]) -> tuple[Tensor, ...]:
+    def both(rows: list[int]) -> tuple[Tensor, ...]:
         some = [pairs[i] for i in rows]
         return (torch.stack(pair_logprobs(policy, some, run.processes.device), 1),)
 
-    costs = [p.costs(policy.supports_shared_prefix) for p in pairs]
-    (logprobs,) = run.processes.map_rows(costs, settings.run.tokens, 2, compute)
+    costs = [costs_of(p, policy.supports_shared_prefix) for p in pairs]
+    return run.processes.map_rows(costs, tokens, 2, both, title=title)[0]
+
+
+def frozen_logprobs(frozen: Frozen, pairs: Sequence[Pair], tokens: int, run: Run[None]) -> Tensor:
+    """[pairs, 2] log-probabilities of the policy as it was before the first step."""
+    with frozen.policy() as policy:
+        return all_logprobs(policy, pairs, tokens, run)
+
+
+def reference_logprobs(
+    policy: Policy, pairs: Sequence[Pair], tokens: int, run: Run[None]
+) -> Tensor:
+    """[pairs, 2] log-probabilities of the policy as it is now, from the disk if they are there."""
+    title = "dpo: log-probabilities of the reference"
+    rows = ([p.chosen.ids, p.chosen.mask, p.rejected.ids, p.rejected.mask] for p in pairs)
+    return cached(
+        fingerprint(policy, rows),
+        lambda: all_logprobs(policy, pairs, tokens, run, title),
+        run.processes,
+    )
+
+
+def evaluate(
+    policy: Policy, pairs: Sequence[Pair], reference: Tensor, settings: DPO, run: Run[None]
+) -> dict[str, float]:
+    """The loss's metrics on held-out pairs; the accuracy's interval goes to the summary."""
+    logprobs = all_logprobs(policy, pairs, settings.run.tokens, run)
     _, metrics = losses.dpo(
         *logprobs.T, *reference.T, beta=settings.beta, label_smoothing=settings.label_smoothing
     )

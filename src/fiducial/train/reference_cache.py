@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ def folder() -> Path:
 
 
 @torch.no_grad()
-def fingerprint(policy: Policy, rows: Any) -> str:
+def fingerprint(policy: Policy, rows: Iterable[Any]) -> str:
     """SHA-256 of the model's configuration and weights, and of the token ids and masks in `rows`.
 
     The weights of adapters are left out, because a reference is computed without them.
@@ -52,7 +52,11 @@ def fingerprint(policy: Policy, rows: Any) -> str:
             )
             state.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     state.update(str(policy.precision).encode())
-    state.update(json.dumps(rows, separators=(",", ":")).encode())
+    state.update(b"[")
+    for number, row in enumerate(rows):  # one at a time: there may be many
+        state.update(b"," if number else b"")
+        state.update(json.dumps(row, separators=(",", ":")).encode())
+    state.update(b"]")
     return state.hexdigest()
 
 

@@ -13,7 +13,8 @@ SIGNALS = tuple(
 
 
 class Stopping:
-    """Remembers that a signal asked to stop. The same signal a second time stops at once.
+    """Remembers that a signal asked to stop. The same signal a second time stops at once, and so
+    does the first one while `at_once` is true: while there is no step that has to end.
 
     A launcher passes a signal on as another one (torchrun answers Ctrl-C with SIGTERM), so two
     different signals are one wish.
@@ -22,6 +23,7 @@ class Stopping:
     def __init__(self, say: Callable[[str], None]) -> None:
         """`say` is told what happens next."""
         self.wanted = False
+        self.at_once = False
         self._say, self._seen = say, set[int]()
         self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
@@ -40,7 +42,7 @@ class Stopping:
             signal.signal(number, handler)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
-        if number in self._seen:
+        if self.at_once or number in self._seen:
             raise KeyboardInterrupt
         self._seen.add(number)
         if not self.wanted:

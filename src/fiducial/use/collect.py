@@ -30,7 +30,7 @@ def collect(settings: Collect) -> dict[str, Any]:
     """
     processes = Processes()
     out = new_file(settings.out, ".jsonl")
-    judge = Judge.open(settings.judge, RunSettings(), processes)
+    judge = Judge.open(settings.judge, RunSettings(), processes, settings.worker)
     if judge.compare is not None and settings.pairs == "extremes":
         raise InputError(
             "--pairs extremes needs scores, and this judge only compares two responses: use "
@@ -113,6 +113,7 @@ def judged(
             [responses.prompts[a] for a, _ in usable],
             [texts[a] for a, _ in usable],
             [texts[b] for _, b in usable],
+            [responses.where[a] for a, _ in usable],
         )
     for k, (a, b) in enumerate(usable):
         one, other = (scores[a], scores[b]) if scores is not None else (first[k], not first[k])

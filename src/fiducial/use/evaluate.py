@@ -43,9 +43,18 @@ def evaluate(settings: Evaluate) -> dict[str, Estimate]:
         )
     processes = Processes()
     best = BestOf.open(
-        settings.best_of, settings.score, settings.aggregate, settings.temperature, processes
+        settings.best_of,
+        settings.score,
+        settings.aggregate,
+        settings.temperature,
+        processes,
+        settings.worker,
     )
-    judge = Judge.open(settings.judge, RunSettings(), processes) if settings.judge else None
+    judge = (
+        Judge.open(settings.judge, RunSettings(), processes, settings.worker)
+        if settings.judge
+        else None
+    )
     model = _open(settings.model, "--model", settings, processes)
     if best is not None:
         best.scorer.check_rows(model.rows)
@@ -117,10 +126,8 @@ def compare(judge: Judge, mine: Responses, theirs: Responses) -> list[float | No
             m if s else t
             for m, t, s in zip(mine.completions, theirs.completions, swap, strict=True)
         ]
-        return [
-            None if w is None else float(w != s)
-            for w, s in zip(judge.prefers_first(mine.prompts, first, second), swap, strict=True)
-        ]
+        preferred = judge.prefers_first(mine.prompts, first, second, mine.where)
+        return [None if w is None else float(w != s) for w, s in zip(preferred, swap, strict=True)]
     a, b = judge.scores(mine), judge.scores(theirs)
     assert a is not None and b is not None
     return [_win(x, y) for x, y in zip(a, b, strict=True)]

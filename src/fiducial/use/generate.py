@@ -6,7 +6,6 @@ import json
 import sys
 from typing import Any
 
-from ..data.prepare import messages_of
 from ..rewards.types import Responses
 from ..rollout.sampling import sampling_params
 from ..train.folders import new_file
@@ -32,7 +31,12 @@ def generate(settings: Generate) -> int:
     processes = Processes()
     out = new_file(settings.out) if settings.out else None
     best = BestOf.open(
-        settings.best_of, settings.score, settings.aggregate, settings.temperature, processes
+        settings.best_of,
+        settings.score,
+        settings.aggregate,
+        settings.temperature,
+        processes,
+        settings.worker,
     )
     model = Model.open(
         settings.model,
@@ -54,7 +58,7 @@ def generate(settings: Generate) -> int:
             _, responses = best.keep(numbers, responses)
         rows = as_rows(responses, best)
         if out is not None:
-            rows = [row | ids for row, ids in zip(rows, token_ids(responses), strict=True)]
+            rows = [row | ids for row, ids in zip(rows, responses.token_ids(), strict=True)]
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         count += len(lines)
         if processes.main and out is None:
@@ -69,26 +73,9 @@ def generate(settings: Generate) -> int:
     return count
 
 
-def token_ids(responses: Responses) -> list[dict[str, Any]]:
-    """The columns by which a file keeps the tokens that were sampled, one row per response."""
-    mark = responses.renderer.fingerprint
-    sampled = responses.trajectory.responses(ending=True)
-    return [{"completion_ids": ids, "tokenizer": mark} for ids in sampled]
-
-
 def as_rows(responses: Responses, best: BestOf | None) -> list[dict[str, Any]]:
     """One row per response; of a best of n, the newest that were kept."""
-    trajectory = responses.trajectory
-    rows: list[dict[str, Any]] = [
-        {"prompt": messages_of(p), "completion": c, "tokens": n, "finished": f}
-        for p, c, n, f in zip(
-            responses.prompts,
-            responses.completions,
-            trajectory.response_lengths.tolist(),
-            trajectory.finished.tolist(),
-            strict=True,
-        )
-    ]
+    rows = responses.as_rows()
     if best is not None:
         for row, score in zip(rows, best.kept[-len(rows) :], strict=True):
             row |= {"score": score, "of": best.n}

@@ -59,7 +59,7 @@ def label_steps(settings: LabelSteps) -> dict[str, Any]:
     """
     processes = Processes()
     out = new_file(settings.out, ".jsonl")
-    judge = Judge.open(settings.judge, RunSettings(), processes)
+    judge = Judge.open(settings.judge, RunSettings(), processes, settings.worker)
     if judge.scorer is None:
         raise InputError(
             f"--judge: {settings.judge} compares two responses, and steps are labeled by the score "

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from ..building import Settings
 from ..names import ModelName, RowsName, ScorerName
-from ..settings import Aggregate, RowSettings, Seed
+from ..settings import Aggregate, RowSettings, Seed, WorkerSettings
 
 
 class Collect(Settings):
@@ -48,6 +48,7 @@ class Collect(Settings):
     seed: Seed = 0
     """Random seed for sampling."""
     rows: RowSettings = RowSettings()
+    worker: WorkerSettings = WorkerSettings()
 
 
 class LabelSteps(Settings):
@@ -88,6 +89,7 @@ class LabelSteps(Settings):
     seed: Seed = 0
     """Random seed for sampling."""
     rows: RowSettings = RowSettings()
+    worker: WorkerSettings = WorkerSettings()
 
     @model_validator(mode="after")
     def _steps_of_text(self) -> LabelSteps:
@@ -134,6 +136,7 @@ class Generate(Settings):
     seed: Seed = 0
     """Random seed for sampling."""
     rows: RowSettings = RowSettings()
+    worker: WorkerSettings = WorkerSettings()
 
 
 class Evaluate(Settings):
@@ -178,3 +181,4 @@ class Evaluate(Settings):
     seed: Seed = 0
     """Random seed for sampling."""
     rows: RowSettings = RowSettings()
+    worker: WorkerSettings = WorkerSettings()

@@ -18,6 +18,7 @@ from ...settings import (
     RunSettings,
     ScoreSettings,
     Seed,
+    WorkerSettings,
     check_minibatches,
 )
 
@@ -137,6 +138,7 @@ class GRPO(Settings):
     """Go on from the newest checkpoint in the run folder."""
     kl: KLSettings = KLSettings()
     score: ScoreSettings = ScoreSettings()
+    worker: WorkerSettings = WorkerSettings()
     long: LongSettings = LongSettings()
     rows: RowSettings = RowSettings()
     lora: LoraSettings = LoraSettings()

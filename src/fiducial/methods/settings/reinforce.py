@@ -17,6 +17,7 @@ from ...settings import (
     RunSettings,
     ScoreSettings,
     Seed,
+    WorkerSettings,
 )
 
 
@@ -73,6 +74,7 @@ class Reinforce(Settings):
     """Go on from the newest checkpoint in the run folder."""
     kl: KLSettings = KLSettings()
     score: ScoreSettings = ScoreSettings()
+    worker: WorkerSettings = WorkerSettings()
     long: LongSettings = LongSettings()
     rows: RowSettings = RowSettings()
     lora: LoraSettings = LoraSettings()
