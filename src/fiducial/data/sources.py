@@ -93,7 +93,7 @@ def unparsed_records(source: str, gauge: Gauge) -> Iterator[Record]:
         raise InputError(
             f"{source}: there is no such file{nearest_file(path) or '; check the path'}"
         )
-    return hub_records(hub["name"], hub["split"] or "train", source)
+    return hub_records(hub["name"], hub["split"] or "train", source, gauge)
 
 
 def _format(path: Path) -> str | None:

@@ -33,9 +33,11 @@ from ..core import intervals
 from ..core.reductions import select
 from ..data.batches import stream
 from ..data.elements import Elements, RowFormat, read
+from ..data.judged import judged
 from ..data.prepare import prompt_text
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
+from ..data.survey import Survey
 from ..models.load import load_policy, load_teacher
 from ..models.roles import Roles, TokenOutputs
 from ..models.save import save
@@ -71,6 +73,7 @@ class Ready:
     sampler: Sampler
     params: SamplingParams
     note: str
+    survey: Survey
 
 
 def distill(settings: Distill, *, sampler: Sampler | None = None) -> Run[None]:
@@ -177,7 +180,11 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
         prompt_text,
         lambda ids: [ids],
     )
-    train, held_out, note = read(settings.data, settings.rows, rows, renderer, settings.seed)
+    survey = Survey(renderer)
+    train, held_out, note = read(
+        settings.data, settings.rows, rows, renderer, settings.seed, survey=survey
+    )
+    findings = judged(survey)
     policy = load_policy(
         settings.model, settings.lora, settings.run, renderer.tokenizer, trust=trust
     ).to(processes.device)
@@ -195,7 +202,8 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
     names = {"model": settings.model, "teacher": settings.teacher}
     prompts = [*train.items, *held_out.items]
     sampler, checked = check_online(roles, prompts, params, sampler, names)
-    return Ready(renderer, train, held_out, roles, sampler, params, notes(note, checked))
+    note = notes(note, checked, findings)
+    return Ready(renderer, train, held_out, roles, sampler, params, note, survey)
 
 
 def _prompts(renderer: Renderer, max_new_tokens: int) -> Callable[[PromptRow], list[int]]:

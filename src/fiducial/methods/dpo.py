@@ -122,7 +122,7 @@ def prepare(settings: DPO, processes: Processes, skipped: Path | None = None) ->
         return ready
     policy.supports_shared_prefix = False
     note = "a prompt is read for each response anew: read once for both, log-probabilities differ"
-    return replace(ready, note=f"{ready.note}; {note}")
+    return replace(ready, note=f"{note}; {ready.note}")
 
 
 @torch.no_grad()

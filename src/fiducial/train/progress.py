@@ -84,20 +84,20 @@ class Progress:
 
 
 @contextlib.contextmanager
-def reading(title: str, *, show: bool = True) -> Iterator[Callable[[float, int], None]]:
-    """Progress of reading a source: a function to call with the share read and the rows so far.
+def reading(title: str, *, show: bool = True) -> Iterator[Callable[[float], None]]:
+    """Progress of reading a source: a function to call with the share that has been read.
 
     Nothing is shown of what takes less than two seconds.
     """
     began, bar = time.monotonic(), None
 
-    def told(share: float, rows: int) -> None:
+    def told(share: float) -> None:
         nonlocal bar
         if bar is None and time.monotonic() - began > READING_SECONDS:
-            bar = Progress(f"{title}, percent", 100, show=show).__enter__()
+            bar = Progress(f"{title} (percent)", 100, show=show).__enter__()
             bar.began, bar.said = began, began - LINE_SECONDS
         if bar is not None and int(100 * share) > bar.done:
-            bar.advance({"rows": rows}, by=int(100 * share) - bar.done)
+            bar.advance(by=int(100 * share) - bar.done)
 
     try:
         yield told
