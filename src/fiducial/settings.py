@@ -141,9 +141,8 @@ class WorkerSettings(Settings):
     """
 
     seconds: float = Field(default=480.0, gt=0, le=MONTH * 60)
-    """Longest time that one call of the function, or loading its file, may take. 480: our choice. A
-    language model behind an endpoint needs minutes for a batch, and the other processes of a run
-    wait for ten (--run.timeout-minutes).
+    """Longest time of one call of the function, or of loading its file. 480: our choice. A judge
+    behind an endpoint needs minutes, and other processes wait for ten (--run.timeout-minutes).
     """
     gigabytes: float | None = Field(default=None, gt=0)
     """Most memory that the function may use, with all processes that it starts. None: half of the

@@ -62,9 +62,7 @@ def inputs(settings: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def record_inputs(
-    folder: Path, settings: dict[str, Any], known: dict[str, Any]
-) -> dict[str, Any]:
+def record_inputs(folder: Path, settings: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a run; they are written into its folder, unless they are there.
 
     Args:
