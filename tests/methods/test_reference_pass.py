@@ -6,7 +6,6 @@ import signal
 import pytest
 
 import fiducial as fd
-from fiducial.errors import RunError
 from fiducial.methods import dpo as page
 from fiducial.settings import RunSettings
 from fiducial.train import reference_cache
@@ -28,7 +27,7 @@ def losses(run):
     return [(row["loss"], row["logps/chosen"]) for row in rows if "loss" in row]
 
 
-def test_a_pass_that_a_signal_stopped_is_gone_on_with(go, monkeypatch, tmp_path):
+def test_a_pass_that_a_signal_stopped_is_gone_on_with(go, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(page, "tokens_in_a_minute", lambda policy: 60)
     asked, inner = [], page.pair_logprobs
     monkeypatch.setattr(page, "pair_logprobs", lambda *a: asked.append(len(a[1])) or inner(*a))
@@ -45,22 +44,21 @@ def test_a_pass_that_a_signal_stopped_is_gone_on_with(go, monkeypatch, tmp_path)
     total = parts[-1].stop
     assert len(parts) >= 3
 
-    def signalled(key, rows, compute, processes, title, after_part):
-        def after(done):
-            if done == parts[1].stop:
+    def signalled(key, rows, compute, processes, title):
+        def until(part):
+            if part.start == parts[1].stop:
                 signal.raise_signal(signal.SIGTERM)
-            after_part(done)
+            return compute(part)
 
-        return cached(key, rows, compute, processes, title, after)
+        return cached(key, rows, until, processes, title)
 
     with monkeypatch.context() as patch:
         patch.setattr(page, "cached", signalled)
-        with pytest.raises(RunError) as error:
+        with pytest.raises(KeyboardInterrupt):
             pass_of("b")
-    assert str(error.value) == (
-        f"stopped after the reference's log-probabilities of {parts[1].stop} of {total} pairs, "
-        f"which are kept: go on with: fiducial dpo --out {tmp_path / 'b'} --resume"
-    )
+    said = capsys.readouterr().err
+    assert f"reference: those of {parts[1].stop} of {total} pairs are kept" in said
+    assert f"go on with: fiducial dpo --out {tmp_path / 'b'} --resume" in said
     assert sum(asked) == parts[1].stop + 1  # and one pair is read by the check before
     again, rest = pass_of("b", resume=True)
     assert rest == all_pairs - parts[1].stop

@@ -8,7 +8,6 @@ import time
 import pytest
 import torch
 
-from fiducial.errors import RunError
 from fiducial.train import reference_cache
 from fiducial.train.processes import Processes
 from fiducial.train.progress import Progress
@@ -78,7 +77,7 @@ class Pass:
         torch.manual_seed(0)
         self.values, self.asked = torch.randn(10, 2), []
 
-    def __call__(self, key="k", stop_after=None, fail_at=None):
+    def __call__(self, key="k", fail_at=None):
         self.asked = []
 
         def compute(some):
@@ -87,11 +86,7 @@ class Pass:
                 raise KeyboardInterrupt
             return self.values[some.start : some.stop].clone()
 
-        def after_part(done):
-            if done == stop_after:
-                raise RunError("stopped")
-
-        return reference_cache.cached(key, self.rows, compute, Processes(), "pass", after_part)
+        return reference_cache.cached(key, self.rows, compute, Processes(), "pass")
 
 
 @pytest.fixture
@@ -100,10 +95,13 @@ def whole(tmp_path, monkeypatch):
     return Pass()
 
 
-@pytest.mark.parametrize("how", [{"stop_after": 5}, {"fail_at": 5}])
-def test_an_interrupted_pass_computes_only_the_rest(whole, tmp_path, how):
-    with pytest.raises((RunError, KeyboardInterrupt)):
-        whole(**how)
+def test_an_interrupted_pass_computes_only_the_rest(whole, tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        whole(fail_at=0)
+    assert "kept" not in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        whole(fail_at=5)
+    assert "pass: those of 5 of 10 pairs are kept" in capsys.readouterr().err
     assert left(tmp_path) == ["reference-k.0-3.safetensors", "reference-k.3-5.safetensors"]
     assert torch.equal(whole(), whole.values)
     assert whole.asked == [range(5, 9), range(9, 10)]
@@ -114,8 +112,8 @@ def test_an_interrupted_pass_computes_only_the_rest(whole, tmp_path, how):
 
 @pytest.mark.parametrize("damage", ["torn", "a bit", "another tensor"])
 def test_a_part_that_is_not_whole_is_computed_again(whole, tmp_path, damage):
-    with pytest.raises(RunError):
-        whole(stop_after=9)
+    with pytest.raises(KeyboardInterrupt):
+        whole(fail_at=9)
     part = tmp_path / "reference-k.3-5.safetensors"
     data = bytearray(part.read_bytes())
     if damage == "torn":
@@ -141,15 +139,18 @@ def test_the_bar_moves_with_every_part_computed_or_read(whole, monkeypatch):
             moved.append(by)
 
     monkeypatch.setattr(reference_cache, "Progress", Bar)
-    with pytest.raises(RunError):
-        whole(stop_after=5)
+    with pytest.raises(KeyboardInterrupt):
+        whole(fail_at=5)
     whole()
     assert moved == [("pass", 10, True), 3, 2, ("pass", 10, True), 3, 2, 4, 1]
 
 
-def test_a_folder_that_cannot_be_written_stops_no_pass(whole, monkeypatch):
+def test_a_folder_that_cannot_be_written_stops_no_pass(whole, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(reference_cache, "save_file", full)
     assert torch.equal(whole(), whole.values) and len(whole.asked) == 4
+    with pytest.raises(KeyboardInterrupt):
+        whole(fail_at=9)
+    assert "kept" not in capsys.readouterr().err

@@ -7,19 +7,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import load
-
-from ..errors import InputError
-
 MANIFEST = "manifest.json"
+COUNTERS = "run.json"
+"""What a run knows beside modules, optimizers and random states."""
 
 
 def digest(path: Path) -> str:
@@ -59,13 +54,34 @@ def fault(folder: Path) -> str | None:
 
 
 def publish(aside: Path, final: Path, keep: int) -> None:
-    """Renames the finished folder to its final name, and removes all but the `keep` newest ones."""
+    """Renames the finished folder to its final name, and removes all others but the `keep` newest
+    and the best.
+    """
     if final.exists():
         shutil.rmtree(final)
     os.rename(aside, final)
     _sync(final.parent)
-    for old in numbered(final.parent)[:-keep]:
-        shutil.rmtree(old)
+    every = numbered(final.parent)
+    best = best_of(every)
+    for old in every[:-keep]:
+        if old != best:
+            shutil.rmtree(old)
+
+
+def best_of(checkpoints: list[Path]) -> Path | None:
+    """The checkpoint with the lowest held-out loss of those whose step was evaluated; of equals the
+    first.
+    """
+    losses = [(loss, i) for i, p in enumerate(checkpoints) if (loss := _held_out(p)) is not None]
+    return checkpoints[min(losses)[1]] if losses else None
+
+
+def _held_out(folder: Path) -> float | None:
+    try:
+        loss = json.loads((folder / COUNTERS).read_text())["evaluated"]
+        return float(loss) if loss is not None else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -83,31 +99,6 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
             return path, faults
         faults.append(wrong)
     return None, faults
-
-
-def restore(accelerator: Accelerator, folder: Path) -> None:
-    """Loads what `Accelerator.save_state` wrote: modules, optimizers and random states. Of the
-    pickles among these files only tensors and plain values are read, so no file can run code.
-
-    Raises:
-        InputError: a file holds something else, or a random state cannot be restored.
-    """
-    states = folder / f"random_states_{accelerator.process_index}.pkl"
-    try:
-        accelerator.load_state(str(folder))
-        # Accelerate passes over random states that it cannot load
-        known = load(states) if states.exists() else None  # more processes than there were
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"--resume: a file of {folder} holds something other than tensors and plain values, "
-            f"and reading it could run code ({str(error).split(chr(10))[0][:120]}): remove this "
-            "checkpoint if you do not know where it comes from"
-        ) from error
-    if known is not None and not torch.equal(known["torch_manual_seed"], torch.get_rng_state()):
-        raise InputError(
-            f"--resume: the random state in {states} cannot be restored: remove this checkpoint, "
-            "and the one before it is used"
-        )
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 from ..errors import InputError
+from .folders import make_folder
+from .processes import Processes
 
 with contextlib.suppress(ImportError):  # Windows has none, and no lock is taken there
     import fcntl
@@ -58,3 +60,21 @@ class Lock:
             self.path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = None
+
+
+def lock_together(folder: Path, processes: Processes) -> Lock | None:
+    """The lock on a run folder, which the main process makes and holds.
+
+    Raises:
+        InputError: the folder cannot be made, or another run holds it; on every process.
+    """
+    lock, refused = None, ""
+    if processes.main:
+        try:
+            make_folder(folder)
+            lock = Lock(folder)
+        except InputError as error:
+            refused = str(error)
+    if said := [text for text in processes.gather([refused]) if text]:
+        raise InputError(said[0])
+    return lock

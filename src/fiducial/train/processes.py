@@ -167,6 +167,16 @@ class Processes:
         return tuple(self.sum(out) for out in outs)
 
 
+def lost_peer(error: BaseException | None) -> bool:
+    """Whether an error says that another process of the group is gone, or was waited for in
+    vain.
+    """
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def accumulate(items: Iterable[T], processes: Processes, *modules: Any) -> Iterator[T]:
     """Yields the micro-batches of one step; gradients are exchanged with the last one only."""
     items = list(items)

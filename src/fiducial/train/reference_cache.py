@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..models.roles import Policy
 from ..models.trunk import plain
-from .progress import Progress
+from .progress import Progress, say
 
 if TYPE_CHECKING:
     from .processes import Processes
@@ -37,7 +37,7 @@ def folder() -> Path:
 
 
 @torch.no_grad()
-def fingerprint(policy: Policy, rows: Any) -> str:
+def fingerprint(policy: Policy, rows: Iterable[Any]) -> str:
     """SHA-256 of the model's configuration and weights, and of the token ids and masks in `rows`.
 
     The weights of adapters are left out, because a reference is computed without them.
@@ -54,7 +54,11 @@ def fingerprint(policy: Policy, rows: Any) -> str:
             )
             state.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     state.update(str(policy.precision).encode())
-    state.update(json.dumps(rows, separators=(",", ":")).encode())
+    state.update(b"[")
+    for number, row in enumerate(rows):  # one at a time: there may be many
+        state.update(b"," if number else b"")
+        state.update(json.dumps(row, separators=(",", ":")).encode())
+    state.update(b"]")
     return state.hexdigest()
 
 
@@ -79,17 +83,15 @@ def cached(
     compute: Callable[[range], Tensor],
     processes: Processes,
     title: str,
-    after_part: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """The tensor stored under `key`, or else computed part by part and stored.
 
-    A part that is stored already and whole is read. If the folder cannot be written, nothing is
-    stored and the run goes on.
+    A part that is stored already and whole is read, so a pass that was interrupted goes on where it
+    stopped. If the folder cannot be written, nothing is stored and the run goes on.
 
     Args:
         rows: the row numbers of each part, in order; see `parts`.
         compute: the rows of one part, [rows, ...]. title: of the progress bar.
-        after_part: called with the number of rows that are done; what it raises ends the pass.
     """
     path = folder() / f"reference-{key}.safetensors"
     stored = _read(path)
@@ -98,18 +100,23 @@ def cached(
         return stored
     names = [path.with_suffix(f".{r.start}-{r.stop}.safetensors") for r in rows]
     values: list[Tensor] = []
-    with Progress(title, rows[-1].stop, show=processes.main) as bar:
-        for some, name in zip(rows, names, strict=True):
-            value = _read(name)
-            if processes.any(value is None):
-                value = compute(some)
-                if processes.main and len(rows) > 1:
-                    _write(name, value)
-            assert value is not None
-            values.append(value)
-            bar.advance(by=len(some))
-            if some.stop < rows[-1].stop:
-                after_part(some.stop)
+    kept = 0
+    try:
+        with Progress(title, rows[-1].stop, show=processes.main) as bar:
+            for some, name in zip(rows, names, strict=True):
+                value = _read(name)
+                there = value is not None
+                if processes.any(not there):
+                    value = compute(some)
+                    there = processes.main and len(rows) > 1 and _write(name, value)
+                assert value is not None
+                values.append(value)
+                kept += len(some) * there
+                bar.advance(by=len(some))
+    except KeyboardInterrupt:
+        if processes.main and kept:
+            say(f"{title}: those of {kept:,} of {rows[-1].stop:,} pairs are kept")
+        raise
     whole = torch.cat(values)
     processes.wait()  # every process has read the parts
     if processes.main and _write(path, whole):

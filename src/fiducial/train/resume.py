@@ -8,9 +8,10 @@ from typing import Any
 import yaml
 
 from ..errors import InputError
+from .checkpoint import write_text
 from .folders import refuse_links
 
-FREE = {"steps", "epochs", "resume", "out", "run", "trust_remote_code"}
+FREE = {"steps", "epochs", "resume", "out", "run", "worker", "trust_remote_code"}
 """Settings that may differ when a run is resumed, because no result depends on them. The exception
 is `run.precision`, which may not differ.
 """
@@ -54,3 +55,15 @@ def changed_settings(folder: Path, method: str, config: str) -> dict[str, Any]:
             "so leave these flags out"
         )
     return {k: {"was": before.get(k), "is": now[k]} for k in differ if k not in OF_COMMAND}
+
+
+def note_changes(config: Path, text: str, step: int, changed: dict[str, Any]) -> None:
+    """Let config.yaml say what is run from here on, and what was changed at which step.
+
+    Args:
+        text: the present settings, as text of a config.yaml.
+    """
+    before = yaml.safe_load(config.read_text(encoding="utf-8"))
+    history = [*before.get("resumed", []), {"step": step, "changed": changed}]
+    resumed = yaml.safe_dump({"resumed": history}, sort_keys=False, allow_unicode=True)
+    write_text(config, text + resumed)

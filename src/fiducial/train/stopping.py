@@ -13,7 +13,8 @@ SIGNALS = tuple(
 
 
 class Stopping:
-    """Remembers that a signal asked to stop. The same signal a second time stops at once.
+    """Remembers that a signal asked to stop. The same signal a second time stops at once, and so
+    does the first one while `at_once` is true: while there is no step that has to end.
 
     A launcher passes a signal on as another one (torchrun answers Ctrl-C with SIGTERM), so two
     different signals are one wish.
@@ -27,6 +28,7 @@ class Stopping:
     ) -> None:
         """`say` is told what happens next: what ends first, and what a second signal loses."""
         self.wanted = False
+        self.at_once = False
         self._say, self._after, self._lost, self._seen = say, after, lost, set[int]()
         self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
@@ -45,7 +47,7 @@ class Stopping:
             signal.signal(number, handler)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
-        if number in self._seen:
+        if self.at_once or number in self._seen:
             raise KeyboardInterrupt
         self._seen.add(number)
         if not self.wanted:

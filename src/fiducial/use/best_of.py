@@ -16,7 +16,7 @@ from ..errors import InputError, RunError
 from ..rewards.load import FORMS, load_reward
 from ..rewards.process import Aggregate
 from ..rewards.types import Responses, Scorer
-from ..settings import RunSettings
+from ..settings import RunSettings, WorkerSettings
 from ..train.processes import Processes
 
 
@@ -56,10 +56,14 @@ class BestOf:
         aggregate: Aggregate | None,
         temperature: float,
         processes: Processes,
+        worker: WorkerSettings | None = None,
         *,
         trust: bool = False,
     ) -> BestOf | None:
         """The choice that --best-of, --score and --aggregate ask for; None if none is given.
+
+        Args:
+            worker: where a function of a Python file runs; None: as by default.
 
         Raises:
             InputError: one of the settings needs another, the score only compares responses, or all
@@ -80,7 +84,9 @@ class BestOf:
                 f"--best-of {n} with --temperature 0: all {n} responses would be the same, the "
                 "most likely one; give a temperature above 0, such as --temperature 1"
             )
-        scorer = load_reward(score, RunSettings(), processes, "--score", aggregate, trust=trust)
+        scorer = load_reward(
+            score, RunSettings(), processes, "--score", aggregate, worker=worker, trust=trust
+        )
         return BestOf(n, score, scorer, temperature)
 
     def keep(self, numbers: list[int], responses: Responses) -> tuple[list[int], Responses]:

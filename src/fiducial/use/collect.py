@@ -34,7 +34,13 @@ def collect(settings: Collect) -> dict[str, Any]:
 
 
 def _collect(settings: Collect, processes: Processes, output: Output) -> dict[str, Any]:
-    judge = Judge.open(settings.judge, RunSettings(), processes, trust=settings.trust_remote_code)
+    judge = Judge.open(
+        settings.judge,
+        RunSettings(),
+        processes,
+        settings.worker,
+        trust=settings.trust_remote_code,
+    )
     if judge.compare is not None and settings.pairs == "extremes":
         raise InputError(
             "--pairs extremes needs scores, and this judge only compares two responses: use "
@@ -118,6 +124,7 @@ def judged(
             [responses.prompts[a] for a, _ in usable],
             [texts[a] for a, _ in usable],
             [texts[b] for _, b in usable],
+            [responses.where[a] for a, _ in usable],
         )
     for k, (a, b) in enumerate(usable):
         one, other = (scores[a], scores[b]) if scores is not None else (first[k], not first[k])

@@ -48,12 +48,17 @@ def evaluate(settings: Evaluate) -> dict[str, Estimate]:
         settings.aggregate,
         settings.temperature,
         processes,
+        settings.worker,
         trust=settings.trust_remote_code,
     )
     judge = None
     if settings.judge:
         judge = Judge.open(
-            settings.judge, RunSettings(), processes, trust=settings.trust_remote_code
+            settings.judge,
+            RunSettings(),
+            processes,
+            settings.worker,
+            trust=settings.trust_remote_code,
         )
     model = _open(settings.model, "--model", settings, processes)
     if best is not None:
@@ -126,10 +131,8 @@ def compare(judge: Judge, mine: Responses, theirs: Responses) -> list[float | No
             m if s else t
             for m, t, s in zip(mine.completions, theirs.completions, swap, strict=True)
         ]
-        return [
-            None if w is None else float(w != s)
-            for w, s in zip(judge.prefers_first(mine.prompts, first, second), swap, strict=True)
-        ]
+        preferred = judge.prefers_first(mine.prompts, first, second, mine.where)
+        return [None if w is None else float(w != s) for w, s in zip(preferred, swap, strict=True)]
     a, b = judge.scores(mine), judge.scores(theirs)
     assert a is not None and b is not None
     return [_win(x, y) for x, y in zip(a, b, strict=True)]

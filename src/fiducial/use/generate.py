@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..data.prepare import messages_of
 from ..rewards.types import Responses
 from ..rollout.sampling import sampling_params
 from ..train.processes import Processes
@@ -40,6 +39,7 @@ def _generate(settings: Generate, processes: Processes, output: Output) -> int:
         settings.aggregate,
         settings.temperature,
         processes,
+        settings.worker,
         trust=settings.trust_remote_code,
     )
     model = Model.open(
@@ -69,7 +69,7 @@ def _generate(settings: Generate, processes: Processes, output: Output) -> int:
             scored = best.since(drawn, kept)
         rows = as_rows(responses, best)
         if output.path is not None:
-            rows = [row | ids for row, ids in zip(rows, token_ids(responses), strict=True)]
+            rows = [row | ids for row, ids in zip(rows, responses.token_ids(), strict=True)]
         count += len(rows)
         output.add(rows, numbers[-1] + 1, {"rows": count}, scored)
     if output.path is not None and processes.main:
@@ -79,26 +79,9 @@ def _generate(settings: Generate, processes: Processes, output: Output) -> int:
     return count
 
 
-def token_ids(responses: Responses) -> list[dict[str, Any]]:
-    """The columns by which a file keeps the tokens that were sampled, one row per response."""
-    mark = responses.renderer.fingerprint
-    sampled = responses.trajectory.responses(ending=True)
-    return [{"completion_ids": ids, "tokenizer": mark} for ids in sampled]
-
-
 def as_rows(responses: Responses, best: BestOf | None) -> list[dict[str, Any]]:
     """One row per response; of a best of n, the newest that were kept."""
-    trajectory = responses.trajectory
-    rows: list[dict[str, Any]] = [
-        {"prompt": messages_of(p), "completion": c, "tokens": n, "finished": f}
-        for p, c, n, f in zip(
-            responses.prompts,
-            responses.completions,
-            trajectory.response_lengths.tolist(),
-            trajectory.finished.tolist(),
-            strict=True,
-        )
-    ]
+    rows = responses.as_rows()
     if best is not None:
         for row, score in zip(rows, best.kept[-len(rows) :], strict=True):
             row |= {"score": score, "of": best.n}

@@ -63,7 +63,13 @@ def label_steps(settings: LabelSteps) -> dict[str, Any]:
 
 
 def _label_steps(settings: LabelSteps, processes: Processes, output: Output) -> dict[str, Any]:
-    judge = Judge.open(settings.judge, RunSettings(), processes, trust=settings.trust_remote_code)
+    judge = Judge.open(
+        settings.judge,
+        RunSettings(),
+        processes,
+        settings.worker,
+        trust=settings.trust_remote_code,
+    )
     if judge.scorer is None:
         raise InputError(
             f"--judge: {settings.judge} compares two responses, and steps are labeled by the score "

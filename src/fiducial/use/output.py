@@ -29,7 +29,7 @@ from ..train.progress import say
 from ..train.stopping import Stopping
 from .answering import Model
 
-FREE = {"out", "resume", "trust_remote_code"}
+FREE = {"out", "resume", "worker", "trust_remote_code"}
 """Settings that may differ when a file is gone on with, because no row depends on them."""
 
 

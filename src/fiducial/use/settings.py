@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from ..building import Settings
 from ..names import ModelName, RowsName, ScorerName
-from ..settings import Aggregate, RowSettings, Seed
+from ..settings import Aggregate, RowSettings, Seed, WorkerSettings
 
 
 class Collect(Settings):
@@ -54,6 +54,7 @@ class Collect(Settings):
     models whose authors you trust.
     """
     rows: RowSettings = RowSettings()
+    worker: WorkerSettings = WorkerSettings()
 
 
 class LabelSteps(Settings):
@@ -100,6 +101,7 @@ class LabelSteps(Settings):
     models whose authors you trust.
     """
     rows: RowSettings = RowSettings()
+    worker: WorkerSettings = WorkerSettings()
 
     @model_validator(mode="after")
     def _steps_of_text(self) -> LabelSteps:
@@ -152,6 +154,7 @@ class Generate(Settings):
     models whose authors you trust.
     """
     rows: RowSettings = RowSettings()
+    worker: WorkerSettings = WorkerSettings()
 
 
 class Evaluate(Settings):
@@ -200,3 +203,4 @@ class Evaluate(Settings):
     models whose authors you trust.
     """
     rows: RowSettings = RowSettings()
+    worker: WorkerSettings = WorkerSettings()

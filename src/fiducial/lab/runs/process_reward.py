@@ -70,7 +70,7 @@ def teach_steps(world: World, start: Path, out: Path, seed: int) -> Path:
             learning_rate=0.3,
             seed=seed,
             rows=RowSettings(max_length=len(world.prompts[0]) + world.horizon, held_out=0.0),
-            run=RunSettings(checkpoint_every=0, eval_every=0, tokens=65_536),
+            run=RunSettings(checkpoint_every=0, eval_every=0, tokens=65_536, on_alarm="off"),
         )
     )
     return model

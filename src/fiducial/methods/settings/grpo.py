@@ -18,6 +18,7 @@ from ...settings import (
     RunSettings,
     ScoreSettings,
     Seed,
+    WorkerSettings,
     check_minibatches,
 )
 
@@ -141,6 +142,7 @@ class GRPO(Settings):
     """
     kl: KLSettings = KLSettings()
     score: ScoreSettings = ScoreSettings()
+    worker: WorkerSettings = WorkerSettings()
     long: LongSettings = LongSettings()
     rows: RowSettings = RowSettings()
     lora: LoraSettings = LoraSettings()

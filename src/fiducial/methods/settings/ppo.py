@@ -16,6 +16,7 @@ from ...settings import (
     RunSettings,
     ScoreSettings,
     Seed,
+    WorkerSettings,
     check_minibatches,
 )
 
@@ -116,6 +117,7 @@ class PPO(Settings):
     kl: KLSettings = KLSettings()
     critic: CriticSettings = CriticSettings()
     score: ScoreSettings = ScoreSettings()
+    worker: WorkerSettings = WorkerSettings()
     ptx: PtxSettings = PtxSettings()
     rows: RowSettings = RowSettings()
     lora: LoraSettings = LoraSettings()

@@ -17,6 +17,7 @@ from ...settings import (
     RunSettings,
     ScoreSettings,
     Seed,
+    WorkerSettings,
 )
 
 
@@ -77,6 +78,7 @@ class Reinforce(Settings):
     """
     kl: KLSettings = KLSettings()
     score: ScoreSettings = ScoreSettings()
+    worker: WorkerSettings = WorkerSettings()
     long: LongSettings = LongSettings()
     rows: RowSettings = RowSettings()
     lora: LoraSettings = LoraSettings()
