@@ -39,7 +39,7 @@ class Page:
 
 def pages(methods: Sequence[verbs.Method] = verbs.METHODS) -> list[Page]:
     """Every page of the reference."""
-    others = (verbs.DEMO, *verbs.OTHERS)
+    others = (verbs.DEMO, verbs.CHECK, *verbs.OTHERS)
     found = [_verb_page(m, "Methods") for m in methods]
     found += [_verb_page(v, "Other commands") for v in others]
     found += [_module_page(name) for name in MODULES]

@@ -334,6 +334,9 @@ class CommonSettings(Protocol):
     @property
     def batch_size(self) -> int: ...
 
+    @property
+    def trust_remote_code(self) -> bool: ...
+
 
 class OfflineSettings(CommonSettings, Protocol):
     """The settings of a method that learns from rows."""

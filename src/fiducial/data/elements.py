@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,12 +17,12 @@ from .prepare import digest, joined, split_hashes
 from .record import EMPTY, Gauge
 from .render import Renderer
 from .sources import unparsed_records
+from .survey import Survey
 from .workers import rendered
 
 T = TypeVar("T")
-Told = Callable[[float, int], None]
-"""Is told again and again which share of a source has been read (from 0 to 1), and how many rows.
-"""
+Told = Callable[[float], None]
+"""Is told again and again which share of a source has been read, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,21 @@ def read(
     seed: int,
     skipped: Path | None = None,
     told: Told | None = None,
+    survey: Survey | None = None,
 ) -> tuple[Elements[T], Elements[T], str]:
     """Rendered elements for training and for evaluation, with no key in both; and a note.
 
     Args:
-        skipped: the file for rows that are left out. told: is told of the progress.
+        skipped: the file for rows that are left out. told: is told of the progress. survey:
+            counts what the rows to train on hold, and the prompts of --rows.eval-data among them.
 
     Raises:
         InputError: a row cannot be used, with its file:line.
     """
-    train, note = _elements(source, settings, rows, renderer, seed, skipped, told)
+    look, compare = (None, None) if survey is None else (survey.look, survey.compare)
+    train, note = _elements(source, settings, rows, renderer, seed, skipped, told, look)
     if settings.eval_data:
-        held, _ = _elements(settings.eval_data, settings, rows, renderer, seed, None, told)
+        held, _ = _elements(settings.eval_data, settings, rows, renderer, seed, None, told, compare)
         return train, held, note
     here, there = split_hashes(train.keys, settings.held_out)
     if not here:
@@ -104,9 +108,13 @@ def _elements(
     seed: int,
     skipped: Path | None,
     told: Told | None,
+    look: Callable[[Sequence[Any], Sequence[Any]], None] | None,
 ) -> tuple[Elements[T], str]:
     """All elements of a source, and one sentence on rows that were skipped and on how rows were
     rendered.
+
+    Args:
+        look: is given the rows and what was made of each.
     """
     gauge = Gauge()
     stop = settings.on_error == "stop"
@@ -115,20 +123,21 @@ def _elements(
     keys: list[bytes] = []
     first_error = ""
     total = used = 0
-    for chunk in rendered(work, chunks(unparsed_records(source, gauge))):
-        if chunk.skipped:
-            if stop:
-                raise InputError(chunk.skipped[0].error)
-            _write_skipped(chunk.skipped, skipped, new=not first_error)
-            first_error = first_error or chunk.skipped[0].error
-        items.extend(chunk.items, chunk.item_lengths)
-        rows.extend(chunk.rows, chunk.row_lengths)
-        keys += chunk.keys
-        total += chunk.total
-        used += chunk.rendered
-        renderer.counts.update(chunk.seen)
-        if told is not None:
-            told(gauge.share(), total)
+    with closing(rendered(work, chunks(unparsed_records(source, gauge)))) as found:
+        for chunk in found:
+            if chunk.skipped:
+                if stop:
+                    raise InputError(chunk.skipped[0].error)
+                _write_skipped(chunk.skipped, skipped, new=not first_error)
+                first_error = first_error or chunk.skipped[0].error
+            items.extend(chunk.items, chunk.item_lengths)
+            rows.extend(chunk.rows, chunk.row_lengths)
+            keys += chunk.keys
+            total += chunk.total
+            used += chunk.rendered
+            renderer.counts.update(chunk.seen)
+            if told is not None:
+                told(gauge.share())
     if not total:
         raise InputError(f"{source}:1: {EMPTY}")
     if not items:
@@ -138,6 +147,8 @@ def _elements(
     bad = total - used
     note = f"{bad} of {total} rows ({bad / total:.1%}) skipped, see {skipped}" if bad else ""
     note = joined(note, renderer.take_notes(used))
+    if look is not None:
+        look(rows, items)
     if form.join is None:
         return Elements(items, keys, rows), note
     names, made = form.join(items, rows)

@@ -94,6 +94,11 @@ class ChatTemplate:
         end = found._end_of(tail)
         return found if end is None else replace(found, ends=ends | {added[end]})
 
+    @property
+    def structure(self) -> frozenset[str]:
+        """The special tokens that begin and end turns and texts."""
+        return self._structure
+
     def render(self, messages: Sequence[Message], where: str, *, generation: bool = False) -> str:
         """The text of messages.
 

@@ -33,9 +33,11 @@ from ..core import intervals
 from ..core.reductions import select
 from ..data.batches import stream
 from ..data.elements import Elements, RowFormat, read
+from ..data.judged import judged
 from ..data.prepare import prompt_text
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
+from ..data.survey import Survey
 from ..models.load import load_policy, load_teacher
 from ..models.roles import Roles, TokenOutputs
 from ..models.save import save
@@ -71,6 +73,7 @@ class Ready:
     sampler: Sampler
     params: SamplingParams
     note: str
+    survey: Survey
 
 
 def distill(settings: Distill, *, sampler: Sampler | None = None) -> Run[None]:
@@ -169,26 +172,38 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
         InputError: a row or a model cannot be used, or the vocabularies differ.
     """
     check_names(settings)
-    renderer = load_renderer(settings.model, settings.rows)
+    trust = settings.trust_remote_code
+    renderer = load_renderer(settings.model, settings.rows, trust=trust)
     rows = RowFormat[list[int]](
         (PromptRow,),
         partial(_prompts, max_new_tokens=settings.max_new_tokens),
         prompt_text,
         lambda ids: [ids],
     )
-    train, held_out, note = read(settings.data, settings.rows, rows, renderer, settings.seed)
-    policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
-    policy = policy.to(processes.device)
+    survey = Survey(renderer)
+    train, held_out, note = read(
+        settings.data, settings.rows, rows, renderer, settings.seed, survey=survey
+    )
+    findings = judged(survey)
+    policy = load_policy(
+        settings.model, settings.lora, settings.run, renderer.tokenizer, trust=trust
+    ).to(processes.device)
     same_ends(plain(policy.lm), renderer)
     teacher = load_teacher(
-        settings.teacher, policy, renderer.tokenizer, renderer.max_length, settings.run
+        settings.teacher,
+        policy,
+        renderer.tokenizer,
+        renderer.max_length,
+        settings.run,
+        trust=trust,
     )
     roles = Roles(policy=policy, teacher=teacher.to(processes.device))
     params = sampling_params(renderer, settings.max_new_tokens, settings.temperature, settings.stop)
     names = {"model": settings.model, "teacher": settings.teacher}
     prompts = [*train.items, *held_out.items]
     sampler, checked = check_online(roles, prompts, params, sampler, names)
-    return Ready(renderer, train, held_out, roles, sampler, params, notes(note, checked))
+    note = notes(note, checked, findings)
+    return Ready(renderer, train, held_out, roles, sampler, params, note, survey)
 
 
 def _prompts(renderer: Renderer, max_new_tokens: int) -> Callable[[PromptRow], list[int]]:

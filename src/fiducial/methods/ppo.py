@@ -149,7 +149,7 @@ def prepare(
     render = language_rows(ready.renderer)
     rows, kept, note = load(settings.ptx.data, settings.rows, LANGUAGE_ROWS, render)
     about = joined(note, ready.renderer.take_notes(len({r.where for r in kept})))
-    note = joined(ready.note, about and f"--ptx.data: {about}")
+    note = joined(about and f"--ptx.data: {about}", ready.note)
     return replace(ready, note=note), rows
 
 

@@ -14,10 +14,13 @@ from typing import Any, Generic, TypeVar
 
 from ..data.batches import Batches
 from ..data.elements import Elements, RowFormat, read
+from ..data.findings import Finding, warned
+from ..data.judged import judged
 from ..data.prepare import joined, load
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..data.sources import records
+from ..data.survey import Survey
 from ..errors import InputError, RunError, Unscored
 from ..models.contract import check_roles
 from ..models.load import exists, load_policy, load_roles, load_scorer
@@ -57,8 +60,8 @@ NO_REFERENCE = (
 class Prepared(Generic[T]):
     """What a method that learns from rows needs for its loop.
 
-    note: one sentence about rows that were skipped, or "". ids: the token ids of each sequence in
-    an element.
+    note: a line about rows that were skipped and about what was checked, and then a line for each
+    warning. ids: the token ids of each sequence in an element. survey: what the rows hold.
     """
 
     renderer: Renderer
@@ -69,6 +72,7 @@ class Prepared(Generic[T]):
     total: int
     note: str
     ids: Callable[[T], Sequence[Sequence[int]]]
+    survey: Survey
 
     def describe(self, step: int) -> Iterator[dict[str, Any]]:
         """The rows of a step as people read them."""
@@ -83,7 +87,7 @@ class PreparedOnline:
     """What a method that learns from its own samples needs for its loop.
 
     rows, prompts: the prompt rows, and their token ids. shown: number of prompts that are answered
-    before and after training. steps: iterations of the run.
+    before and after training. steps: iterations of the run. note, survey: as in `Prepared`.
     """
 
     renderer: Renderer
@@ -98,6 +102,7 @@ class PreparedOnline:
     shown: int
     steps: int
     note: str
+    survey: Survey
 
     def sample(
         self, chosen: Sequence[tuple[int, int]], step: int, *, greedy: bool = False
@@ -195,11 +200,14 @@ def prepare_offline(
         InputError: a row or a model cannot be used.
     """
     check_names(settings)
-    renderer = load_renderer(settings.model, settings.rows)
-    with reading(f"{settings.data}: rows", show=processes.main) as told:
+    trust = settings.trust_remote_code
+    renderer = load_renderer(settings.model, settings.rows, trust=trust)
+    survey = Survey(renderer)
+    with reading(f"reading {settings.data}", show=processes.main) as told:
         train, held_out, note = read(
-            settings.data, settings.rows, rows, renderer, settings.seed, skipped, told
+            settings.data, settings.rows, rows, renderer, settings.seed, skipped, told, survey
         )
+    findings = judged(survey)
     if scorer:
         model = load_scorer(
             settings.model,
@@ -208,10 +216,13 @@ def prepare_offline(
             head="normal",
             tokenizer=renderer.tokenizer,
             seed=settings.seed,
+            trust=trust,
         )
         roles = Roles(scorer=model)
     else:
-        policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
+        policy = load_policy(
+            settings.model, settings.lora, settings.run, renderer.tokenizer, trust=trust
+        )
         same_ends(plain(policy.lm), renderer)
         limit = context(plain(policy.lm).config)
         if (asked := getattr(settings, "max_new_tokens", 0)) > max(limit, USUAL_TOKENS):
@@ -224,8 +235,8 @@ def prepare_offline(
     checked = check_roles(roles, probed, len(probed[-1]), {"model": settings.model})
     batches = Batches(len(train), settings.batch_size, settings.seed)
     total = settings.steps or max(1, round(settings.epochs * batches.per_epoch))
-    note = notes(note, checked)
-    return Prepared(renderer, train, held_out, roles, batches, total, note, rows.ids)
+    note = notes(note, checked, findings)
+    return Prepared(renderer, train, held_out, roles, batches, total, note, rows.ids, survey)
 
 
 def prepare_online(
@@ -252,12 +263,21 @@ def prepare_online(
     check_names(settings)
     if rewards is None:
         check_rewards(settings.reward, settings.reward_weights)
-    renderer = load_renderer(settings.model, settings.rows)
+    trust = settings.trust_remote_code
+    renderer = load_renderer(settings.model, settings.rows, trust=trust)
     prompts, rows, note = read_prompts(settings.data, settings, renderer)
+    survey = Survey(renderer)
+    survey.look(rows, prompts)
+    findings = judged(survey)
     loaded = None
     if rewards is None:
         loaded = load_rewards(
-            settings.reward, settings.reward_weights, settings.run, processes, settings.worker
+            settings.reward,
+            settings.reward_weights,
+            settings.run,
+            processes,
+            settings.worker,
+            trust=trust,
         )
         rewards = loaded
     rewards.check_rows(rows)
@@ -271,6 +291,7 @@ def prepare_online(
         critic=start,
         reference=reference,
         seed=settings.seed,
+        trust=trust,
     )
     same_ends(plain(roles.policy.lm), renderer)
     params = sampling_params(renderer, settings.max_new_tokens, settings.temperature, settings.stop)
@@ -295,8 +316,17 @@ def prepare_online(
         settings.seed,
         settings.run.samples,
         settings.steps,
-        notes(note, checked),
+        notes(note, checked, findings),
+        survey,
     )
+
+
+def notes(note: str, checked: str, findings: Sequence[Finding] = ()) -> str:
+    """What is said at the beginning of a run: rows that were skipped, and what was checked; then,
+    one a line, what is likely wrong with the rows.
+    """
+    first = "; ".join(part for part in (note, f"checked: {checked}") if part)
+    return "\n".join([first, *warned(findings)])
 
 
 def extremes(sequences: Iterable[Sequence[int]]) -> list[Sequence[int]]:
@@ -309,11 +339,6 @@ def extremes(sequences: Iterable[Sequence[int]]) -> list[Sequence[int]]:
             longest = ids
     assert shortest is not None and longest is not None
     return [shortest, longest]
-
-
-def notes(note: str, checked: str) -> str:
-    """What is said at the beginning of a run: rows that were skipped, and what was checked."""
-    return "; ".join(part for part in (note, f"checked: {checked}") if part)
 
 
 def check_names(settings: CommonSettings) -> None:
