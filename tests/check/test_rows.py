@@ -162,12 +162,12 @@ CASES: dict[str, tuple[str, str, Rows, Rows, dict[str, Any]]] = {
         changed(pairs(), rejected=lambda r, i: " no idea"),
         {},
     ),
-    "contradicting-pairs": ("dpo", "llama", pairs(), [*pairs(), *map(swapped, pairs(4))], {}),
+    "contradicting-pairs": ("dpo", "llama", pairs(), [*pairs(), *map(swapped, pairs(8))], {}),
     "contradicting-labels": (
         "prm",
         "llama",
         solutions(),
-        [*solutions(), *changed(solutions(4), labels=lambda r, i: [1, (i + 1) % 2])],
+        [*solutions(), *changed(solutions(8), labels=lambda r, i: [1, (i + 1) % 2])],
         {},
     ),
     "one-label": (
@@ -283,8 +283,17 @@ def test_counts_are_those_of_a_count_by_hand(tmp_path):
     ]
     assert list(seen.lengths) == [len(one) for one in every]
     assert seen.n["labels"] == sum(one.num_labels for one in every)
-    assert (seen.n["rows"], seen.prompts, seen.near, seen.n["contradictions"]) == (3, 2, 1, 1)
+    assert (seen.n["rows"], seen.prompts, seen.near, seen.contradictions) == (3, 2, 1, 1)
     assert list(seen.longer) == [0.0, 1.0, 0.5]
+
+
+def test_labels_that_are_right_more_often_than_not_are_not_all_contradictions(tmp_path):
+    """Eleven times A over B and five times B over A leave six of sixteen rows to learn from."""
+    a, b = pairs(1)[0], swapped(pairs(1)[0])
+    seen = look(tmp_path, "dpo", [a, b, a] * 5 + [a], "llama")
+    assert seen.contradictions == 5
+    assert all(f.level != "error" for f in row_findings(seen))
+    assert look(tmp_path, "dpo", [a, b] * 5, "llama").contradictions == 5
 
 
 def test_a_file_that_only_contradicts_itself_or_has_one_label_is_refused(tmp_path):
