@@ -47,6 +47,58 @@ def _contradictions(s: Survey) -> Finding | None:
     return found
 
 
+def _repeated(s: Survey) -> Finding | None:
+    return counted(
+        "prompt-repeated",
+        s.n["prompt repeated"],
+        s.n["answered"],
+        MANY,
+        "begin with their prompt, so it stands there twice and the model learns to repeat it",
+        "give the answer alone",
+        unit="answers",
+    )
+
+
+def _revealed(s: Survey) -> Finding | None:
+    if s.n["answer at the end"]:
+        return counted(
+            "answer-in-prompt",
+            s.n["answer at the end"],
+            s.n["rows"],
+            MANY,
+            "have a prompt that ends with the answer that the row names, so it need only be copied",
+            "cut the prompts before the answer",
+        )
+    return counted(
+        "answer-in-prompt",
+        s.n["answer in prompt"],
+        s.n["answered"],
+        MOST,
+        "stand word for word in their prompt, so they need only be copied",
+        "remove the answer from the prompt, unless copying is the task",
+        shown=0.02,
+        unit="answers",
+    )
+
+
+def _same_answer(s: Survey) -> Finding | None:
+    for name, answers in (("rejected", s.rejected), ("answer", s.answers)):
+        count = max(answers.values(), default=0)
+        whole = answers.total()
+        if whole >= 20 and s.prompts >= whole / 2 and count >= MOST * whole:
+            which = name if name == "rejected" or not s.rejected else "chosen"
+            return counted(
+                "same-answer",
+                count,
+                whole,
+                MOST,
+                f"have the very same {which}, whatever the prompt: the model learns that text and "
+                "not to look at the prompt",
+                "look for a column that was filled in by mistake",
+            )
+    return None
+
+
 def _leak(s: Survey) -> Finding | None:
     return counted(
         "evaluation-in-training",
