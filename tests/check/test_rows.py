@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fiducial.data.elements import RowFormat, read
-from fiducial.data.findings import NothingToLearn, warned
+from fiducial.data.findings import Finding, NothingToLearn, warned
 from fiducial.data.judged import judged, row_findings
 from fiducial.data.language import LANGUAGE_ROWS, language_rows
 from fiducial.data.pairs import preference_rows
@@ -313,10 +313,9 @@ def test_of_many_rows_some_at_equal_distances_are_looked_at(tmp_path):
     assert (seen.total, seen.n["rows"]) == (35, 9)
 
 
-def test_a_run_begins_with_a_few_lines_at_most(tmp_path):
-    seen = look(tmp_path, "dpo", LONGER + [swapped(LONGER[0])] * 20, "qwen3", max_length=50)
-    found = row_findings(seen)
-    warnings = [f for f in found if f.level == "warning"]
-    lines = warned(found)
-    assert len(warnings) > 4 and len(lines) == 4 and "fiducial check" in lines[-1]
-    assert all(line.startswith("warning (") for line in lines[:-1])
+def test_a_run_begins_with_a_few_lines_at_most():
+    found = [Finding("warning", f"n{i}", "a sentence", "a remedy") for i in range(6)]
+    lines = warned([*found, Finding("note", "m", "a note")])
+    assert lines[0] == "warning (n0): a sentence: a remedy"
+    assert len(lines) == 4 and lines[-1].startswith("3 more warnings: `fiducial check`")
+    assert len(warned(found[:4])) == 4 and warned(found[6:]) == []

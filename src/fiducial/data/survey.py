@@ -52,8 +52,8 @@ class Survey:
     n: counts by name. lengths, labels: number of tokens of each sequence (of a prompt row, of its
     prompt), and of those that are trained on. longer: for each pair 1 if chosen has more tokens, 0
     if fewer, one half if as many, with the prompt of each pair in `pair_prompts`. right: labels of
-    steps or solutions. taught: the end tokens that are labels. shown: a few rows and what was made of them. leaked: evaluation prompts that
-    are also trained on, of `held`.
+    steps or solutions. taught: the end tokens that are labels. shown: a few rows and what was made
+    of them. leaked: evaluation prompts that are also trained on, of `held`.
     """
 
     def __init__(self, renderer: Renderer) -> None:
