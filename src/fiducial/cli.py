@@ -9,6 +9,7 @@ from typing import Any
 
 from . import verbs
 from .errors import InputError, LaunchError, RunError
+from .names import printable
 
 HELP = """\
 fiducial: align language models on one machine
@@ -112,9 +113,9 @@ def _print_result(verb: verbs.Verb, result: Any) -> None:
 
         for label, estimate in result.evaluation.items():
             print(f"{label}: {with_interval(Estimate(**estimate))}")
-        print(result.path / "report.html")
+        print(printable(str(result.path / "report.html")))
     elif isinstance(result, os.PathLike):
-        print(result)
+        print(printable(str(result)))
 
 
 def _fail(error: BaseException, code: int, debug: bool) -> int:
@@ -123,5 +124,7 @@ def _fail(error: BaseException, code: int, debug: bool) -> int:
     # what is refused is refused by all processes, and said once on each machine
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if first or code == 1 or isinstance(error, LaunchError):
-        print(f"fiducial: {error}", file=sys.stderr)
+        # one line, whatever stands in the text of a user that it repeats
+        text = printable("\\n".join(str(error).splitlines()))
+        print(f"fiducial: {text}", file=sys.stderr)
     return code

@@ -13,10 +13,10 @@ from typing import Any
 
 from . import verbs
 from .building import MissingSetting, S, Settings, build
-from .config_file import check_written, load_yaml
+from .config_file import check_written, load_begun, load_yaml
 from .errors import InputError
 from .flags import Flag, flags, sections
-from .names import check_name
+from .names import check_name, progress_file
 from .usage import usage
 
 Given = dict[tuple[str, ...], Any]
@@ -27,7 +27,8 @@ def parse(cls: type[S], args: Sequence[str], *, command: str, verb: str | None =
     """The settings of one command from its flags, over `--config FILE`, over the defaults.
 
     With `--out DIR --resume` and no file, DIR's own config.yaml is read, so a run goes on with the
-    settings it was started with. `--help` prints and exits with 0.
+    settings it was started with; with `--out FILE --resume` those that FILE was begun with.
+    `--help` prints and exits with 0.
 
     Args:
         verb: whose settings they are, where the command is another one.
@@ -44,10 +45,13 @@ def parse(cls: type[S], args: Sequence[str], *, command: str, verb: str | None =
             raise SystemExit(0)
     words, file = _take_config(words)
     given = _read(cls, words, command)
-    if file is None and given.get(("resume",)) is True and ("out",) in given:
-        stored = Path(given["out",]) / "config.yaml"
-        file = str(stored) if stored.is_file() else None
     values = load_yaml(file, verb or command) if file else {}
+    if file is None and given.get(("resume",)) is True and ("out",) in given:
+        run, rows = Path(given["out",]) / "config.yaml", progress_file(given["out",])
+        if run.is_file():
+            file, values = str(run), load_yaml(run, verb or command)
+        elif rows.is_file():
+            file, values = str(rows), load_begun(rows, verb or command)
     if file is not None:
         check_written(cls, values, file)
 
@@ -62,7 +66,8 @@ def parse(cls: type[S], args: Sequence[str], *, command: str, verb: str | None =
     except MissingSetting as missing:
         if file is None and given.get(("resume",)) is True and ("out",) in given:
             raise InputError(
-                f"--resume: {given['out',]} holds no run to go on with (config.yaml is missing)"
+                f"--resume: {given['out',]} holds no run to go on with (config.yaml is missing), "
+                f"and is no unfinished file ({progress_file(given['out',]).name} is missing)"
             ) from None
         called = next(_called(flag) for flag in flags(cls) if ".".join(flag.path) == missing.name)
         raise InputError(

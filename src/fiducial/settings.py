@@ -140,9 +140,10 @@ class WorkerSettings(Settings):
     limits.
     """
 
-    seconds: float = Field(default=600.0, gt=0, le=MONTH * 60)
-    """Longest time that one call of the function, or loading its file, may take. 600: our choice,
-    because a language model behind an endpoint that judges a batch needs minutes.
+    seconds: float = Field(default=480.0, gt=0, le=MONTH * 60)
+    """Longest time that one call of the function, or loading its file, may take. 480: our choice. A
+    language model behind an endpoint needs minutes for a batch, and the other processes of a run
+    wait for ten (--run.timeout-minutes).
     """
     gigabytes: float | None = Field(default=None, gt=0)
     """Most memory that the function may use, with all processes that it starts. None: half of the
@@ -332,6 +333,9 @@ class CommonSettings(Protocol):
 
     @property
     def batch_size(self) -> int: ...
+
+    @property
+    def trust_remote_code(self) -> bool: ...
 
 
 class OfflineSettings(CommonSettings, Protocol):

@@ -39,9 +39,9 @@ def noisy(mean: float, spread: float, seed: int = 0) -> Callable[[float], float]
     return lambda t: source.gauss(mean, spread)
 
 
-def columns(steps: int = 40, **values: Callable[[float], float]) -> Rows:
+def columns(curves: Change, steps: int = 40) -> Rows:
     return [
-        {"step": i, **{name: value(i / steps) for name, value in values.items()}}
+        {"step": i, **{name: value(i / steps) for name, value in curves.items()}}
         for i in range(1, steps + 1)
     ]
 
@@ -133,6 +133,11 @@ BAD_RUNS: dict[str, tuple[Rows, int, list[str]]] = {
         10,
         ["Only 30% of the responses", "heuristic"],
     ),
+    "ends, fewer than few": (
+        ppo_history({"completions/finished": lambda t: 0.2 if t < 0.13 else 0.05}),
+        10,
+        ["Only 12.5% of"],
+    ),
     "length": (
         ppo_history(LONGER),
         24,
@@ -184,17 +189,17 @@ BAD_RUNS: dict[str, tuple[Rows, int, list[str]]] = {
         ["stays below 0", "exchanged in --data"],
     ),
     "loss-rising": (
-        columns(loss=lambda t: 2 + 2 * t),
+        columns({"loss": lambda t: 2 + 2 * t}),
         30,
         ["rose from", "heuristic", "Lower --learning-rate"],
     ),
     "loss-rising, at once": (
-        columns(loss=lambda t: 2.0 if t < 0.03 else 8.0 + math.sin(99 * t)),
+        columns({"loss": lambda t: 2.0 if t < 0.03 else 8.0 + math.sin(99 * t)}),
         11,
         ["rose from 2 to", "diverges"],
     ),
     "teacher-kl-rising": (
-        columns(kl_teacher=lambda t: 0.2 + 2 * t),
+        columns({"kl_teacher": lambda t: 0.2 + 2 * t}),
         20,
         ["KL to the teacher rose"],
     ),
@@ -280,11 +285,11 @@ def test_other_healthy_runs_raise_none() -> None:
     chosen = noisy(-0.05, 0.2)
     rows = [r | {"logps/chosen": lengths(0), "rewards/chosen": chosen(0)} for r in dpo_history(400)]
     assert found(rows, {"beta": 0.1}) == []
-    assert found(columns(**{"eval/loss": lambda t: 1 / t, "loss": lambda t: 1 / t})) == []
-    assert found(columns(loss=noisy(2, 0.3))) == []
-    assert found(columns(loss=lambda t: 1e-4 * (1 + math.sin(99 * t)) + (t < 0.1))) == []
-    pairs = {"accuracy": lambda t: 0.66, "margin": lambda t: 0.5, "eval/accuracy": lambda t: 0.65}
-    assert found(columns(**pairs)) == []
+    assert found(columns({"eval/loss": lambda t: 1 / t, "loss": lambda t: 1 / t})) == []
+    assert found(columns({"loss": noisy(2, 0.3)})) == []
+    assert found(columns({"loss": lambda t: 1e-4 * (1 + math.sin(99 * t)) + (t < 0.1)})) == []
+    pairs: Change = {"accuracy": lambda t: 0.66, "eval/accuracy": lambda t: 0.65}
+    assert found(columns(pairs)) == []
 
 
 def test_thousands_of_steps_of_noise_raise_none_and_what_is_kept_does_not_grow() -> None:
@@ -406,13 +411,7 @@ def test_advice_follows_the_settings() -> None:
         (ppo_history({"completions/finished": lambda t: 0.8}), "ends", ["80% of responses"]),
         (dpo_history(accuracy=1.0), "too-easy", ["first third", "look at them"]),
         (
-            columns(
-                **{
-                    "accuracy": lambda t: 0.97,
-                    "eval/accuracy": lambda t: 0.6,
-                    "margin": lambda t: 3,
-                }
-            ),
+            columns({"accuracy": lambda t: 0.97, "eval/accuracy": lambda t: 0.6}),
             "memorized",
             ["0.97", "0.6 on held-out"],
         ),
@@ -442,6 +441,7 @@ class Replay(Settings):
     steps: int
     seed: int = 0
     resume: bool = False
+    optimizer: OptimizerSettings = OptimizerSettings()
     run: RunSettings = RunSettings(checkpoint_every=0)
 
 
@@ -455,7 +455,7 @@ def replay(
     resume: bool = False,
 ) -> Run[None]:
     """A run that records the rows; it fails before the step `fail`."""
-    run = RunSettings(on_alarm=action, checkpoint_every=every)  # type: ignore[arg-type]
+    run = RunSettings(on_alarm=action, checkpoint_every=every)
     how = Replay(out=str(out), rows="x", steps=len(rows), resume=resume, run=run)
     with Run("replay", how, state=None) as going:
         going.start(how.steps)

@@ -2,12 +2,15 @@
 fetched, nothing failing on a torn folder. No browser.
 """
 
+import hashlib
 import json
 import math
+import os
 import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import yaml
 
 from fiducial import verbs
 from fiducial.report import numbers as fmt
+from fiducial.report import render
 from fiducial.report.answer import answer
 from fiducial.report.figures import PALETTE, change, figure, line, method_colour, says, smooth, thin
 from fiducial.report.folder import pair, read_run
@@ -34,7 +38,6 @@ def folder(
     config: dict[str, Any] | None = None,
 ) -> Path:
     path.mkdir(parents=True, exist_ok=True)
-    (path / "plotly.min.js").write_text("// stands in for four megabytes")
     for name, rows in (("metrics.jsonl", history), ("samples.jsonl", samples)):
         if rows is not None:
             (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -43,6 +46,15 @@ def folder(
     if config is not None:
         (path / "config.yaml").write_text(yaml.safe_dump(config))
     return path
+
+
+@pytest.fixture(autouse=True)
+def small_plotly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Something small in place of plotly's four megabytes."""
+    render.plotly_digest.cache_clear()
+    monkeypatch.setattr(render, "plotly_script", lambda: b"// stands in for four megabytes")
+    yield
+    render.plotly_digest.cache_clear()
 
 
 # ---- numbers
@@ -282,14 +294,34 @@ def test_nothing_is_fetched_and_only_our_script_runs(tmp_path: Path) -> None:
     check_that_nothing_is_fetched(page)
 
 
-def test_plotly_is_written_once(tmp_path: Path) -> None:
+def test_plotly_is_written_once_and_again_where_it_was_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = folder(tmp_path, ppo_history())
+    page, script = write_report(run), run / "plotly.min.js"
+    assert script.read_text() == "// stands in for four megabytes"
+    digest = hashlib.sha256(script.read_bytes()).hexdigest()
+    assert f'<script src="plotly.min.js" data-sha256="{digest}" defer>' in page.read_text()
+    os.utime(script, (0, 0))
     write_report(run)
-    assert (run / "plotly.min.js").read_text() == "// stands in for four megabytes"
-    (run / "plotly.min.js").unlink()
+    assert script.stat().st_mtime == 0
+    outside = tmp_path / "outside.js"
+    outside.write_text("mine")
+    for harm in (
+        lambda: script.write_text("fetch('http://example.org')"),
+        lambda: (script.unlink(), script.symlink_to(outside)),
+        lambda: (tmp_path / f".plotly.min.js.{os.getpid()}").symlink_to(outside),
+        script.unlink,
+    ):
+        harm()
+        write_report(run)
+        assert hashlib.sha256(script.read_bytes()).hexdigest() == digest
+        assert outside.read_text() == "mine" and not script.is_symlink()
+    monkeypatch.undo()
+    render.plotly_digest.cache_clear()
     write_report(run)
-    assert (run / "plotly.min.js").stat().st_size > 1_000_000
-    assert not list(run.glob(".*"))  # nothing half-written is left
+    assert script.stat().st_size > 1_000_000
+    assert not list(run.glob(".plotly*"))  # nothing half-written is left
 
 
 def test_missing_and_torn_files_are_said_not_fatal(tmp_path: Path) -> None:

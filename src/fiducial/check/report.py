@@ -14,7 +14,7 @@ from ..data.findings import Finding, Level
 from .view import LEGEND, paint
 
 _LEVELS: dict[Level, tuple[str, str]] = {
-    "error": ("red", "errors: the run would learn nothing"),
+    "error": ("red", "errors"),
     "warning": ("yellow", "warnings"),
     "note": ("dim", "notes"),
 }
@@ -86,7 +86,8 @@ class Report:
 
 
 def _verdict(report: Report) -> str:
-    counts = f"{len(report.of('error'))} errors, {len(report.of('warning'))} warnings"
+    errors, warnings = (len(report.of(level)) for level in ("error", "warning"))
+    counts = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
     if report.refused:
         return f"{report.verb} would refuse to start"
     if report.of("error"):

@@ -133,7 +133,8 @@ def chunks(records: Iterator[Record]) -> Iterator[list[Record] | InputError]:
         for record in records:
             held.append(record)
             size += _size(record)
-            if len(held) >= ROWS or size >= BYTES:
+            bad = isinstance(record.value, InputError)  # perhaps nothing after it is wanted
+            if bad or len(held) >= ROWS or size >= BYTES:
                 yield held
                 held, size = [], 0
     except InputError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,9 +21,8 @@ from .survey import Survey
 from .workers import rendered
 
 T = TypeVar("T")
-Told = Callable[[float, int], None]
-"""Is told again and again which share of a source has been read (from 0 to 1), and how many rows.
-"""
+Told = Callable[[float], None]
+"""Is told again and again which share of a source has been read, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -123,20 +123,21 @@ def _elements(
     keys: list[bytes] = []
     first_error = ""
     total = used = 0
-    for chunk in rendered(work, chunks(unparsed_records(source, gauge))):
-        if chunk.skipped:
-            if stop:
-                raise InputError(chunk.skipped[0].error)
-            _write_skipped(chunk.skipped, skipped, new=not first_error)
-            first_error = first_error or chunk.skipped[0].error
-        items.extend(chunk.items, chunk.item_lengths)
-        rows.extend(chunk.rows, chunk.row_lengths)
-        keys += chunk.keys
-        total += chunk.total
-        used += chunk.rendered
-        renderer.counts.update(chunk.seen)
-        if told is not None:
-            told(gauge.share(), total)
+    with closing(rendered(work, chunks(unparsed_records(source, gauge)))) as found:
+        for chunk in found:
+            if chunk.skipped:
+                if stop:
+                    raise InputError(chunk.skipped[0].error)
+                _write_skipped(chunk.skipped, skipped, new=not first_error)
+                first_error = first_error or chunk.skipped[0].error
+            items.extend(chunk.items, chunk.item_lengths)
+            rows.extend(chunk.rows, chunk.row_lengths)
+            keys += chunk.keys
+            total += chunk.total
+            used += chunk.rendered
+            renderer.counts.update(chunk.seen)
+            if told is not None:
+                told(gauge.share())
     if not total:
         raise InputError(f"{source}:1: {EMPTY}")
     if not items:

@@ -24,9 +24,9 @@ class Packed(Sequence[T], Generic[T]):
     """
 
     def __init__(self, objects: Iterable[T] = ()) -> None:
+        self._file: Any = None
         self._ends = array("q", [0])
         self._tail = bytearray()
-        self._file: Any = None
         self._in_file = 0
         for item in objects:
             blob = pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
@@ -60,6 +60,10 @@ class Packed(Sequence[T], Generic[T]):
             ) from error
         self._in_file += len(self._tail)
         self._tail.clear()
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def __len__(self) -> int:
         return len(self._ends) - 1

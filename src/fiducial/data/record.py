@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,14 +74,16 @@ class Gauge:
     """How much of a source has been read, for a progress bar."""
 
     def __init__(self) -> None:
-        self.file: Any = None
-        self.size = 0
+        self._size = 0
+        self._position: Callable[[], int] = lambda: 0
+
+    def follow(self, size: int, position: Callable[[], int]) -> None:
+        """What is read has this size, in bytes or rows, and `position` says how far it is."""
+        self._size, self._position = size, position
 
     def share(self) -> float:
         """From 0 to 1; 0 where it is not known."""
-        if not self.size:
-            return 0.0
-        return 1.0 if self.file.closed else min(1.0, self.file.tell() / self.size)
+        return min(1.0, self._position() / self._size) if self._size else 0.0
 
 
 class _Unpacked(io.RawIOBase):
@@ -120,7 +122,8 @@ def open_bytes(path: Path, source: str, gauge: Gauge | None = None) -> Iterator[
     try:
         with path.open("rb") as file:
             if gauge is not None:
-                gauge.file, gauge.size = file, path.stat().st_size
+                size = path.stat().st_size
+                gauge.follow(size, lambda: size if file.closed else file.tell())
             if path.suffix.lower() == ".gz":
                 yield cast(BinaryIO, io.BufferedReader(_Unpacked(file, source), 1 << 16))
             else:

@@ -118,7 +118,7 @@ def parquet_records(path: Path, source: str, gauge: Gauge) -> Iterator[Record]:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    with open_bytes(path, source, gauge) as opened, tempfile.TemporaryFile() as unpacked:
+    with open_bytes(path, source) as opened, tempfile.TemporaryFile() as unpacked:
         file: BinaryIO = opened
         if path.suffix.lower() == ".gz":
             shutil.copyfileobj(opened, unpacked)  # reading Parquet begins at its end
@@ -132,6 +132,7 @@ def parquet_records(path: Path, source: str, gauge: Gauge) -> Iterator[Record]:
                     f"{source}: key {shown(twice[0])} names two columns; rename one of them"
                 )
             number = 0
+            gauge.follow(table.metadata.num_rows, lambda: number)
             for group in range(table.num_row_groups):
                 # a cell that many rows share is stored once, and a batch holds it for each row
                 size = table.metadata.row_group(group).total_byte_size
@@ -164,7 +165,7 @@ def _parquet_record(where: str, row: Any, large: bool) -> Record:
         )
 
 
-def hub_records(name: str, split: str, source: str) -> Iterator[Record]:
+def hub_records(name: str, split: str, source: str, gauge: Gauge) -> Iterator[Record]:
     """One record per row of a dataset's split.
 
     Raises:
@@ -173,7 +174,7 @@ def hub_records(name: str, split: str, source: str) -> Iterator[Record]:
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(name, split=split)
+        dataset = load_dataset(name, split=split, trust_remote_code=False)
     # A download, a cache or a repository can raise anything, and the remedies are always the same.
     except Exception as error:
         reason = shown(str(error).strip().split("\n")[0].rstrip("."), quote=False, limit=300)
@@ -182,5 +183,7 @@ def hub_records(name: str, split: str, source: str) -> Iterator[Record]:
             f"be loaded ({type(error).__name__}: {reason}); check the name and the network, or "
             f"give a file{'' if '/' in source else nearest_file(Path(source))}"
         ) from error
+    number = 0
+    gauge.follow(len(dataset), lambda: number)
     for number, record in enumerate(dataset, 1):
         yield Record(f"{source}:row {number}", record)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import IO, Any
 
 from ..errors import InputError, RunError
@@ -28,6 +28,7 @@ from .record import Record
 
 FEW = 16_000
 """Rows that are rendered here before other processes are started, which takes about a second."""
+READY = b"ready"
 MOST = 16
 """Processes; more of them would wait for this one, which reads the source."""
 
@@ -41,7 +42,7 @@ def processors() -> int:
 
 def rendered(
     work: Work, chunks: Iterator[list[Record] | InputError], count: int | None = None
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """What becomes of the chunks, in their order.
 
     Args:
@@ -61,11 +62,14 @@ def rendered(
         rows += len(chunk)
         if rows >= FEW and count > 1:
             break
+    else:
+        return
+    workers = _started(work, count)
     try:
-        message = pickle.dumps(work, pickle.HIGHEST_PROTOCOL) if rows >= FEW and count > 1 else b""
-    except Exception:  # a tokenizer or a function that cannot be sent
-        message = b""
-    yield from _shared(message, chunks, count) if message else _alone(work, chunks)
+        yield from _shared(workers, chunks) if workers else _alone(work, chunks)
+    finally:
+        for worker in workers:
+            worker.end()
 
 
 def _alone(work: Work, chunks: Iterator[list[Record] | InputError]) -> Iterator[Chunk]:
@@ -75,39 +79,52 @@ def _alone(work: Work, chunks: Iterator[list[Record] | InputError]) -> Iterator[
         yield work.chunk(chunk)
 
 
-def _shared(
-    work: bytes, chunks: Iterator[list[Record] | InputError], count: int
-) -> Iterator[Chunk]:
-    workers = [_Worker(work) for _ in range(count)]
+def _started(work: Work, count: int) -> list[_Worker]:
+    """Processes that know the work, or none: a tokenizer or a function that stands in the user's
+    script is not known elsewhere.
+    """
+    try:
+        message = pickle.dumps(work, pickle.HIGHEST_PROTOCOL)
+    except Exception:
+        return []
+    workers, knowing = [_Worker() for _ in range(count)], 0
+    try:
+        for worker in workers:
+            worker.write(message)
+        knowing = sum(worker.ready() for worker in workers)
+    finally:
+        if knowing < count:
+            for worker in workers:
+                worker.end()
+    return workers if knowing == count else []
+
+
+def _shared(workers: list[_Worker], chunks: Iterator[list[Record] | InputError]) -> Iterator[Chunk]:
     busy: deque[_Worker] = deque()
     fault: InputError | None = None
-    try:
-        for chunk in chunks:
-            if isinstance(chunk, InputError):
-                fault = chunk
-                break
-            # a worker is sent a chunk only after its last result was read: neither waits for ever
-            # for the other to read
-            if len(busy) == count:
-                worker = busy.popleft()
-                yield worker.result()
-            else:
-                worker = workers[len(busy)]
-            worker.send(chunk)
-            busy.append(worker)
-        for worker in busy:
+    for chunk in chunks:
+        if isinstance(chunk, InputError):
+            fault = chunk
+            break
+        # a worker is sent a chunk only after its last result was read: neither waits for ever
+        # for the other to read
+        if len(busy) == len(workers):
+            worker = busy.popleft()
             yield worker.result()
-        if fault is not None:
-            raise fault
-    finally:
-        for worker in workers:
-            worker.end()
+        else:
+            worker = workers[len(busy)]
+        worker.send(chunk)
+        busy.append(worker)
+    for worker in busy:
+        yield worker.result()
+    if fault is not None:
+        raise fault
 
 
 class _Worker:
     """One of the processes."""
 
-    def __init__(self, work: bytes) -> None:
+    def __init__(self) -> None:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import serve; serve()"],
@@ -117,10 +134,16 @@ class _Worker:
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._input, self._output = self._process.stdin, self._process.stdout
-        self._write(work)
+
+    def ready(self) -> bool:
+        """Whether it knows the work."""
+        message = _read(self._output)
+        if message is None:
+            raise self._ended()
+        return message == READY
 
     def send(self, chunk: list[Record]) -> None:
-        self._write(pickle.dumps(chunk, pickle.HIGHEST_PROTOCOL))
+        self.write(pickle.dumps(chunk, pickle.HIGHEST_PROTOCOL))
 
     def result(self) -> Chunk:
         message = _read(self._output)
@@ -139,7 +162,12 @@ class _Worker:
             with contextlib.suppress(OSError):
                 pipe.close()
 
-    def _write(self, message: bytes) -> None:
+    def write(self, message: bytes) -> None:
+        """Send bytes.
+
+        Raises:
+            RunError: it has ended.
+        """
         try:
             _write(self._input, message)
         except OSError as error:
@@ -157,11 +185,13 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed here does not get among the results
-    first = _read(source)
-    work: Any = None
-    while first is not None and (message := _read(source)) is not None:
+    try:
+        work: Any = pickle.loads(_read(source) or b"")
+        _write(sink, READY)
+    except Exception:
+        _write(sink, b"")
+    while (message := _read(source)) is not None:
         try:
-            work = work or pickle.loads(first)
             found: Chunk | str = work.chunk(pickle.loads(message))
         except Exception:
             found = traceback.format_exc()

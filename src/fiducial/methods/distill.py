@@ -172,7 +172,8 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
         InputError: a row or a model cannot be used, or the vocabularies differ.
     """
     check_names(settings)
-    renderer = load_renderer(settings.model, settings.rows)
+    trust = settings.trust_remote_code
+    renderer = load_renderer(settings.model, settings.rows, trust=trust)
     rows = RowFormat[list[int]](
         (PromptRow,),
         partial(_prompts, max_new_tokens=settings.max_new_tokens),
@@ -184,11 +185,17 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
         settings.data, settings.rows, rows, renderer, settings.seed, survey=survey
     )
     findings = judged(survey)
-    policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
-    policy = policy.to(processes.device)
+    policy = load_policy(
+        settings.model, settings.lora, settings.run, renderer.tokenizer, trust=trust
+    ).to(processes.device)
     same_ends(plain(policy.lm), renderer)
     teacher = load_teacher(
-        settings.teacher, policy, renderer.tokenizer, renderer.max_length, settings.run
+        settings.teacher,
+        policy,
+        renderer.tokenizer,
+        renderer.max_length,
+        settings.run,
+        trust=trust,
     )
     roles = Roles(policy=policy, teacher=teacher.to(processes.device))
     params = sampling_params(renderer, settings.max_new_tokens, settings.temperature, settings.stop)

@@ -200,9 +200,10 @@ def prepare_offline(
         InputError: a row or a model cannot be used.
     """
     check_names(settings)
-    renderer = load_renderer(settings.model, settings.rows)
+    trust = settings.trust_remote_code
+    renderer = load_renderer(settings.model, settings.rows, trust=trust)
     survey = Survey(renderer)
-    with reading(f"{settings.data}: rows", show=processes.main) as told:
+    with reading(f"reading {settings.data}", show=processes.main) as told:
         train, held_out, note = read(
             settings.data, settings.rows, rows, renderer, settings.seed, skipped, told, survey
         )
@@ -215,10 +216,13 @@ def prepare_offline(
             head="normal",
             tokenizer=renderer.tokenizer,
             seed=settings.seed,
+            trust=trust,
         )
         roles = Roles(scorer=model)
     else:
-        policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
+        policy = load_policy(
+            settings.model, settings.lora, settings.run, renderer.tokenizer, trust=trust
+        )
         same_ends(plain(policy.lm), renderer)
         limit = context(plain(policy.lm).config)
         if (asked := getattr(settings, "max_new_tokens", 0)) > max(limit, USUAL_TOKENS):
@@ -259,7 +263,8 @@ def prepare_online(
     check_names(settings)
     if rewards is None:
         check_rewards(settings.reward, settings.reward_weights)
-    renderer = load_renderer(settings.model, settings.rows)
+    trust = settings.trust_remote_code
+    renderer = load_renderer(settings.model, settings.rows, trust=trust)
     prompts, rows, note = read_prompts(settings.data, settings, renderer)
     survey = Survey(renderer)
     survey.look(rows, prompts)
@@ -267,7 +272,12 @@ def prepare_online(
     loaded = None
     if rewards is None:
         loaded = load_rewards(
-            settings.reward, settings.reward_weights, settings.run, processes, settings.worker
+            settings.reward,
+            settings.reward_weights,
+            settings.run,
+            processes,
+            settings.worker,
+            trust=trust,
         )
         rewards = loaded
     rewards.check_rows(rows)
@@ -281,6 +291,7 @@ def prepare_online(
         critic=start,
         reference=reference,
         seed=settings.seed,
+        trust=trust,
     )
     same_ends(plain(roles.policy.lm), renderer)
     params = sampling_params(renderer, settings.max_new_tokens, settings.temperature, settings.stop)

@@ -115,6 +115,11 @@ class FunctionApart:
             raise InputError(
                 f"{self.flag}: {self.name} cannot be loaded: its file {stopped.sentence(None)}"
             ) from None
+        except OSError as error:
+            raise InputError(
+                f"{self.flag}: no process can be started for {self.name} ({error.strerror}): end "
+                "some, or give --worker.in-process"
+            ) from error
         if "failed" in reply:
             worker.close()
             raise InputError(reply["failed"])

@@ -35,7 +35,12 @@ class Judge:
 
     @staticmethod
     def open(
-        name: str, run: RunSettings, processes: Processes, worker: WorkerSettings | None = None
+        name: str,
+        run: RunSettings,
+        processes: Processes,
+        worker: WorkerSettings | None = None,
+        *,
+        trust: bool = False,
     ) -> Judge:
         """A judge by its name on the command line.
 
@@ -46,7 +51,7 @@ class Judge:
             InputError: the name leads nowhere, or a function that compares needs more than it is
                 given.
         """
-        scorer = load_any(name, run, processes, "--judge", worker=worker)
+        scorer = load_any(name, run, processes, "--judge", worker=worker, trust=trust)
         if not isinstance(scorer, FunctionReward) or not scorer.compares:
             return Judge(name, scorer=scorer)
         if more := [n for n in scorer.takes.required if n not in COMPARED]:

@@ -127,6 +127,8 @@ def load_rewards(
     run: RunSettings,
     processes: Processes,
     worker: WorkerSettings | None = None,
+    *,
+    trust: bool = False,
 ) -> Rewards:
     """All scorers of --reward, with the weights of --reward-weights.
 
@@ -138,7 +140,9 @@ def load_rewards(
             not the number of rewards.
     """
     check_names(names, weights)
-    parts = [load_reward(n, run, processes, training=True, worker=worker) for n in names]
+    parts = [
+        load_reward(n, run, processes, training=True, worker=worker, trust=trust) for n in names
+    ]
     models = [p for p in parts if isinstance(p, ModelReward)]
     return Rewards(list(parts), [1.0] * len(names) if weights is None else list(weights), models)
 
@@ -171,12 +175,14 @@ def load_reward(
     *,
     training: bool = False,
     worker: WorkerSettings | None = None,
+    trust: bool = False,
 ) -> FunctionReward | ModelReward | ProcessReward:
     """One scorer by its name.
 
     Args:
         flag: the setting that messages name.
         training: whether functions are offered what only exists in training.
+        trust: whether Python code of a model's folder may run.
         aggregate: how a process reward model makes one score of those of the steps, where it is not
             as its folder says.
         worker: where a function of a Python file runs; None: as by default.
@@ -185,7 +191,7 @@ def load_reward(
         InputError: the name leads nowhere, the function compares two responses instead of scoring
             each, or `aggregate` is given for something other than a process reward model.
     """
-    scorer = load_any(name, run, processes, flag, training=training, worker=worker)
+    scorer = load_any(name, run, processes, flag, training=training, worker=worker, trust=trust)
     if isinstance(scorer, FunctionReward) and scorer.compares:
         raise InputError(
             f"{flag}: {name} compares two responses where each needs a score: give a function with "
@@ -221,6 +227,7 @@ def load_any(
     *,
     training: bool = False,
     worker: WorkerSettings | None = None,
+    trust: bool = False,
 ) -> FunctionReward | ModelReward | ProcessReward:
     """What a name leads to, whether it scores responses or compares two.
 
@@ -239,9 +246,9 @@ def load_any(
         if name in VERIFIABLE:
             return FunctionReward(name, VERIFIABLE[name], processes, flag=flag)
         _check_folder(name, flag)
-    model = load_scorer(name, LoraSettings(), run, head="saved", flag=flag)
+    model = load_scorer(name, LoraSettings(), run, head="saved", flag=flag, trust=trust)
     model = model.requires_grad_(False).to(processes.device)
-    renderer = load_renderer(name, RowSettings(), flag=flag)
+    renderer = load_renderer(name, RowSettings(), flag=flag, trust=trust)
     kind = ProcessReward if model.facts.steps else ModelReward
     return kind(name, model, renderer, run.tokens, processes)
 

@@ -32,7 +32,8 @@ BEGINNING = 60.0
 REPLY = 1 << 30
 """Bytes of a reply, far more than scores and columns need; more is no reply."""
 MAIN = "from fiducial.rewards.keeper import main; main(*a)"
-START = f"import sys, json; a = json.loads(sys.argv.pop()); sys.path[:] = a.pop(); {MAIN}"
+START = f"import sys; a = eval(sys.argv.pop()); sys.path[:] = a.pop(); {MAIN}"
+"""Nothing is imported before the path is set: the folder may hold a file json.py."""
 _FRAME = re.compile(r'^  File "(.*)", line (\d+)', re.MULTILINE)
 
 
@@ -84,8 +85,11 @@ class Stopped(Exception):
 
     def _place(self, file: str | None) -> str:
         """The deepest line of the function's file, of the frames that were written at the end."""
-        lines = [n for name, n in _FRAME.findall(self.trace) if name == file]
-        return f" ({Path(str(file)).name}:{lines[0]})" if lines else ""
+        if file is None:
+            return ""
+        written = file.encode("ascii", "backslashreplace").decode()
+        lines = [n for name, n in _FRAME.findall(self.trace) if name == written]
+        return f" ({Path(file).name}:{lines[0]})" if lines else ""
 
 
 class Worker:
@@ -112,7 +116,7 @@ class Worker:
         path = [p for p in sys.path if isinstance(p, str)]
         words = [*fds, min(self.limit, 2.0**62), path]
         keeper = subprocess.Popen(
-            [sys.executable, "-c", START, json.dumps(words)],
+            [sys.executable, "-c", START, ascii(words)],
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=printed,
@@ -167,7 +171,7 @@ class Worker:
             Stopped: there is none, and the worker is gone.
         """
         # a second wait behind that for another function: what has come by then is read
-        until = max(self._until, time.monotonic() + 0.5)
+        until = max(self._until, time.monotonic() + 0.1)
         late = False
         try:
             while (frame := receive(self._channel, until, REPLY)) is not None:

@@ -104,6 +104,7 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes the file completely or not at all."""
     aside = path.with_name(path.name + ".aside")
+    aside.unlink(missing_ok=True)  # whatever a link there leads to is not written to
     aside.write_bytes(data)
     _sync(aside)
     os.replace(aside, path)

@@ -34,6 +34,21 @@ def open_folder(out: str | None, default: str, resume: bool) -> Path:
     return path
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuse a run folder in which a link leads out of it, where the run would write.
+
+    Raises:
+        InputError: names the link.
+    """
+    home = folder.resolve()
+    for path in [*folder.iterdir(), *folder.glob("checkpoints/*")]:
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise InputError(
+                f"--resume: {path} is a link to {path.resolve()}, out of the run folder, and the "
+                "run would write there: put what it leads to in its place"
+            )
+
+
 def make_folder(path: Path) -> None:
     """The folder that --out names, with those above it.
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,10 @@ def inputs(settings: dict[str, Any]) -> dict[str, Any]:
         "sha256"}} for every other setting that names a local file or folder. The SHA-256 of a name
         that is not on this disk is None.
     """
-    named = {flag: (s, path) for flag, s in _named(settings) if (path := _local(s)) is not None}
     name = str(settings.get("model", ""))
+    given = [("--model", name), *_named(settings)]
+    every = dict(_with_bases(given)).items()
+    named = {f: (s, path) for f, s in every if f != "--model" and (path := _local(s)) is not None}
     found = _local(name)
     paths = [path for _, path in named.values()] + ([found] if found else [])
     total = sum(f.stat().st_size for path in paths for f in _files(path))
@@ -104,6 +106,15 @@ def _flat(found: dict[str, Any]) -> dict[str, tuple[str, str | None]]:
     }
 
 
+def hashes(names: Mapping[str, str | None]) -> dict[str, str | None]:
+    """SHA-256 by flag of the local files and folders that settings name, and of the base models of
+    adapters among them; None for what is on the Hub or has a name of its own.
+    """
+    given = [(flag, name) for flag, name in names.items() if name is not None]
+    found = {flag: _local(name) for flag, name in _with_bases(given)}
+    return {flag: None if path is None else sha256(path) for flag, path in found.items()}
+
+
 def _short(value: str | None) -> str:
     return "none" if value is None else f"{value[:12]}..."
 
@@ -148,9 +159,14 @@ def _named(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
     rewards = settings.get("reward") or []
     for number, value in enumerate(rewards, start=1):
         yield "--reward" if len(rewards) == 1 else f"--reward {number}", str(value)
-    for name in MODELS:
-        if base := _base_of(Path(str(settings.get(name) or ""))):
-            yield f"the base model of --{name}", base
+
+
+def _with_bases(named: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """The same flags and values, and the base models of those that are adapters."""
+    for flag, name in named:
+        yield flag, name
+        if base := _base_of(Path(name)):
+            yield f"the base model of {flag}", base
 
 
 def _base_of(folder: Path) -> str | None:
@@ -158,7 +174,7 @@ def _base_of(folder: Path) -> str | None:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = config["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return base if isinstance(base, str) else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import load
 from torch import nn
 
 from ..errors import InputError, RunError
@@ -152,8 +154,33 @@ def restore(run_folder: Path, run: Processes) -> dict[str, Any] | None:
         if run.main:
             say(f"{run_folder} has no checkpoint yet: starting from the beginning")
         return None
-    run.accelerator.load_state(str(good))
+    load_state(good, run)
     counters: dict[str, Any] = json.loads((good / checkpoint.COUNTERS).read_text())
     if run.main:
         say(f"resumed from {good}")
     return counters
+
+
+def load_state(folder: Path, run: Processes) -> None:
+    """Load what `Accelerator.save_state` wrote: modules, optimizers and random states. Of the
+    pickles among these files only tensors and plain values are read, so no file can run code.
+
+    Raises:
+        InputError: a file holds something else, or a random state cannot be restored.
+    """
+    states = folder / f"random_states_{run.index}.pkl"
+    try:
+        run.accelerator.load_state(str(folder))
+        # Accelerate passes over random states that it cannot load
+        known = load(states) if states.exists() else None  # more processes than there were
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"--resume: a file of {folder} holds something other than tensors and plain values, "
+            f"and reading it could run code ({str(error).split(chr(10))[0][:120]}): remove this "
+            "checkpoint if you do not know where it comes from"
+        ) from error
+    if known is not None and not torch.equal(known["torch_manual_seed"], torch.get_rng_state()):
+        raise InputError(
+            f"--resume: the random state in {states} cannot be restored: remove this checkpoint, "
+            "and the one before it is used"
+        )

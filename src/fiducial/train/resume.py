@@ -9,8 +9,9 @@ import yaml
 
 from ..errors import InputError
 from .checkpoint import write_text
+from .folders import refuse_links
 
-FREE = {"steps", "epochs", "resume", "out", "run", "worker"}
+FREE = {"steps", "epochs", "resume", "out", "run", "worker", "trust_remote_code"}
 """Settings that may differ when a run is resumed, because no result depends on them. The exception
 is `run.precision`, which may not differ.
 """
@@ -25,8 +26,8 @@ def changed_settings(folder: Path, method: str, config: str) -> dict[str, Any]:
         config: the present settings, as text of a config.yaml.
 
     Raises:
-        InputError: the folder holds no run or a run of another method, or settings differ that may
-            not.
+        InputError: the folder holds no run or a run of another method, settings differ that may
+            not, or a link leads out of the folder.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -43,6 +44,7 @@ def changed_settings(folder: Path, method: str, config: str) -> dict[str, Any]:
     now = yaml.safe_load(config)
     if before.get("method") != method:
         raise InputError(f"--resume: {folder} is a run of {before.get('method')}, not of {method}")
+    refuse_links(folder)
     differ = [k for k in now if before.get(k) != now[k]]
     fixed = [k for k in differ if k not in FREE]
     if before.get("run", {}).get("precision") != now["run"]["precision"]:

@@ -20,11 +20,16 @@ class Stopping:
     different signals are one wish.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        """`say` is told what happens next."""
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        after: str = "this step",
+        lost: str = "what came after the last checkpoint",
+    ) -> None:
+        """`say` is told what happens next: what ends first, and what a second signal loses."""
         self.wanted = False
         self.at_once = False
-        self._say, self._seen = say, set[int]()
+        self._say, self._after, self._lost, self._seen = say, after, lost, set[int]()
         self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> Stopping:
@@ -48,6 +53,6 @@ class Stopping:
         if not self.wanted:
             self.wanted = True
             self._say(
-                "stopping after this step; the same signal (Ctrl-C) again stops at once and loses "
-                "what came after the last checkpoint"
+                f"stopping after {self._after}; the same signal (Ctrl-C) again stops at once and "
+                f"loses {self._lost}"
             )

@@ -49,12 +49,17 @@ def evaluate(settings: Evaluate) -> dict[str, Estimate]:
         settings.temperature,
         processes,
         settings.worker,
+        trust=settings.trust_remote_code,
     )
-    judge = (
-        Judge.open(settings.judge, RunSettings(), processes, settings.worker)
-        if settings.judge
-        else None
-    )
+    judge = None
+    if settings.judge:
+        judge = Judge.open(
+            settings.judge,
+            RunSettings(),
+            processes,
+            settings.worker,
+            trust=settings.trust_remote_code,
+        )
     model = _open(settings.model, "--model", settings, processes)
     if best is not None:
         best.scorer.check_rows(model.rows)
@@ -151,9 +156,14 @@ def divergence(
     The estimator is k1.
     """
     tokenizer, processes = model.renderer.tokenizer, model.processes
-    other = load_policy(reference, LoraSettings(), RunSettings(), tokenizer, flag="--reference").to(
-        processes.device
-    )
+    other = load_policy(
+        reference,
+        LoraSettings(),
+        RunSettings(),
+        tokenizer,
+        flag="--reference",
+        trust=settings.trust_remote_code,
+    ).to(processes.device)
     per_response: list[float] = []
     tokens = 0
     for block in responses:
@@ -203,6 +213,7 @@ def _open(name: str, flag: str, settings: Evaluate, processes: Processes) -> Mod
         processes,
         max_new_tokens=settings.max_new_tokens,
         flag=flag,
+        trust=settings.trust_remote_code,
     )
 
 

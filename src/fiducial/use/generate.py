@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 from ..rewards.types import Responses
 from ..rollout.sampling import sampling_params
-from ..train.folders import new_file
 from ..train.processes import Processes
 from ..train.progress import say
 from .answering import Model
 from .best_of import BestOf
+from .output import Output, read_from
 from .settings import Generate
 
 
@@ -27,9 +25,14 @@ def generate(settings: Generate) -> int:
 
     Raises:
         InputError: a row, the scorer or the model cannot be used.
+        RunError: the scorer failed, the file cannot be written, or a signal asked to stop.
     """
     processes = Processes()
-    out = new_file(settings.out) if settings.out else None
+    with Output("generate", settings, processes, suffix="") as output:
+        return _generate(settings, processes, output)
+
+
+def _generate(settings: Generate, processes: Processes, output: Output) -> int:
     best = BestOf.open(
         settings.best_of,
         settings.score,
@@ -37,6 +40,7 @@ def generate(settings: Generate) -> int:
         settings.temperature,
         processes,
         settings.worker,
+        trust=settings.trust_remote_code,
     )
     model = Model.open(
         settings.model,
@@ -44,30 +48,32 @@ def generate(settings: Generate) -> int:
         settings.rows,
         processes,
         max_new_tokens=settings.max_new_tokens,
+        trust=settings.trust_remote_code,
     )
     if best is not None:
         best.scorer.check_rows(model.rows)
+        for block in output.added:
+            best.recall(block)
     params = sampling_params(
         model.renderer, settings.max_new_tokens, settings.temperature, settings.stop
     )
-    if out is not None and processes.main:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    count, samples = 0, settings.samples * (best.n if best else 1)
-    for numbers, responses in model.answer(samples, params, seed=settings.seed, title="generate"):
+    count, samples = output.counts.get("rows", 0), settings.samples * (best.n if best else 1)
+    output.begin(model, read_from(settings) | {"--score": settings.score})
+    for numbers, responses in model.answer(
+        samples, params, seed=settings.seed, title="generate", start=output.prompts
+    ):
+        scored = None
         if best is not None:
+            drawn, kept = len(best.drawn), len(best.kept)
             _, responses = best.keep(numbers, responses)
+            scored = best.since(drawn, kept)
         rows = as_rows(responses, best)
-        if out is not None:
+        if output.path is not None:
             rows = [row | ids for row, ids in zip(rows, responses.token_ids(), strict=True)]
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        count += len(lines)
-        if processes.main and out is None:
-            print("\n".join(lines), file=sys.stdout)
-        elif processes.main and out is not None:
-            with open(out, "a", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in lines)
-    if out is not None and processes.main:
-        say(f"generate: {count:,} responses in {out}")
+        count += len(rows)
+        output.add(rows, numbers[-1] + 1, {"rows": count}, scored)
+    if output.path is not None and processes.main:
+        say(f"generate: {count:,} responses in {output.path}")
     if best is not None and processes.main:
         say(f"generate: {best.summary()}")
     return count

@@ -47,6 +47,12 @@ class Collect(Settings):
     """Tokens that end a response, in addition to the model's own ends."""
     seed: Seed = 0
     """Random seed for sampling."""
+    resume: bool = False
+    """Go on with the unfinished file that --out names, after the last block that was written."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
+    """
     rows: RowSettings = RowSettings()
     worker: WorkerSettings = WorkerSettings()
 
@@ -88,6 +94,12 @@ class LabelSteps(Settings):
     """Tokens that end a solution, in addition to the model's own ends."""
     seed: Seed = 0
     """Random seed for sampling."""
+    resume: bool = False
+    """Go on with the unfinished file that --out names, after the last block that was written."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
+    """
     rows: RowSettings = RowSettings()
     worker: WorkerSettings = WorkerSettings()
 
@@ -135,6 +147,12 @@ class Generate(Settings):
     """Tokens that end a response, in addition to the model's own ends."""
     seed: Seed = 0
     """Random seed for sampling."""
+    resume: bool = False
+    """Go on with the unfinished file that --out names, after the last block that was written."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
+    """
     rows: RowSettings = RowSettings()
     worker: WorkerSettings = WorkerSettings()
 
@@ -180,5 +198,9 @@ class Evaluate(Settings):
     """Tokens that end a response, in addition to the model's own ends."""
     seed: Seed = 0
     """Random seed for sampling."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
+    """
     rows: RowSettings = RowSettings()
     worker: WorkerSettings = WorkerSettings()

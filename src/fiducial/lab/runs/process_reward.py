@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...methods.prm import prm
 from ...methods.settings.prm import PRM
+from ...names import progress_file
 from ...settings import RowSettings, RunSettings
 from ...use.generate import generate
 from ...use.settings import Generate
@@ -27,7 +28,7 @@ def teach_steps(world: World, start: Path, out: Path, seed: int) -> Path:
     model, drawn, rows = out / "run" / "model", out / "drawn.jsonl", out / "outcomes.jsonl"
     if model.exists():
         return model
-    for old in (drawn, rows):
+    for old in (drawn, progress_file(drawn), rows):
         old.unlink(missing_ok=True)
     shutil.rmtree(out / "run", ignore_errors=True)
     write_rows(

@@ -110,6 +110,10 @@ class PPO(Settings):
     """Random seed for the order of the prompts and for sampling."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
+    """
     kl: KLSettings = KLSettings()
     critic: CriticSettings = CriticSettings()
     score: ScoreSettings = ScoreSettings()

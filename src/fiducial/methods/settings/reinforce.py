@@ -72,6 +72,10 @@ class Reinforce(Settings):
     """Random seed for the order of the prompts and for sampling."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
+    """
     kl: KLSettings = KLSettings()
     score: ScoreSettings = ScoreSettings()
     worker: WorkerSettings = WorkerSettings()
