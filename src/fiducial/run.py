@@ -29,7 +29,7 @@ from .train.lock import Lock
 from .train.meter import Meter
 from .train.processes import Processes
 from .train.progress import Progress, say
-from .train.resume import changed_settings
+from .train.resume import changed_settings, settled
 from .train.stopping import Stopping
 
 S = TypeVar("S")
@@ -89,6 +89,7 @@ class Run(Generic[S]):
     def __enter__(self) -> Run[S]:
         config = self.path / "config.yaml"
         if self.settings.resume:
+            self.settings = settled(self.settings, self.processes, config)
             self._changed = changed_settings(
                 self.path, self.method, dump_yaml(self.settings, self.method)
             )
@@ -163,6 +164,7 @@ class Run(Generic[S]):
         begin to count time.
         """
         self.total = total
+        self.settings = settled(self.settings, self.processes, self.path / "config.yaml")
         if self.main:
             self._inputs = inputs(self.settings.model_dump(mode="json"))
         if self.settings.resume:

@@ -36,6 +36,7 @@ from ..data.prepare import text_of
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..models.load import load_policy, load_teacher
+from ..models.memory import Models
 from ..models.roles import Roles, TokenOutputs
 from ..models.save import save
 from ..models.trunk import plain
@@ -51,10 +52,12 @@ from ..rollout.sampling import (
 )
 from ..rollout.trajectory import Trajectory
 from ..run import Run
+from ..train import machine
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from ..train.renderer import load_renderer, same_ends
 from ..train.step import Stepper
+from . import memory
 from .settings.distill import Distill
 from .setup import check_names, notes
 
@@ -64,6 +67,7 @@ class Ready:
     """What the loop needs: token ids of prompts to train on and held out, roles, a sampler."""
 
     renderer: Renderer
+    needs: memory.Needs
     train: Elements[list[int]]
     held_out: Elements[list[int]]
     roles: Roles
@@ -179,6 +183,10 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
         (PromptRow,), render, lambda row: text_of(row.prompt), lambda ids: [ids]
     )
     train, held_out, note = read(settings.data, settings.rows, rows, renderer, settings.seed)
+    models = Models(settings.model, teacher=settings.teacher, exact=settings.estimator == "exact")
+    held = machine.resident_memory(processes.device)
+    needs = memory.online(settings, processes, models, train.items, held)
+    needs.settle()
     policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
     policy = policy.to(processes.device)
     same_ends(plain(policy.lm), renderer)
@@ -190,7 +198,7 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
     names = {"model": settings.model, "teacher": settings.teacher}
     prompts = train.items + held_out.items
     sampler, checked = check_online(roles, prompts, params, sampler, names)
-    return Ready(renderer, train, held_out, roles, sampler, params, notes(note, checked))
+    return Ready(renderer, needs, train, held_out, roles, sampler, params, notes(note, checked))
 
 
 def announce(ready: Ready, settings: Distill, run: Run[None]) -> None:

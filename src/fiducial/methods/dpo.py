@@ -33,6 +33,7 @@ from ..models.save import save
 from ..rollout.samples import show_samples
 from ..rollout.sampling import sampling_params
 from ..run import Run
+from ..settings import Tokens
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from ..train.reference_cache import cached, fingerprint
@@ -135,6 +136,7 @@ def prepare(settings: DPO, processes: Processes, skipped: Path | None = None) ->
         render,
         lambda row: text_of(row.prompt),
         lambda pair: [pair.chosen.ids, pair.rejected.ids],
+        together=lambda pair: pair.costs(True)[0],
     )
     ready = prepare_offline(settings, processes, rows, skipped=skipped)
     policy = ready.roles.policy
@@ -213,7 +215,7 @@ def pair_logprobs(policy: Any, pairs: list[Pair], device: torch.device) -> tuple
     return chosen, rejected
 
 
-def reference_logprobs(policy: Policy, pairs: list[Pair], tokens: int, run: Run[None]) -> Tensor:
+def reference_logprobs(policy: Policy, pairs: list[Pair], tokens: Tokens, run: Run[None]) -> Tensor:
     """[pairs, 2] log-probabilities of the policy as it is now, from the disk if they are there."""
 
     def compute() -> Tensor:

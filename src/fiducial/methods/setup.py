@@ -21,6 +21,7 @@ from ..data.sources import records
 from ..errors import InputError, RunError
 from ..models.contract import check_roles
 from ..models.load import exists, load_policy, load_roles, load_scorer
+from ..models.memory import Models
 from ..models.roles import Roles
 from ..models.trunk import context, plain
 from ..rewards.load import check_names as check_rewards
@@ -38,8 +39,10 @@ from ..rollout.sampling import (
 )
 from ..rollout.trajectory import Trajectory
 from ..settings import LoraSettings, RowSettings, RunSettings, ScoreSettings
+from ..train import machine
 from ..train.processes import Processes
 from ..train.renderer import load_renderer, same_ends
+from . import memory
 from .critic import critic_start
 
 T = TypeVar("T")
@@ -116,10 +119,11 @@ class OnlineSettings(_Common, Protocol):
 class Prepared(Generic[T]):
     """What a method that learns from rows needs for its loop.
 
-    note: one sentence about rows that were skipped, or "".
+    needs: what the run's memory depends on. note: one sentence about rows that were skipped, or "".
     """
 
     renderer: Renderer
+    needs: memory.Needs
     train: Elements[T]
     held_out: Elements[T]
     roles: Roles
@@ -133,10 +137,11 @@ class PreparedOnline:
     """What a method that learns from its own samples needs for its loop.
 
     rows, prompts: the prompt rows, and their token ids. shown: number of prompts that are answered
-    before and after training. steps: iterations of the run.
+    before and after training. steps: iterations of the run. needs: what its memory depends on.
     """
 
     renderer: Renderer
+    needs: memory.Needs
     rows: list[PromptRow]
     prompts: list[list[int]]
     roles: Roles
@@ -226,6 +231,10 @@ def prepare_offline(
     train, held_out, note = read(
         settings.data, settings.rows, rows, renderer, settings.seed, skipped
     )
+    batches = Batches(len(train), settings.batch_size, settings.seed)
+    total = settings.steps or max(1, round(settings.epochs * batches.per_epoch))
+    needs = memory.offline(settings, processes, scorer, rows, train.items, batches, total)
+    needs.settle()
     if scorer:
         model = load_scorer(
             settings.model,
@@ -247,9 +256,7 @@ def prepare_offline(
         roles = Roles(policy=policy.to(processes.device))
     sequences = [ids for item in [*train.items, *held_out.items] for ids in rows.ids(item)]
     checked = check_roles(roles, sequences, max(map(len, sequences)), {"model": settings.model})
-    batches = Batches(len(train), settings.batch_size, settings.seed)
-    total = settings.steps or max(1, round(settings.epochs * batches.per_epoch))
-    return Prepared(renderer, train, held_out, roles, batches, total, notes(note, checked))
+    return Prepared(renderer, needs, train, held_out, roles, batches, total, notes(note, checked))
 
 
 def prepare_online(
@@ -278,12 +285,17 @@ def prepare_online(
         check_rewards(settings.reward, settings.reward_weights)
     renderer = load_renderer(settings.model, settings.rows)
     prompts, rows, note = read_prompts(settings.data, settings, renderer)
-    loaded = None
+    loaded, held = None, machine.resident_memory(processes.device)
     if rewards is None:
         loaded = load_rewards(settings.reward, settings.reward_weights, settings.run, processes)
         rewards = loaded
     rewards.check_rows(rows)
     start = None if critic is None else critic_start(critic, loaded, renderer, settings)
+    folder = None if start is None else start.folder
+    scorers = tuple(p.name for p in loaded.parts if hasattr(p, "scorer")) if loaded else ()
+    models = Models(settings.model, reference=reference, critic=folder, rewards=scorers)
+    needs = memory.online(settings, processes, models, prompts, held)
+    needs.settle()
     roles = load_roles(
         settings.model,
         settings.lora,
@@ -307,6 +319,7 @@ def prepare_online(
         note = "; ".join(filter(None, [note, NO_REFERENCE]))
     return PreparedOnline(
         renderer,
+        needs,
         rows,
         prompts,
         roles,

@@ -21,6 +21,7 @@ from ..models.save import save
 from ..rollout.samples import show_samples
 from ..rollout.sampling import sampling_params
 from ..run import Run
+from ..settings import Tokens
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from ..train.step import Stepper
@@ -101,7 +102,7 @@ def answers(ready: Prepared[Rendered], settings: SFT, run: Run[None]) -> list[di
     )
 
 
-def evaluate(policy: Policy, rows: list[Rendered], tokens: int, run: Run[None]) -> float:
+def evaluate(policy: Policy, rows: list[Rendered], tokens: Tokens, run: Run[None]) -> float:
     """Mean negative log-likelihood of the held-out labels, in nats per token."""
 
     def compute(chosen: list[int]) -> tuple[torch.Tensor, ...]:
