@@ -16,7 +16,7 @@ from ..models.load import SHARED, load_config
 from ..models.memory import Models, Plan, Sampling, Shape, Work, in_words
 from ..models.rehearsal import Rehearsal
 from ..models.trunk import text_config
-from ..rollout.local import LocalSampler
+from ..rollout.sampling import SIDE_BY_SIDE
 from ..settings import LoraSettings, RunSettings
 from ..train import machine
 from ..train.processes import Processes
@@ -293,7 +293,7 @@ def online(
     longest = sorted(map(len, prompts), reverse=True)
     lengths = [longest[(i // group) % len(longest)] + new for i in range(together)]
     mine = -(-responses // processes.count)
-    at_once = min(mine, max(1, LocalSampler.tokens // (longest[0] + new)))
+    at_once = min(mine, max(1, SIDE_BY_SIDE // (longest[0] + new)))
     updates = settings.steps * getattr(settings, "epochs", 1) * getattr(settings, "minibatches", 1)
     return Needs(
         settings.run,

@@ -59,7 +59,7 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(torch.cuda.memory_reserved(device) + free)
-    free = min(psutil.virtual_memory().available, _free_in_groups())
+    free = min(int(psutil.virtual_memory().available), _free_in_groups())
     return resident_memory(device) + free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
