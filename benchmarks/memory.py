@@ -66,7 +66,10 @@ def run(method: str, size: str, model: str, rank: int, folder: Path) -> tuple[in
     if method in ("ppo", "grpo"):
         words += f" --reward {__file__}:spread --max-new-tokens 64 --run.samples 2"
         words += " --epochs 1"
-    environment = os.environ | {"FIDUCIAL_CACHE": str(folder / "cache"), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | {
+        "FIDUCIAL_CACHE": str(folder / "cache"),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
     asked = [sys.executable, __file__, "--run", method, *words.split()]
     with open(folder / "output.txt", "w+", encoding="utf-8") as output:
         process = subprocess.Popen(asked, env=environment, stdout=output, stderr=output)
@@ -102,7 +105,7 @@ def spread(prompts: list[str], completions: list[str], **columns: Any) -> list[f
 def rows(folder: Path) -> None:
     """Files whose rows have nearly one length."""
     draw = random.Random(0)
-    words = "the cat sat on a mat and saw the dog run in the sun while they went home".split()
+    words = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "the", "dog", "in", "the", "sun")
 
     def text(count: int) -> str:
         return " ".join(draw.choice(words) for _ in range(count))

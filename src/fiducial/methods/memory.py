@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..core.logprobs import CHUNK_BYTES
 from ..data.batches import Batches, micro_batches
 from ..data.elements import RowFormat
 from ..errors import InputError
@@ -91,7 +92,8 @@ class Needs:
             InputError: no budget fits, or the kind of model cannot be rehearsed for `auto`.
         """
         auto = self.run.tokens == "auto" and self.processes.budget is None
-        if not auto and self._roomy():
+        enough = self.generous()
+        if not auto and enough is not None and enough < self.limit / 2:
             return
         machine.return_freed_memory()
         budget = self.budget  # all processes look for it together
@@ -200,29 +202,32 @@ class Needs:
         width = max(max(lengths) for lengths in costs)
         return Shape(sum(map(len, costs)), width, self.labels or width - 1)
 
-    def _roomy(self) -> bool:
-        """Whether there is so much memory that nothing has to be rehearsed: by the size of the
-        files and a generous amount per token.
+    def generous(self) -> int | None:
+        """Bytes that are more than the run needs, by the size of the files and an amount per token,
+        without a rehearsal; None where the files or the sizes of the model are not known.
         """
         models, files = self.models, 0
         for name in (models.trained, models.critic, models.teacher, *models.rewards):
             if name is not None and name != SHARED:
                 found = [p.stat().st_size for p in Path(name).glob("*.safetensors")]
                 if not found:
-                    return False
+                    return None
                 files += sum(found)
         config = text_config(load_config(models.trained))
         layers, width = (getattr(config, n, None) for n in ("num_hidden_layers", "hidden_size"))
         if not isinstance(layers, int) or not isinstance(width, int) or self.run.tokens == "auto":
-            return False
+            return None
         longest = max(max(map(max, costs)) for costs in self.costs(False))
         tokens = max(self.run.tokens, longest, 2 * self.probe)
-        if self.sampling is not None:
-            tokens = max(
-                tokens, self.sampling.rows * (self.sampling.width + self.sampling.new) // 8
-            )
-        needs = 12 * files + PER_UNIT * tokens * layers * width
-        return 2 * needs + self.process < self.limit
+        if (asked := self.sampling) is not None:
+            tokens += asked.rows * (asked.width + asked.new) // 8
+        critics = 2 if models.critic not in (None, SHARED) else 1
+        return (
+            self.process
+            + 12 * files
+            + 8 * CHUNK_BYTES
+            + critics * PER_UNIT * tokens * layers * width
+        )
 
 
 PER_UNIT = 200

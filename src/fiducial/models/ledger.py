@@ -5,6 +5,7 @@ and crossed out when it is freed. It counts real tensors and, without any memory
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+# what cannot be imagined is told in a sentence
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 ACTIVATIONS, LOGITS = "activations", "logits"
 

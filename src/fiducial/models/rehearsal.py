@@ -289,7 +289,7 @@ def _refusing(name: str) -> Iterator[None]:
     except Exception as error:
         first = str(error).strip().split("\n")[0][:120]
         raise InputError(
-            f"the memory of {name} cannot be told before it is loaded, because what it computes "
-            f"depends on numbers ({type(error).__name__}: {first}): give --run.tokens a number and "
-            "lower it if memory runs out"
+            f"the memory that {name} needs cannot be told before it is loaded, because its kind of "
+            f"model cannot be computed without numbers ({type(error).__name__}: {first}): give "
+            "--run.tokens a number, and lower it if memory runs out"
         ) from error

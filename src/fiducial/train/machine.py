@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 
+LATER = 40 * 2**20
+"""Bytes of code and buffers of libraries that come with their first use. Measured on Linux."""
 WORKSPACES = 64 * 2**20
 """Bytes that cuBLAS and its kin take from PyTorch's allocator for themselves."""
 M_MMAP_THRESHOLD = -3
@@ -51,7 +53,7 @@ def resident_memory(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device)) + WORKSPACES
-    return int(psutil.Process().memory_info().rss)
+    return int(psutil.Process().memory_info().rss) + LATER
 
 
 def available_memory(device: torch.device) -> int:
@@ -60,7 +62,7 @@ def available_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(torch.cuda.memory_reserved(device) + free)
     free = min(int(psutil.virtual_memory().available), _free_in_groups())
-    return resident_memory(device) + free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return resident_memory(device) - LATER + free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _free_in_groups(root: Path = Path("/sys/fs/cgroup")) -> int:
