@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 METHODS = ("sft", "reward", "dpo", "ppo", "grpo")
-TOKENS = {"small": 2048, "middle": 2048, "large": 512}
+TOKENS = {"small": 2048, "middle": 2048, "large": 256}
 MARK = "plan: "
 
 
@@ -58,14 +58,14 @@ def run(method: str, size: str, model: str, rank: int, folder: Path) -> tuple[in
     """Bytes: what is planned, and the largest resident size of the process that trains."""
     data = {"sft": "sft", "reward": "pairs", "dpo": "pairs"}.get(method, "prompts")
     out = folder / f"{size}-{method}-{rank}"
-    words = f"--model {model} --data {folder / data}.jsonl --out {out} --batch-size 8 --steps 2"
+    words = f"--model {model} --data {folder / data}.jsonl --out {out} --batch-size 4 --steps 2"
     words += f" --run.tokens {TOKENS[size]} --lora.r {rank} --run.checkpoint-every 0"
-    words += " --rows.chat-template chatml"
+    words += " --rows.chat-template chatml --rows.held-out 0 --run.samples 0"
     # a limit that is near lets a process give back what it has freed
     words += " --run.memory-gb 0.01"
     if method in ("ppo", "grpo"):
-        words += f" --reward {__file__}:spread --max-new-tokens 64 --run.samples 2"
-        words += " --epochs 1"
+        words += f" --reward {__file__}:spread --max-new-tokens 32 --epochs 1"
+        words += " --group-size 2" if method == "grpo" else ""
     environment = os.environ | {
         "FIDUCIAL_CACHE": str(folder / "cache"),
         "OMP_WAIT_POLICY": "PASSIVE",

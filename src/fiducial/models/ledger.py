@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 # what cannot be imagined is told in a sentence
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
@@ -74,9 +73,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = self._compute(func, args, kwargs or {})
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._write(tensor)
+        for tensor in _tensors((out,)):
+            self._write(tensor)
         return out
 
     def _compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -137,7 +135,7 @@ class ImaginedLedger(Ledger):  # type: ignore[no-untyped-call]
         return nn.Parameter(new, requires_grad=old.requires_grad) if is_weight else new
 
     def _compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
         imagined = any(isinstance(t, FakeTensor) for t in tensors)
         if not imagined and (tensors or _counts(func, args, kwargs)):
             with unset_fake_temporarily():
@@ -145,6 +143,15 @@ class ImaginedLedger(Ledger):  # type: ignore[no-untyped-call]
         if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default):
             args = (args[0], _places(args[1]), *args[2:])
         return func(*args, **kwargs)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the values of an operation, lists included."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
 
 
 def _counts(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
