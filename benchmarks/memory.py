@@ -87,13 +87,14 @@ def child(arguments: list[str]) -> None:
     from fiducial.cli import main as command
     from fiducial.methods import memory
 
-    def settle(needs: Any) -> None:
+    def settled(needs: Any) -> Any:
         plan = needs.plan()
         print("\n".join(plan.lines()))
         print(f"{MARK}{plan.peak}", flush=True)
         memory.machine.return_freed_memory()
+        return needs
 
-    memory.Needs.settle = settle  # type: ignore[method-assign]
+    memory.Needs.settled = settled  # type: ignore[method-assign]
     sys.exit(command(arguments))
 
 

@@ -31,13 +31,13 @@ def train(models, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "resident_memory", lambda device: PROCESS)
     monkeypatch.setattr(machine, "return_freed_memory", lambda: None)
     seen: list[Needs] = []
-    settle = Needs.settle
+    settled = Needs.settled
 
-    def spy(self: Needs, go: bool) -> None:
+    def spy(self: Needs, go: bool) -> Needs:
         seen.append(self)
         if not go:
             raise InputError("enough is seen")
-        settle(self)
+        return settled(self)
 
     triples = list(zip(PROMPTS * 4, GOOD * 4, BAD * 4, strict=True))
     rows = {
@@ -50,7 +50,7 @@ def train(models, tmp_path, monkeypatch):
     classes |= {"grpo": fd.GRPO}
 
     def run(method, name="run", *, run=None, go=True, **changes):
-        monkeypatch.setattr(Needs, "settle", lambda self: spy(self, go))
+        monkeypatch.setattr(Needs, "settled", lambda self: spy(self, go))
         data = write_jsonl(tmp_path / f"{method}.jsonl", rows[method])
         common = {"model": models["llama"], "data": data, "out": str(tmp_path / name), "steps": 1}
         common |= {"batch_size": 32, "run": RunSettings(samples=0, **(run or {}))}

@@ -4,6 +4,7 @@ are three batches of 3.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import fiducial as fd
 from fiducial.core import intervals
 from fiducial.data.batches import Batches
 from fiducial.methods import dpo as dpo_page
-from fiducial.models.load import load_scorer
+from fiducial.models.load import load_policy, load_scorer
 from fiducial.settings import LoraSettings, OptimizerSettings, RowSettings, RunSettings
 from fiducial.train import reference_cache
 from fiducial.train.renderer import load_renderer
@@ -38,7 +39,8 @@ def first_step(models, tmp_path, monkeypatch):
         gradients, step = [], Stepper.step
 
         def spy(self, number):
-            gradients.append({n: p.grad.clone() for n, p in self.module.named_parameters()})
+            named = self.module.named_parameters()
+            gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
             return step(self, number)
 
         cls, data = {
@@ -160,3 +162,78 @@ def test_the_reference_is_computed_for_the_pairs_of_the_run_alone(
     right = round(3 * found["value"])
     assert found == intervals.wilson(right, 3) and found["value"] == right / 3
     assert found["value"] == run.metrics["eval/rewards/accuracies"]
+
+
+@pytest.mark.parametrize("lora", [LoraSettings(), LoraSettings(r=4)], ids=["full", "lora"])
+def test_a_reference_that_reads_each_step_is_the_one_that_reads_first(
+    first_step, models, tmp_path, monkeypatch, lora
+):
+    """The weights after six steps in two epochs, and what was recorded on the way."""
+
+    def run(name, how):
+        changes = {"lora": lora, "steps": 6, "learning_rate": 1e-2, "beta": 0.5}
+        changes |= {"out": str(tmp_path / name), "reference_pass": how}
+        changes |= {"rows": RowSettings(held_out=0.2), "run": RunSettings(samples=0, eval_every=3)}
+        _, done = first_step("dpo", **changes)
+        weights = {n: p.detach().clone() for n, p in done.model.named_parameters()}
+        return weights, [
+            json.loads(x) for x in (done.path / "metrics.jsonl").read_text().splitlines()
+        ]
+
+    first, records = run("first", "first")
+    monkeypatch.setattr(dpo_page, "reference_logprobs", None)  # no pass over all of them
+    after, later = run("after", "each_step")
+    assert first.keys() == after.keys() and len(records) == len(later) == 8
+    start = AutoModelForCausalLM.from_pretrained(models["llama"]).state_dict()
+    moved = [(p - start[n.removeprefix("lm.")]).norm() for n, p in first.items() if lora.r == 0]
+    assert all(m > 1e-3 for m in moved)  # a reference that moved along would show
+    for name, weight in first.items():
+        assert (weight - after[name]).abs().max() < 1e-5, name
+    for a, b in zip(records, later, strict=True):
+        for key in a.keys() - {"seconds", "tokens_per_second"}:
+            assert a[key] == pytest.approx(b[key], abs=1e-5), key
+    assert abs(records[-1]["eval/rewards/margins"]) > 1e-2
+
+
+def test_many_pairs_are_read_by_the_reference_at_each_step(models):
+    def each(pairs, **changes):
+        settings = fd.DPO(model=models["llama"], data="x", **changes)
+        return settings.reads_reference_at_each_step(pairs)
+
+    assert not each(20_000) and each(20_001) and each(1, reference_pass="each_step")
+    assert not each(10**6, reference_pass="first")
+
+
+def test_a_run_whose_reference_reads_each_step_goes_on_as_if_it_had_not_stopped(
+    first_step, tmp_path
+):
+    common = {"steps": 6, "learning_rate": 1e-2, "reference_pass": "each_step"}
+    common |= {"run": RunSettings(samples=0, checkpoint_every=2, keep_checkpoints=9)}
+    _, whole = first_step("dpo", **common, out=str(tmp_path / "whole"))
+    _, stopped = first_step("dpo", **common, out=str(tmp_path / "stopped"))
+    for name in ("checkpoint-4", "checkpoint-6"):
+        shutil.rmtree(stopped.path / "checkpoints" / name, ignore_errors=True)
+    shutil.rmtree(stopped.path / "model")
+    _, again = first_step("dpo", **common, out=str(stopped.path), resume=True)
+    for (name, one), other in zip(
+        whole.model.named_parameters(), again.model.parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_the_fingerprint_of_rows_is_that_of_their_json(models, monkeypatch):
+    policy = load_policy(models["llama"], LoraSettings(), RunSettings(), None)
+    rows = [[[1, 2], [False, True]], [[3], [True]]]
+    monkeypatch.setattr(reference_cache.hashlib, "sha256", lambda start=b"": Spelled([start]))
+    for given in (rows, []):
+        found = reference_cache.fingerprint(policy, iter(given))
+        assert found.endswith(json.dumps(given, separators=(",", ":")).encode())
+
+
+class Spelled(list):
+    """A hash that is what it was given."""
+
+    update = list.append
+
+    def hexdigest(self):
+        return b"".join(bytes(part) for part in self)

@@ -37,3 +37,20 @@ def test_a_terminal_gets_a_bar_with_its_numbers(monkeypatch):
     said = terminal.getvalue()
     assert "dpo" in said and "1/5" in said and "3/5" in said and "loss 0.5123" in said
     assert "\x1b[?25l" in said and said.count("\x1b[?25h") == 1  # the cursor is given back
+
+
+def test_reading_is_shown_with_the_time_left_if_it_takes_more_than_two_seconds(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.reading("reading f.jsonl") as told, progress.reading("x", show=False) as other:
+        for share in (0.1, 0.2, 0.25, 0.3, 1.0):
+            now[0] += 1.0 if share < 1 else 7.0
+            told(share)
+            other(share)
+    # after 3 s a quarter is read
+    assert capsys.readouterr().err.splitlines() == [
+        "reading f.jsonl (percent): 25/100, about 9 s left  ",
+    ]
+    with progress.reading("reading f.jsonl") as told:
+        told(1.0)
+    assert capsys.readouterr().err == ""

@@ -11,6 +11,7 @@ The order of the rows depends on the seed alone, so a resumed run needs only the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -49,12 +50,12 @@ class Batches:
         """The rows that the first `steps` steps read, in ascending order."""
         if steps >= self.per_epoch:
             return list(range(self.num_rows))
-        order = np.random.default_rng([self.seed, 0]).permutation(self.num_rows)
+        order = _order(self.num_rows, self.seed, 0)
         return sorted(int(i) for i in order[: steps * self.num_rows // self.per_epoch])
 
     def __getitem__(self, step: int) -> list[int]:
         epoch, place = divmod(step, self.per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+        order = _order(self.num_rows, self.seed, epoch)
         start, end = (k * self.num_rows // self.per_epoch for k in (place, place + 1))
         return [int(i) for i in order[start:end]]
 
@@ -64,18 +65,21 @@ class Batches:
             yield self[step]
 
 
+@functools.lru_cache(maxsize=2)
+def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the rows in an epoch. The last two are kept: a step asks for one of them."""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
 def stream(num_rows: int, start: int, count: int, seed: int) -> list[tuple[int, int]]:
     """Items `start` to `start + count` of an endless walk over the rows, as (row, epoch).
 
     Each epoch has an order of its own.
     """
     out = []
-    orders: dict[int, np.ndarray] = {}
     for i in range(start, start + count):
         epoch, place = divmod(i, num_rows)
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(num_rows)
-        out.append((int(orders[epoch][place]), epoch))
+        out.append((int(_order(num_rows, seed, epoch)[place]), epoch))
     return out
 
 

@@ -12,13 +12,15 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 GUARD = "\ufdd0"
 """Stands inside a text where its encoding must be cut. Unicode reserves it as no character."""
+TOGETHER = 256
+"""Texts in one call of the tokenizer, which holds far more of each than its ids."""
 _ANCHORS = ("\n", "(", ":", ".", "a", "1")
 
 
@@ -35,6 +37,9 @@ class Encoder:
     bos: tuple[int, ...]
     marks: bool
     strips: bool
+    _ahead: dict[str, list[int]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @staticmethod
     def of(tokenizer: Any) -> Encoder:
@@ -61,6 +66,17 @@ class Encoder:
         for piece in rest:
             ids += self.continued(piece)
         return [*self.bos, *ids] if bos and tuple(ids[:1]) != self.bos else ids
+
+    def expect(self, texts: Iterable[str]) -> None:
+        """Encode these texts in a few calls of the tokenizer and forget those expected before."""
+        self._ahead.clear()
+        pieces = list(
+            dict.fromkeys(piece for text in texts for piece in text.split(GUARD) if piece)
+        )
+        for start in range(0, len(pieces), TOGETHER):
+            some = pieces[start : start + TOGETHER]
+            ids = self.tokenizer(some, add_special_tokens=False, verbose=False).input_ids
+            self._ahead.update(zip(some, ids, strict=True))
 
     def continued(self, text: str) -> list[int]:
         """The ids of a text that follows another one, without a mark of its own for the seam."""
@@ -101,6 +117,8 @@ class Encoder:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _ids(self, text: str) -> list[int]:
+        if (known := self._ahead.get(text)) is not None:
+            return list(known)
         return list(self._recent(text)) if text else []
 
     @functools.cached_property

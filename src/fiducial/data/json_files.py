@@ -10,17 +10,19 @@ from typing import BinaryIO, cast
 
 from ..errors import InputError
 from . import record as base
-from .record import BOM, EMPTY, Record, open_bytes
+from .record import BOM, EMPTY, Gauge, Record, Unparsed, open_bytes
 from .strict_json import Unparsable, strict_json
 
 
-def _json_record(raw: bytes, where: str, *, bom: bool = False) -> Record:
-    if len(raw) > base.MAX_ROW_BYTES:
-        return Record(where, too_long(where), raw[:8000])
+def parsed(record: Record) -> Record:
+    """The record with its value, or with the InputError that says why it has none."""
+    if not isinstance(record.value, Unparsed) or record.raw is None:
+        return record
     try:
-        return Record(where, strict_json(raw, where, bom=bom), raw)
+        value: object = strict_json(record.raw, record.where, bom=record.value.bom)
     except InputError as error:
-        return Record(where, error, raw)
+        value = error
+    return record._replace(value=value)
 
 
 def too_long(where: str) -> InputError:
@@ -31,30 +33,38 @@ def too_long(where: str) -> InputError:
     )
 
 
-def json_lines_records(path: Path, source: str) -> Iterator[Record]:
-    """One record per line that is not blank; `source` is the file's name in messages."""
-    with open_bytes(path, source) as file:
+def _record(raw: bytes, where: str, *, bom: bool = False) -> Record:
+    if len(raw) > base.MAX_ROW_BYTES:
+        return Record(where, too_long(where), raw[:8000])
+    return Record(where, Unparsed(bom), raw)
+
+
+def json_lines_records(path: Path, source: str, gauge: Gauge) -> Iterator[Record]:
+    """One record, not yet parsed, per line that is not blank; `source` is the file's name in
+    messages.
+    """
+    with open_bytes(path, source, gauge) as file:
         for number in itertools.count(1):
             raw = file.readline(base.MAX_ROW_BYTES + 1)
             if not raw:
                 return
             if raw.removeprefix(BOM if number == 1 else b"").strip():
-                yield _json_record(raw, f"{source}:{number}", bom=number == 1)
+                yield _record(raw, f"{source}:{number}", bom=number == 1)
             # the rest of a line that is too long is read and dropped
             while len(raw) > base.MAX_ROW_BYTES and not raw.endswith(b"\n"):
                 raw = file.readline(base.MAX_ROW_BYTES + 1)
 
 
-def json_array_records(path: Path, source: str) -> Iterator[Record]:
+def json_array_records(path: Path, source: str, gauge: Gauge) -> Iterator[Record]:
     """One record per element of the array that the file holds.
 
     Raises:
         InputError: the file is no JSON array, or an element is not JSON, which hides where the next
             one begins.
     """
-    with open_bytes(path, source) as file:
+    with open_bytes(path, source, gauge) as file:
         for number, raw in enumerate(_array_items(file, path, source), 1):
-            record = _json_record(raw, f"{source}:row {number}")
+            record = parsed(_record(raw, f"{source}:row {number}"))
             if isinstance(record.value, Unparsable):
                 raise record.value
             yield record

@@ -25,6 +25,13 @@ def language_rows(renderer: Renderer) -> Callable[[Language], Rendered | Several
     return render
 
 
+def language_key(row: Language) -> str:
+    """What must not stand in both training and evaluation: the text, or all that is asked."""
+    if isinstance(row, TextRow):
+        return row.text
+    return repr(row.messages[:-1] if isinstance(row, ChatRow) else row.prompt)
+
+
 def language_prompt(row: Language) -> tuple[Content, str] | None:
     """A prompt for samples made from such a row, and the row's file:line.
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ..errors import InputError
 from .render import Rendered, Renderer
 from .row_types import PreferenceRow
 
 
-def preference_rows(renderer: Renderer) -> Callable[[PreferenceRow], tuple[Rendered, Rendered]]:
+class Pair(NamedTuple):
+    """The rendered responses of a preference row."""
+
+    chosen: Rendered
+    rejected: Rendered
+
+
+def preference_rows(renderer: Renderer) -> Callable[[PreferenceRow], Pair]:
     """A function that renders chosen and rejected.
 
     It raises an InputError for a row whose answers are the same tokens: nothing is preferred there.
     """
 
-    def render(row: PreferenceRow) -> tuple[Rendered, Rendered]:
+    def render(row: PreferenceRow) -> Pair:
         chosen = renderer.completion(row.prompt, row.chosen, row.where, row.chosen_sampled)
         rejected = renderer.completion(row.prompt, row.rejected, row.where, row.rejected_sampled)
         if chosen.ids == rejected.ids:
@@ -26,6 +34,6 @@ def preference_rows(renderer: Renderer) -> Callable[[PreferenceRow], tuple[Rende
                 f"to prefer: {remedy}remove the row, or leave such rows out with --rows.on-error "
                 "skip"
             )
-        return chosen, rejected
+        return Pair(chosen, rejected)
 
     return render

@@ -76,16 +76,26 @@ def load(
     return rendered, kept, note
 
 
+def digest(key: str, seed: int) -> bytes:
+    """A hash of a row's key (prompt). The order of the hashes says which are for evaluation."""
+    return hashlib.sha256(f"{seed}:{key}".encode()).digest()[:16]
+
+
 def split(keys: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Row numbers for training and for evaluation, from the rows' keys (see `split_hashes`)."""
+    return split_hashes([digest(key, seed) for key in keys], share)
+
+
+def split_hashes(hashes: Sequence[bytes], share: float) -> tuple[list[int], list[int]]:
     """Row numbers for training and for evaluation.
 
-    Rows with the same key (prompt) stay together; `share` is the share of the keys that are for
-    evaluation.
+    Rows with the same hash of their key (prompt) stay together; `share` is the share of the keys
+    that are for evaluation: the first in the order of their hashes.
     """
-    distinct = sorted(set(keys), key=lambda k: hashlib.sha256(f"{seed}:{k}".encode()).digest())
+    distinct = sorted(set(hashes))
     held = set(distinct[: round(share * len(distinct))]) if len(distinct) > 1 else set()
-    train = [i for i, k in enumerate(keys) if k not in held]
-    return train, [i for i, k in enumerate(keys) if k in held]
+    train = [i for i, k in enumerate(hashes) if k not in held]
+    return train, [i for i, k in enumerate(hashes) if k in held]
 
 
 def text_of(content: Content) -> str:
@@ -104,6 +114,11 @@ def messages_of(content: Content) -> Any:
         if isinstance(content, str)
         else [{"role": m.role, "content": m.content} for m in content]
     )
+
+
+def prompt_text(row: Any) -> str:
+    """The prompt of a row that has one, as the key by which rows are split."""
+    return text_of(row.prompt)
 
 
 def joined(*notes: str) -> str:

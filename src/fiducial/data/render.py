@@ -12,37 +12,20 @@ spells stays text. The token that ends a response is a label, even if it is also
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from ..errors import InputError
+from .ahead import texts_of
 from .encoding import Encoder
-from .row_types import ChatRow, Content, Message, SampledIds, TextRow
+from .rendered import Rendered as Rendered
+from .row_types import ChatRow, Content, Message, Row, SampledIds, TextRow
 from .templates import CHATML as CHATML
 from .templates import ChatTemplate, Turn
 from .templates import set_chat_template as set_chat_template
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """One sequence. `mask[t]` is true if token t is a label: a token whose log-probability is
-    trained or measured.
-    """
-
-    ids: list[int]
-    mask: list[bool]
-    where: str
-    truncated: bool = False
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def num_labels(self) -> int:
-        return sum(self.mask)
-
 
 _NOTES = {
     "apart": "{n} of {total} rows ({share:.1%}) have a token that would reach across the seam of "
@@ -69,7 +52,8 @@ class Renderer:
 
     end_ids: what ends a response beside the tokenizer's EOS and the token with which its chat
         template ends a turn: the ids that the model's configs name.
-    seen: places of the rows that a note speaks of, by its kind.
+    seen: places of the rows that a note speaks of, by its kind, and counts: how many there were
+        before.
     """
 
     tokenizer: Any
@@ -78,6 +62,10 @@ class Renderer:
     train_on: Literal["all", "last"] = "all"
     end_ids: frozenset[int] = frozenset()
     seen: dict[str, set[str]] = field(default_factory=dict, repr=False, compare=False)
+    counts: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
+    _ahead: dict[Any, list[Turn]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     encoder: Encoder = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +75,10 @@ class Renderer:
                 "its tokens with --rows.eos-token"
             )
         object.__setattr__(self, "encoder", Encoder.of(self.tokenizer))
+
+    def __reduce__(self) -> Any:
+        state = self.tokenizer, self.max_length, self.on_long, self.train_on, self.end_ids
+        return Renderer, state
 
     @property
     def eos(self) -> int:
@@ -179,6 +171,20 @@ class Renderer:
             out.append(self._fit(ids, mask, row.where, start))
         return out
 
+    def expect(self, rows: Sequence[Row]) -> None:
+        """Make rendering these rows next fast; their tokens stay the same."""
+        self._ahead.clear()
+        every = self.train_on == "all"
+        self.encoder.expect(texts_of(rows, self._turns_ahead, every))
+
+    def _turns_ahead(
+        self, messages: tuple[Message, ...], first: int, where: str, every: bool
+    ) -> list[Turn]:
+        """What `_turns` says now, and will say once more without the work."""
+        turns = self._turns(messages, first, where, every)
+        self._ahead[messages, first, where, every] = turns
+        return turns
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response, without the tokens that end it, BOS and padding.
 
@@ -192,13 +198,20 @@ class Renderer:
         Args:
             total: number of rows that were rendered.
         """
+        self.counts.update(self.take_counts())
         said = [
             text.format(n=f"{n:,}", total=f"{total:,}", share=n / max(total, 1))
             for kind, text in _NOTES.items()
-            if (n := len(self.seen.get(kind, ())))
+            if (n := self.counts[kind])
         ]
-        self.seen.clear()
+        self.counts.clear()
         return "; ".join(said)
+
+    def take_counts(self) -> dict[str, int]:
+        """How many rows each note is about, of those rendered since the last call."""
+        counts = {kind: len(places) for kind, places in self.seen.items()}
+        self.seen.clear()
+        return counts
 
     def _see(self, kind: str, where: str, happened: bool = True) -> None:
         if happened:
@@ -257,10 +270,7 @@ class Renderer:
         Args:
             ended: every turn must end there with a token that ends a response.
         """
-        numbers = [i for i, m in enumerate(messages) if m.role == "assistant" and i >= first]
-        numbers = numbers if every else numbers[-1:]
-        guarded = self._guarded(messages[: numbers[-1] + 1], where)
-        turns = [self.template.turn(guarded, i, where) for i in numbers]
+        turns = self._turns(messages, first, where, every)
         self._see("opened", where, any(t.opened for t in turns))
         spans: list[tuple[int, int]] = []
         whole = self._answered(turns[-1], where)
@@ -277,6 +287,22 @@ class Renderer:
         mask[0] = False  # nothing comes before the first token that it could be predicted from
         length = spans[0][0] if spans else start
         return [(ids, mask)], self._fit(ids, mask, where, prompt_length=length)
+
+    def _turns(
+        self, messages: tuple[Message, ...], first: int, where: str, every: bool
+    ) -> list[Turn]:
+        """Each of the assistant's turns from message `first` on, or the last one alone.
+
+        Raises:
+            InputError: the chat template refuses the messages.
+        """
+        known = self._ahead.pop((messages, first, where, every), None)
+        if known is not None:
+            return known
+        numbers = [i for i, m in enumerate(messages) if m.role == "assistant" and i >= first]
+        numbers = numbers if every else numbers[-1:]
+        guarded = self._guarded(messages[: numbers[-1] + 1], where)
+        return [self.template.turn(guarded, i, where) for i in numbers]
 
     def _answered(self, turn: Turn, where: str) -> tuple[list[int], int]:
         """Ids of a turn behind its prompt, with its end, and how many are the prompt's."""

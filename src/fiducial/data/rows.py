@@ -8,11 +8,12 @@ messages, `[{"role": ..., "content": ...}]`. No value is converted to another ty
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 
 from ..errors import InputError
 from .common_prompt import split_common_prompt
@@ -125,7 +126,7 @@ def parse_row(record: object, where: str, accept: tuple[type, ...]) -> Row:
             '{"key": value, ...}'
         )
     for key, value in record.items():
-        for leaf in leaves({key: value}):
+        for leaf in (key, value) if isinstance(value, str) else leaves({key: value}):
             if (
                 isinstance(leaf, str)
                 and not leaf.isascii()
@@ -140,9 +141,11 @@ def parse_row(record: object, where: str, accept: tuple[type, ...]) -> Row:
     only_text(record, where)
     # Joined files, Parquet and CSV fill in null or an empty cell for keys that a row does not have.
     present = {k: v for k, v in record.items() if v is not None and not isinstance(v, Blank)}
-    if empty := _with_gap(record, present, accept):
+    form = _fitting(tuple(key for key in present if key in _KEYS), accept)
+    if form is None and (empty := _with_gap(record, present, accept)):
         return empty.build(record, where)
-    form = _choose(present, where, accept)
+    if form is None:
+        _refuse_keys(present, where, accept)
     return form.build(record if form.row is PromptRow else present, where)
 
 
@@ -275,24 +278,30 @@ _FORMATS = (  # the most specific first
 )
 
 
+_KEYS = frozenset(key for form in _FORMATS for key in form.keys)
+
+
+@functools.lru_cache(maxsize=256)
+def _fitting(keys: tuple[str, ...], accept: tuple[type, ...]) -> _Format | None:
+    """The most specific accepted format whose keys are there."""
+    fits = (f for f in _FORMATS if f.row in accept and all(key in keys for key in f.keys))
+    return next(fits, None)
+
+
 def _with_gap(record: Object, present: Object, accept: tuple[type, ...]) -> _Format | None:
-    """The format that a row would have if one of its keys held something, where it has no other.
+    """The format that a row without one would have if one of its keys held something.
 
     Building it refuses the row, by the name of the key.
     """
     matching = [form for form in _FORMATS if all(key in present for key in form.keys)]
-    if any(form.row in accept for form in matching):
-        return None
     found = set(matching[0].keys) if matching else set()
     whole = [f for f in _FORMATS if f.row in accept and all(key in record for key in f.keys)]
     return next((form for form in whole if found <= set(form.keys)), None)
 
 
-def _choose(record: Object, where: str, accept: tuple[type, ...]) -> _Format:
+def _refuse_keys(record: Object, where: str, accept: tuple[type, ...]) -> NoReturn:
     wanted = [form for form in _FORMATS if form.row in accept]
     matching = [form for form in _FORMATS if all(key in record for key in form.keys)]
-    if fit := next((form for form in matching if form.row in accept), None):
-        return fit
     found = matching[0] if matching else None
     likeness = {
         key: (key in record) + bool(difflib.get_close_matches(key, record, cutoff=0.7))

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import InputError
-from .json_files import json_array_records, json_lines_records
-from .record import Record, nearest_file
+from ..names import progress_file
+from .json_files import json_array_records, json_lines_records, parsed
+from .record import Gauge, Record, nearest_file
 from .tables import csv_records, hub_records, parquet_records
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
@@ -38,8 +39,20 @@ _HUB_NAME = re.compile(
 
 
 def records(source: str) -> Iterator[Record]:
+    """The rows of a source as `unparsed_records` finds them, each with its value.
+
+    Raises:
+        InputError: as there.
+    """
+    return map(parsed, unparsed_records(source, Gauge()))
+
+
+def unparsed_records(source: str, gauge: Gauge) -> Iterator[Record]:
     """The rows of a file (`.jsonl`, `.json`, `.csv`, `.parquet`, each also with `.gz`) or of a Hub
-    dataset (`org/name`, `org/name:split`).
+    dataset (`org/name`, `org/name:split`). Lines of JSON are not yet parsed.
+
+    Args:
+        gauge: it follows how much was read.
 
     Raises:
         InputError: there is no such file or dataset, the file has another format, or a fault hides
@@ -53,7 +66,7 @@ def records(source: str) -> Iterator[Record]:
             + (f", such as {path / inside}" if inside else "")
         )
     if path.exists():
-        readers: dict[str, Callable[[Path, str], Iterator[Record]]]
+        readers: dict[str, Callable[[Path, str, Gauge], Iterator[Record]]]
         readers = {
             ".jsonl": json_lines_records,
             ".json": json_array_records,
@@ -65,7 +78,12 @@ def records(source: str) -> Iterator[Record]:
                 f"{source}: is not {', '.join(FORMATS)} or one of these with .gz; convert it, or "
                 "rename it if only its name is wrong"
             )
-        return readers[kind](path, source)
+        if progress_file(path).exists():
+            raise InputError(
+                f"{source}: the command that writes it has not finished: go on with that command "
+                f"(--resume), or remove {progress_file(path).name} to use the rows that are there"
+            )
+        return readers[kind](path, source, gauge)
     hub = _HUB_NAME.fullmatch(source)
     if (
         hub is None
@@ -75,7 +93,7 @@ def records(source: str) -> Iterator[Record]:
         raise InputError(
             f"{source}: there is no such file{nearest_file(path) or '; check the path'}"
         )
-    return hub_records(hub["name"], hub["split"] or "train", source)
+    return hub_records(hub["name"], hub["split"] or "train", source, gauge)
 
 
 def _format(path: Path) -> str | None:

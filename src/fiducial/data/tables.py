@@ -14,14 +14,16 @@ from typing import Any, BinaryIO, cast
 from ..errors import InputError
 from . import record as base
 from .json_files import too_long
-from .record import EMPTY, Blank, Record, nearest_file, open_bytes
+from .record import EMPTY, Blank, Gauge, Record, nearest_file, open_bytes
 from .strict_json import shown, strict_json_text
 
 _LIST_KEYS = {"messages", "completions", "labels", "completion_ids", "chosen_ids", "rejected_ids"}
+BATCH_BYTES = 512_000_000
+"""Bytes that a batch of rows of a Parquet file may have at most."""
 _CONTENT_KEYS = {"prompt", "completion", "chosen", "rejected"}
 
 
-def csv_records(path: Path, source: str) -> Iterator[Record]:
+def csv_records(path: Path, source: str, gauge: Gauge) -> Iterator[Record]:
     """One record per row under the header.
 
     Raises:
@@ -30,8 +32,9 @@ def csv_records(path: Path, source: str) -> Iterator[Record]:
     # The limit is one for the whole process. Its default of 128 kB is less than a long prompt. It
     # is raised and never lowered, so that other readers in the process keep theirs.
     csv.field_size_limit(max(csv.field_size_limit(), base.MAX_ROW_BYTES))
-    with open_bytes(path, source) as file:
-        reader = csv.reader(_csv_lines(file, source), strict=True)
+    with open_bytes(path, source, gauge) as file:
+        row_bytes = [0]
+        reader = csv.reader(_csv_lines(file, source, row_bytes), strict=True)
         number = 0
         try:
             header = next((row for row in reader if row), None)
@@ -41,8 +44,12 @@ def csv_records(path: Path, source: str) -> Iterator[Record]:
                 raise InputError(
                     f"{source}:1: key {shown(twice[0])} names two columns; rename one of them"
                 )
-            for number, row in enumerate((row for row in reader if row), 1):
-                yield _csv_record(f"{source}:row {number}", header, row)
+            row_bytes[0] = 0
+            for row in reader:
+                row_bytes[0] = 0
+                if row:
+                    number += 1
+                    yield _csv_record(f"{source}:row {number}", header, row)
         except csv.Error as error:
             raise InputError(
                 f"{source}:row {number + 1}: broken CSV ({error}); write it again, with quotes "
@@ -50,12 +57,14 @@ def csv_records(path: Path, source: str) -> Iterator[Record]:
             ) from error
 
 
-def _csv_lines(file: BinaryIO, source: str) -> Iterator[str]:
+def _csv_lines(file: BinaryIO, source: str, row_bytes: list[int]) -> Iterator[str]:
+    """The lines of a file; `row_bytes` counts the bytes of those that make one row."""
     for number in itertools.count(1):
         raw = file.readline(base.MAX_ROW_BYTES + 1)
         if not raw:
             return
-        if len(raw) > base.MAX_ROW_BYTES:
+        row_bytes[0] += len(raw)
+        if row_bytes[0] > base.MAX_ROW_BYTES:
             raise too_long(f"{source}:{number}")
         # Bytes that are not UTF-8 become surrogates, so that quotes are still paired and only the
         # row with these bytes is refused.
@@ -100,7 +109,7 @@ def _cell(key: str, text: str, where: str) -> object:
     return text
 
 
-def parquet_records(path: Path, source: str) -> Iterator[Record]:
+def parquet_records(path: Path, source: str, gauge: Gauge) -> Iterator[Record]:
     """One record per row of the table.
 
     Raises:
@@ -123,11 +132,16 @@ def parquet_records(path: Path, source: str) -> Iterator[Record]:
                     f"{source}: key {shown(twice[0])} names two columns; rename one of them"
                 )
             number = 0
-            for batch in table.iter_batches(batch_size=1000):
-                large = batch.nbytes > base.MAX_ROW_BYTES
-                for row in range(batch.num_rows):
-                    number += 1
-                    yield _parquet_record(f"{source}:row {number}", batch.slice(row, 1), large)
+            gauge.follow(table.metadata.num_rows, lambda: number)
+            for group in range(table.num_row_groups):
+                # a cell that many rows share is stored once, and a batch holds it for each row
+                size = table.metadata.row_group(group).total_byte_size
+                count = min(1000, max(1, BATCH_BYTES // max(size, 1)))
+                for batch in table.iter_batches(batch_size=count, row_groups=[group]):
+                    large = batch.nbytes > base.MAX_ROW_BYTES
+                    for row in range(batch.num_rows):
+                        number += 1
+                        yield _parquet_record(f"{source}:row {number}", batch.slice(row, 1), large)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{source}: cannot be read as Parquet "
@@ -151,7 +165,7 @@ def _parquet_record(where: str, row: Any, large: bool) -> Record:
         )
 
 
-def hub_records(name: str, split: str, source: str) -> Iterator[Record]:
+def hub_records(name: str, split: str, source: str, gauge: Gauge) -> Iterator[Record]:
     """One record per row of a dataset's split.
 
     Raises:
@@ -160,7 +174,7 @@ def hub_records(name: str, split: str, source: str) -> Iterator[Record]:
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(name, split=split)
+        dataset = load_dataset(name, split=split, trust_remote_code=False)
     # A download, a cache or a repository can raise anything, and the remedies are always the same.
     except Exception as error:
         reason = shown(str(error).strip().split("\n")[0].rstrip("."), quote=False, limit=300)
@@ -169,5 +183,7 @@ def hub_records(name: str, split: str, source: str) -> Iterator[Record]:
             f"be loaded ({type(error).__name__}: {reason}); check the name and the network, or "
             f"give a file{'' if '/' in source else nearest_file(Path(source))}"
         ) from error
+    number = 0
+    gauge.follow(len(dataset), lambda: number)
     for number, record in enumerate(dataset, 1):
         yield Record(f"{source}:row {number}", record)

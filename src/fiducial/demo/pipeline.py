@@ -30,6 +30,7 @@ from ..methods.settings.reinforce import Reinforce
 from ..methods.settings.reward_model import RewardModel
 from ..methods.settings.sft import SFT
 from ..methods.sft import sft
+from ..names import progress_file
 from ..settings import KLSettings, OptimizerSettings, RowSettings, RunSettings
 from ..train.folders import open_folder
 from ..train.launch import alone
@@ -118,7 +119,7 @@ class Stages:
         """Does `work`, unless `done` is a file that exists because it was done before."""
         names = list(STAGES)
         number = f"[{names.index(name) + 1}/{len(names)}] {STAGES[name].doing}"
-        if done is not None and done.exists():
+        if done is not None and done.exists() and not progress_file(done).exists():
             self.seconds[name] = _seconds(done)
             say(f"{number}: done before")
             return
@@ -204,6 +205,7 @@ def train(folder: Path, world: StoryWorld, settings: Demo, stage: Stages) -> Non
                 out=str(folder / "pairs.jsonl"),
                 samples=settings.samples,
                 max_new_tokens=MAX_NEW,
+                resume=progress_file(folder / "pairs.jsonl").exists(),
                 **common,
             )
         )

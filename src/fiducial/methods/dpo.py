@@ -8,10 +8,10 @@ Bradley-Terry likelihood of the labels is its loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,21 +23,21 @@ from ..core.reductions import select
 from ..core.shared_prefix import SharedPrefix, common_length, shared_prefix
 from ..data.batches import pad
 from ..data.elements import RowFormat
-from ..data.pairs import preference_rows
-from ..data.prepare import text_of
-from ..data.render import Rendered, Renderer
-from ..data.row_types import PreferenceRow
+from ..data.pairs import Pair, preference_rows
+from ..data.prepare import prompt_text
+from ..data.row_types import Content, PreferenceRow
 from ..models.contract import FLOAT32
+from ..models.frozen import Frozen
 from ..models.roles import Policy, full_precision
 from ..models.save import save
 from ..rollout.samples import show_samples
 from ..rollout.sampling import sampling_params
 from ..run import Run
 from ..settings import Tokens
+from ..train.machine import tokens_in_a_minute
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
-from ..train.reference_cache import cached, fingerprint
-from ..train.step import Stepper
+from ..train.reference_cache import cached, fingerprint, parts
 from .settings.dpo import DPO
 from .setup import Prepared, prepare_offline
 
@@ -45,16 +45,10 @@ WARMUP = 150
 """Optimizer steps of warm-up in the paper, appendix B; a tenth of a run that is shorter."""
 
 
-class Pair(NamedTuple):
-    """The rendered responses of a preference row."""
-
-    chosen: Rendered
-    rejected: Rendered
-
-    def costs(self, shared: bool) -> list[int]:
-        """Lengths of the rows that the pair takes: one that holds the prompt once, or two."""
-        both = [len(self.chosen), len(self.rejected)]
-        return [sum(both) - common_length(self)] if shared else both
+def costs_of(pair: Pair, shared: bool) -> list[int]:
+    """Lengths of the rows that a pair takes: one that holds the prompt once, or two."""
+    both = [len(pair.chosen), len(pair.rejected)]
+    return [sum(both) - common_length(pair)] if shared else both
 
 
 def dpo(settings: DPO) -> Run[None]:
@@ -62,36 +56,26 @@ def dpo(settings: DPO) -> Run[None]:
     with Run("dpo", settings, state=None) as run:
         ready = prepare(settings, run.processes, run.path / "skipped.jsonl")
         train, held_out, policy = ready.train.items, ready.held_out.items, ready.roles.policy
-        stepper = Stepper(
-            policy,
-            settings.learning_rate,
-            settings.optimizer,
-            ready.total,
-            run.processes,
-            usual_warmup=WARMUP,
-        )
+        stepper = run.stepper(policy, settings.learning_rate, ready.total, WARMUP)
         announce(ready, stepper.warmup, run)
         # before the first step moves the policy, which is the reference until then
-        read = ready.batches.rows(ready.total)
-        found = reference_logprobs(
-            policy, [train[i] for i in read] + held_out, settings.run.tokens, run
-        )
-        reference = torch.full((len(train), 2), torch.nan)  # of pairs that no step reads
-        reference[read], unseen = found[: len(read)], found[len(read) :]
-        costs = [pair.costs(policy.supports_shared_prefix) for pair in train]
+        reference = Reference(ready, settings, run)
         run.start(ready.total)
         if run.step == 0:
             run.record_samples(answers(ready, settings, run))
             run.pause()
 
+        run.nonfinite.rows = lambda: ready.describe(run.step)
         while run.running():
             rows = ready.batches[run.step]
             pairs = [train[i] for i in rows]
-            plan = run.processes.plan([costs[i] for i in rows], settings.run.tokens)
+            costs = [costs_of(pair, policy.supports_shared_prefix) for pair in pairs]
+            plan = run.processes.plan(costs, settings.run.tokens)
+            known = reference.of(rows)
             for micro in accumulate(plan, run.processes, stepper.module):
                 some = [pairs[i] for i in micro.rows]
                 chosen, rejected = pair_logprobs(stepper.module, some, run.processes.device)
-                ref = reference[[rows[i] for i in micro.rows]].to(chosen)
+                ref = known[micro.rows].to(chosen)
                 loss, metrics = losses.dpo_sum(
                     chosen,
                     rejected,
@@ -111,7 +95,7 @@ def dpo(settings: DPO) -> Run[None]:
                 show=("loss", "rewards/margins", "rewards/accuracies"),
             )
             if held_out and run.due(settings.run.eval_every):
-                run.record(evaluate(policy, held_out, unseen, settings, run))
+                run.record(evaluate(policy, held_out, reference.held_out(), settings, run))
             run.checkpoint_if_due()
 
         run.record_samples(answers(ready, settings, run))
@@ -126,17 +110,12 @@ def prepare(settings: DPO, processes: Processes, skipped: Path | None = None) ->
     Raises:
         InputError: a row or the model cannot be used.
     """
-
-    def render(renderer: Renderer) -> Callable[[PreferenceRow], Pair]:
-        both = preference_rows(renderer)
-        return lambda row: Pair(*both(row))
-
     rows = RowFormat[Pair](
         (PreferenceRow,),
-        render,
-        lambda row: text_of(row.prompt),
+        preference_rows,
+        prompt_text,
         lambda pair: [pair.chosen.ids, pair.rejected.ids],
-        together=lambda pair: pair.costs(True)[0],
+        together=lambda pair: costs_of(pair, True)[0],
     )
     ready = prepare_offline(settings, processes, rows, skipped=skipped)
     policy = ready.roles.policy
@@ -145,7 +124,7 @@ def prepare(settings: DPO, processes: Processes, skipped: Path | None = None) ->
         return ready
     policy.supports_shared_prefix = False
     note = "a prompt is read for each response anew: read once for both, log-probabilities differ"
-    return replace(ready, note=f"{ready.note}; {note}")
+    return replace(ready, note=f"{note}; {ready.note}")
 
 
 @torch.no_grad()
@@ -177,11 +156,15 @@ def announce(ready: Prepared[Pair], warmup: int, run: Run[None]) -> None:
 
 def answers(ready: Prepared[Pair], settings: DPO, run: Run[None]) -> list[dict[str, Any]]:
     """What the policy answers to a few prompts, for the page."""
-    asked = dict.fromkeys((r.prompt, "") for r in ready.held_out.rows or ready.train.rows)
+    asked: dict[tuple[Content, str], None] = {}
+    for row in ready.held_out.rows or ready.train.rows:
+        if len(asked) >= settings.run.samples:
+            break
+        asked[row.prompt, ""] = None
     return show_samples(
         ready.roles.policy,
         ready.renderer,
-        list(asked)[: settings.run.samples],
+        list(asked),
         run.processes,
         seed=settings.seed,
         params=sampling_params(ready.renderer, settings.max_new_tokens),
@@ -203,7 +186,7 @@ def pair_logprobs(policy: Any, pairs: list[Pair], device: torch.device) -> tuple
     first, places = distinct((tuple(r.ids), tuple(r.mask)) for r in rows)
     once = [rows[i] for i in first]
     if inner.supports_shared_prefix and (
-        len(once) == len(rows) or sum(sum(p.costs(True)) for p in pairs) < sum(map(len, once))
+        len(once) == len(rows) or sum(sum(costs_of(p, True)) for p in pairs) < sum(map(len, once))
     ):
         ids, mask, layout = shared_prefix(pairs)
         layout = SharedPrefix(*(x.to(device) for x in layout))
@@ -215,33 +198,81 @@ def pair_logprobs(policy: Any, pairs: list[Pair], device: torch.device) -> tuple
     return chosen, rejected
 
 
-def reference_logprobs(policy: Policy, pairs: list[Pair], tokens: Tokens, run: Run[None]) -> Tensor:
-    """[pairs, 2] log-probabilities of the policy as it is now, from the disk if they are there."""
+def all_logprobs(policy: Policy, pairs: Sequence[Pair], tokens: Tokens, run: Run[None]) -> Tensor:
+    """[pairs, 2] log-probabilities of the policy as it is now, without gradient, in micro-batches,
+    on all processes.
+    """
 
-    def compute() -> Tensor:
-        def both(rows: list[int]) -> tuple[Tensor, ...]:
-            some = [pairs[i] for i in rows]
-            return (torch.stack(pair_logprobs(policy, some, run.processes.device), 1),)
-
-        costs = [p.costs(policy.supports_shared_prefix) for p in pairs]
-        title = "dpo: log-probabilities of the reference"
-        return run.processes.map_rows(costs, tokens, 2, both, title=title)[0]
-
-    rows = [[p.chosen.ids, p.chosen.mask, p.rejected.ids, p.rejected.mask] for p in pairs]
-    return cached(fingerprint(policy, rows), compute, run.processes)
-
-
-def evaluate(
-    policy: Policy, pairs: list[Pair], reference: Tensor, settings: DPO, run: Run[None]
-) -> dict[str, float]:
-    """The loss's metrics on held-out pairs; the accuracy's interval goes to the summary."""
-
-    def compute(rows: list[int]) -> tuple[Tensor, ...]:
+    def both(rows: list[int]) -> tuple[Tensor, ...]:
         some = [pairs[i] for i in rows]
         return (torch.stack(pair_logprobs(policy, some, run.processes.device), 1),)
 
-    costs = [p.costs(policy.supports_shared_prefix) for p in pairs]
-    (logprobs,) = run.processes.map_rows(costs, settings.run.tokens, 2, compute)
+    costs = [costs_of(p, policy.supports_shared_prefix) for p in pairs]
+    return run.processes.map_rows(costs, tokens, 2, both)[0]
+
+
+def reference_logprobs(
+    policy: Policy, pairs: Sequence[Pair], tokens: Tokens, run: Run[None]
+) -> Tensor:
+    """[pairs, 2] log-probabilities of the policy as it is now, from the disk if they are there."""
+    costs = [costs_of(p, policy.supports_shared_prefix) for p in pairs]
+    rows = ([p.chosen.ids, p.chosen.mask, p.rejected.ids, p.rejected.mask] for p in pairs)
+    return cached(
+        fingerprint(policy, rows),
+        parts(costs, tokens_in_a_minute(policy)),
+        lambda part: all_logprobs(policy, [pairs[i] for i in part], tokens, run),
+        run.processes,
+        "dpo: log-probabilities of the reference",
+    )
+
+
+class Reference:
+    """The policy as it is before the first step, asked for log-probabilities [pairs, 2] in nats.
+
+    It reads all pairs of the run at once, or is frozen and reads pairs when it is asked for them.
+    """
+
+    def __init__(self, ready: Prepared[Pair], settings: DPO, run: Run[None]) -> None:
+        self._ready, self._run, self._tokens = ready, run, settings.run.tokens
+        policy, train = ready.roles.policy, ready.train.items
+        read = ready.batches.rows(ready.total)
+        self._known = torch.full((len(train), 2), torch.nan)  # of pairs that no step reads
+        self._unseen: Tensor | None = None
+        self._frozen: Frozen | None = None
+        if settings.reads_reference_at_each_step(len(read)):
+            self._frozen = Frozen(policy)
+            memory = ", a copy of the model that stays in memory" if self._frozen.copied else ""
+            when = "reads the pairs of each step (--reference-pass first: before)"
+            if run.main:
+                say(f"the reference{memory} {when}")
+            return
+        pairs = [*(train[i] for i in read), *ready.held_out.items]
+        found = reference_logprobs(policy, pairs, self._tokens, run)
+        self._known[read], self._unseen = found[: len(read)], found[len(read) :]
+
+    def of(self, rows: Sequence[int]) -> Tensor:
+        """Of these pairs to train on."""
+        if self._frozen is None:
+            return self._known[list(rows)]
+        return self._asked(self._frozen, [self._ready.train.items[i] for i in rows])
+
+    def held_out(self) -> Tensor:
+        """Of all pairs that are held out."""
+        if self._unseen is None:
+            assert self._frozen is not None
+            self._unseen = self._asked(self._frozen, self._ready.held_out.items)
+        return self._unseen
+
+    def _asked(self, frozen: Frozen, pairs: Sequence[Pair]) -> Tensor:
+        with frozen.policy() as policy:
+            return all_logprobs(policy, pairs, self._tokens, self._run)
+
+
+def evaluate(
+    policy: Policy, pairs: Sequence[Pair], reference: Tensor, settings: DPO, run: Run[None]
+) -> dict[str, float]:
+    """The loss's metrics on held-out pairs; the accuracy's interval goes to the summary."""
+    logprobs = all_logprobs(policy, pairs, settings.run.tokens, run)
     _, metrics = losses.dpo(
         *logprobs.T, *reference.T, beta=settings.beta, label_smoothing=settings.label_smoothing
     )

@@ -4,7 +4,8 @@ and what that needs is rehearsed before any model is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,9 +17,11 @@ from ..errors import InputError
 from ..models.load import SHARED, load_config
 from ..models.memory import Models, Plan, Sampling, Shape, Work, in_words
 from ..models.rehearsal import Rehearsal
+from ..models.scores import CriticStart
 from ..models.trunk import text_config
+from ..rewards.load import Rewards
 from ..rollout.sampling import SIDE_BY_SIDE
-from ..settings import LoraSettings, RunSettings
+from ..settings import LoraSettings, OnlineSettings, RunSettings
 from ..train import machine
 from ..train.processes import Processes
 from ..train.progress import say
@@ -27,7 +30,7 @@ T = TypeVar("T")
 
 GRAIN = 256
 """Budgets that `auto` tries are multiples of this many tokens."""
-SCANNED = 100_000
+SCANNED = 2_000
 """Rows whose micro-batches are looked at for the largest."""
 USUAL_RANK = 8
 """The rank of the adapters that are proposed."""
@@ -49,7 +52,7 @@ class Needs:
     lora: LoraSettings
     models: Models
     processes: Processes
-    costs: Callable[[bool], Iterable[Costs]]
+    costs: Callable[[bool], Sequence[Costs]]
     probe: int
     process: int
     labels: int | None = None
@@ -84,21 +87,22 @@ class Needs:
             self.processes.budget = self._found(self.limit)
         return self.processes.budget
 
-    def settle(self) -> None:
+    def settled(self) -> Needs:
         """At the start of a run, before models are loaded: finds the budget of --run.tokens auto,
         and warns if the run will not fit.
 
         Raises:
             InputError: no budget fits, or the kind of model cannot be rehearsed for `auto`.
         """
-        auto = self.run.tokens == "auto" and self.processes.budget is None
-        enough = self.generous()
-        if not auto and enough is not None and enough < self.limit / 2:
-            return
-        machine.return_freed_memory()
-        budget = self.budget  # all processes look for it together
-        if not self.processes.main:
-            return
+        auto, enough = self.run.tokens == "auto" and self.processes.budget is None, self.generous()
+        if auto or enough is None or enough >= self.limit / 2:
+            machine.return_freed_memory()
+            budget = self.budget  # all processes look for it together
+            if self.processes.main:
+                self._tell(budget, auto)
+        return self
+
+    def _tell(self, budget: int, auto: bool) -> None:
         try:
             plan = self.plan(budget)
         except InputError as error:  # nothing depends on the plan
@@ -213,7 +217,7 @@ class Needs:
                 if not found:
                     return None
                 files += sum(found)
-        config = text_config(load_config(models.trained))
+        config = text_config(load_config(models.trained, trust=models.trust))
         layers, width = (getattr(config, n, None) for n in ("num_hidden_layers", "hidden_size"))
         if not isinstance(layers, int) or not isinstance(width, int) or self.run.tokens == "auto":
             return None
@@ -240,6 +244,7 @@ def offline(
     scored: bool,
     rows: RowFormat[T],
     items: Sequence[T],
+    longest: int,
     batches: Batches,
     total: int,
 ) -> Needs:
@@ -248,33 +253,51 @@ def offline(
     Args:
         scored: the trained model has a scalar head.
         rows, items: the elements that are trained on, and how long their sequences are.
+        longest: tokens of the longest sequence.
         batches, total: the elements of each optimizer step, and the number of steps.
     """
-    sequences = [[len(ids) for ids in rows.ids(item)] for item in items]
-    together = None if rows.together is None else [[rows.together(item)] for item in items]
 
-    def costs(shared: bool) -> Iterable[Costs]:
-        whole = together if shared and together is not None else sequences
-        read = 0
+    @functools.cache
+    def costs(shared: bool) -> list[Costs]:
+        one, found, read = rows.together if shared else None, list[Costs](), 0
         for step in range(min(total, batches.per_epoch)):
-            numbers = batches[step]
-            yield [whole[i] for i in numbers]
-            if (read := read + len(numbers)) >= SCANNED:
-                return
+            step_items = [items[i] for i in batches[step]]
+            found.append(
+                [[len(x) for x in rows.ids(y)] if one is None else [one(y)] for y in step_items]
+            )
+            if (read := read + len(step_items)) >= SCANNED:
+                break
+        return [*found, [[longest]]]  # wherever it stands
 
-    longest = max(max(lengths) for lengths in sequences)
     asked, new = settings.run.samples, getattr(settings, "max_new_tokens", 0)
     return Needs(
         settings.run,
         settings.lora,
-        Models(settings.model, scored=scored),
+        Models(settings.model, scored=scored, trust=settings.trust_remote_code),
         processes,
         costs,
         longest,
         machine.resident_memory(processes.device),
         sampling=None if scored or not asked else Sampling(asked, asked, longest, new),
         once=total == 1,
-        pairs=together is not None,
+        pairs=rows.together is not None,
+    )
+
+
+def online_models(
+    settings: OnlineSettings, reference: bool, critic: CriticStart | None, rewards: Rewards | None
+) -> Models:
+    """The models of a method that learns from its own samples.
+
+    Args:
+        critic: where one starts. rewards: those that are loaded; models among them have weights.
+    """
+    return Models(
+        settings.model,
+        reference=reference,
+        critic=None if critic is None else critic.folder,
+        rewards=tuple(p.name for p in rewards.parts if hasattr(p, "scorer")) if rewards else (),
+        trust=settings.trust_remote_code,
     )
 
 

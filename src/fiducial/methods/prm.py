@@ -11,8 +11,9 @@ step that is often recovered from scores high.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .. import losses
 from ..core import intervals
 from ..data.batches import pad
 from ..data.elements import RowFormat
-from ..data.prepare import text_of
+from ..data.prepare import prompt_text
 from ..data.render import Rendered, Renderer
 from ..data.row_types import LabeledRow, StepsRow
 from ..data.steps import Steps
@@ -34,7 +35,6 @@ from ..rewards.process import AGGREGATES, aggregate
 from ..run import Run
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
-from ..train.step import Stepper
 from .settings.prm import PRM
 from .setup import Prepared, prepare_offline
 
@@ -63,11 +63,10 @@ def prm(settings: PRM) -> Run[None]:
         scorer.facts = replace(
             scorer.facts, steps=StepScores(settings.separator, settings.aggregate)
         )
-        stepper = Stepper(
-            scorer, settings.learning_rate, settings.optimizer, ready.total, run.processes
-        )
+        stepper = run.stepper(scorer, settings.learning_rate, ready.total)
         run.start(ready.total)
 
+        run.nonfinite.rows = lambda: ready.describe(run.step)
         while run.running():
             solutions = [train[i] for i in ready.batches[run.step]]
             count = sum(len(s.labels) for s in solutions)
@@ -100,13 +99,12 @@ def prepare(settings: PRM, processes: Processes, skipped: Path | None = None) ->
         InputError: a row or the model cannot be used.
     """
 
-    def render(renderer: Renderer) -> Callable[[StepsRow | LabeledRow], Solution]:
-        return solver(renderer, settings.separator)
-
-    def key(row: StepsRow | LabeledRow) -> str:
-        return text_of(row.prompt)
-
-    rows = RowFormat[Solution]((StepsRow, LabeledRow), render, key, lambda s: [s.rendered.ids])
+    rows = RowFormat[Solution](
+        (StepsRow, LabeledRow),
+        partial(solver, separator=settings.separator),
+        prompt_text,
+        lambda s: [s.rendered.ids],
+    )
     return prepare_offline(settings, processes, rows, scorer=True, skipped=skipped)
 
 
@@ -180,7 +178,7 @@ def up_to_first_wrong(labels: list[bool]) -> list[bool]:
     return labels[: labels.index(False) + 1] if False in labels else labels
 
 
-def tensors(solutions: list[Solution], *, every: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(solutions: Sequence[Solution], *, every: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """ids [B, T], labels [B, T] (true: right), and the mask [B, T] of the step ends that have a
     label, or of every step end.
     """
@@ -239,7 +237,7 @@ def _note(
     what: str,
     said: list[bool],
     labels: list[bool],
-    prompts: list[str],
+    prompts: Sequence[bytes],
     train: list[bool],
     how: str = "",
 ) -> None:

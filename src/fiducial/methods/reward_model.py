@@ -9,6 +9,7 @@ pairs, and the prompt counts once.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from .. import losses
 from ..core import intervals
 from ..data.batches import pad
 from ..data.elements import RowFormat
-from ..data.pairs import preference_rows
-from ..data.prepare import load, text_of
+from ..data.pairs import Pair, preference_rows
+from ..data.prepare import load, prompt_text
 from ..data.render import Rendered, Renderer
 from ..data.row_types import CompletionRow, PreferenceRow
 from ..models.roles import ScoreModel
@@ -29,12 +30,15 @@ from ..models.scores import ScoreFacts
 from ..run import Run
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
-from ..train.step import Stepper
 from .settings.reward_model import RewardModel
 from .setup import Prepared, prepare_offline
 
 SAMPLE = 512
-"""Number of training responses that set the zero of the scores where there is no reference data."""
+"""Number of responses that set the zero of the scores, where there is no reference data, and their
+range.
+"""
+RANGE = (0.01, 0.99)
+"""The quantiles of the scores that are the ends of their range."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,10 @@ def reward(settings: RewardModel) -> Run[None]:
         ready = prepare(settings, run.processes, run.path / "skipped.jsonl")
         train, held_out, scorer = ready.train.items, ready.held_out.items, ready.roles.scorer
         announce(ready, run)
-        stepper = Stepper(
-            scorer, settings.learning_rate, settings.optimizer, ready.total, run.processes
-        )
+        stepper = run.stepper(scorer, settings.learning_rate, ready.total)
         run.start(ready.total)
 
+        run.nonfinite.rows = lambda: ready.describe(run.step)
         while run.running():
             prompts = [train[i] for i in ready.batches[run.step]]
             plan = run.processes.plan([p.lengths for p in prompts], settings.run.tokens)
@@ -89,7 +92,7 @@ def reward(settings: RewardModel) -> Run[None]:
                 run.record(evaluate(scorer, held_out, train, settings, run))
             run.checkpoint_if_due()
 
-        scorer.facts = reference_scores(scorer, train, settings, ready.renderer, run)
+        scorer.facts = score_facts(scorer, train, held_out, settings, ready.renderer, run)
         run.model = scorer
         probe = torch.tensor([train[0].responses[0].ids])
         return run.finish(save=lambda path: save(scorer, ready.renderer.tokenizer, path, probe))
@@ -104,23 +107,20 @@ def prepare(
         InputError: a row or the model cannot be used.
     """
 
-    def key(row: PreferenceRow) -> str:
-        return text_of(row.prompt)
-
     def ids(ranking: Ranking) -> list[list[int]]:
         return [r.ids for r in ranking.responses]
 
-    rows = RowFormat((PreferenceRow,), preference_rows, key, ids, rankings)
+    rows = RowFormat((PreferenceRow,), preference_rows, prompt_text, ids, rankings)
     return prepare_offline(settings, processes, rows, scorer=True, skipped=skipped)
 
 
 def rankings(
-    pairs: list[tuple[Rendered, Rendered]], rows: list[PreferenceRow]
+    pairs: Sequence[Pair], rows: Sequence[PreferenceRow]
 ) -> tuple[list[str], list[Ranking]]:
     """The prompts, and the ranking of each: all rows of a prompt together."""
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        groups.setdefault(text_of(row.prompt), []).append(i)
+        groups.setdefault(prompt_text(row), []).append(i)
     ranked = [_rank([pairs[i] for i in g], [rows[i].margin for i in g]) for g in groups.values()]
     return list(groups), ranked
 
@@ -143,7 +143,7 @@ def announce(ready: Prepared[Ranking], run: Run[None]) -> None:
         say(f"reward: the tokenizer has no pad token of its own, so the saved model uses {token}")
 
 
-def _rank(pairs: list[tuple[Rendered, Rendered]], margins: list[float | None]) -> Ranking:
+def _rank(pairs: Sequence[Pair], margins: Sequence[float | None]) -> Ranking:
     numbers: dict[tuple[int, ...], int] = {}
     responses: list[Rendered] = []
     indices = []
@@ -156,7 +156,7 @@ def _rank(pairs: list[tuple[Rendered, Rendered]], margins: list[float | None]) -
     return Ranking(responses, indices, [m or 0.0 for m in margins])
 
 
-def pair_tensors(rankings: list[Ranking], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pair_tensors(rankings: Sequence[Ranking], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs [P, 2], prompt of each pair [P] and margins [P] of rankings whose responses stand one
     after the other.
     """
@@ -195,8 +195,8 @@ def all_scores(
 
 def evaluate(
     scorer: ScoreModel,
-    held_out: list[Ranking],
-    train: list[Ranking],
+    held_out: Sequence[Ranking],
+    train: Sequence[Ranking],
     settings: RewardModel,
     run: Run[None],
 ) -> dict[str, float]:
@@ -230,16 +230,19 @@ def evaluate(
     }
 
 
-def reference_scores(
+def score_facts(
     scorer: ScoreModel,
-    train: list[Ranking],
+    train: Sequence[Ranking],
+    held_out: Sequence[Ranking],
     settings: RewardModel,
     renderer: Renderer,
     run: Run[None],
 ) -> ScoreFacts:
-    """Mean and standard deviation of the scores of the reference completions.
+    """Mean and standard deviation of the scores of the reference completions, and the range of the
+    scores of held-out responses.
 
-    Without reference data they are a random sample of the training responses.
+    Without reference data, and without held-out pairs, a random sample of the training responses
+    takes their place.
     """
     if settings.reference_data:
         rendered, _, _ = load(
@@ -249,12 +252,20 @@ def reference_scores(
             lambda r: renderer.completion(r.prompt, r.completion, r.where, r.sampled),
         )
     else:
-        every = [r for ranking in train for r in ranking.responses]
-        # files are often sorted, so their first rows are not like the others
-        drawn = random.Random(settings.seed).sample(range(len(every)), min(SAMPLE, len(every)))
-        rendered = [every[i] for i in sorted(drawn)]
+        rendered = _sample(train, settings.seed)
     scores = all_scores(scorer, rendered, settings, run)
-    return ScoreFacts(float(scores.mean()), float(scores.std()) if len(scores) > 1 else 1.0)
+    judged = all_scores(scorer, _sample(held_out or train, settings.seed), settings, run)
+    low, high = (float(judged.double().quantile(q)) for q in RANGE)
+    std = float(scores.std()) if len(scores) > 1 else 1.0
+    return ScoreFacts(float(scores.mean()), std, low=low, high=high)
+
+
+def _sample(rankings: Sequence[Ranking], seed: int) -> list[Rendered]:
+    """Some of the responses, in their order."""
+    every = [r for ranking in rankings for r in ranking.responses]
+    # files are often sorted, so their first rows are not like the others
+    drawn = random.Random(seed).sample(range(len(every)), min(SAMPLE, len(every)))
+    return [every[i] for i in sorted(drawn)]
 
 
 def _length_gaps(ranking: Ranking) -> list[int]:

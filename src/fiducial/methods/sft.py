@@ -5,6 +5,8 @@ Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155), section 3.5.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,8 @@ import torch
 from .. import losses
 from ..data.batches import pad
 from ..data.elements import RowFormat
-from ..data.language import LANGUAGE_ROWS, language_prompt, language_rows
+from ..data.language import LANGUAGE_ROWS, language_key, language_prompt, language_rows
 from ..data.render import Rendered
-from ..data.row_types import ChatRow, CompletionRow, TextRow
 from ..models.roles import Policy
 from ..models.save import save
 from ..rollout.samples import show_samples
@@ -24,7 +25,6 @@ from ..run import Run
 from ..settings import Tokens
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
-from ..train.step import Stepper
 from .settings.sft import SFT
 from .setup import Prepared, prepare_offline
 
@@ -34,15 +34,14 @@ def sft(settings: SFT) -> Run[None]:
     with Run("sft", settings, state=None) as run:
         ready = prepare(settings, run.processes, run.path / "skipped.jsonl")
         train, held_out, policy = ready.train.items, ready.held_out.items, ready.roles.policy
-        stepper = Stepper(
-            policy, settings.learning_rate, settings.optimizer, ready.total, run.processes
-        )
+        stepper = run.stepper(policy, settings.learning_rate, ready.total)
         announce(ready, run)
         run.start(ready.total)
         if run.step == 0:
             run.record_samples(answers(ready, settings, run))
             run.pause()
 
+        run.nonfinite.rows = lambda: ready.describe(run.step)
         while run.running():
             rows = [train[i] for i in ready.batches[run.step]]
             labels = sum(r.num_labels for r in rows)
@@ -73,7 +72,7 @@ def prepare(settings: SFT, processes: Processes, skipped: Path | None = None) ->
     Raises:
         InputError: a row or the model cannot be used.
     """
-    rows = RowFormat[Rendered](LANGUAGE_ROWS, language_rows, _key, lambda row: [row.ids])
+    rows = RowFormat[Rendered](LANGUAGE_ROWS, language_rows, language_key, lambda row: [row.ids])
     return prepare_offline(settings, processes, rows, skipped=skipped)
 
 
@@ -91,18 +90,18 @@ def announce(ready: Prepared[Rendered], run: Run[None]) -> None:
 
 def answers(ready: Prepared[Rendered], settings: SFT, run: Run[None]) -> list[dict[str, Any]]:
     """What the policy answers to a few prompts, for the page."""
-    asked = [language_prompt(r) for r in ready.held_out.rows or ready.train.rows]
+    asked = (language_prompt(r) for r in ready.held_out.rows or ready.train.rows)
     return show_samples(
         ready.roles.policy,
         ready.renderer,
-        [p for p in asked if p is not None][: settings.run.samples],
+        list(islice((p for p in asked if p is not None), settings.run.samples)),
         run.processes,
         seed=settings.seed,
         params=sampling_params(ready.renderer, settings.max_new_tokens),
     )
 
 
-def evaluate(policy: Policy, rows: list[Rendered], tokens: Tokens, run: Run[None]) -> float:
+def evaluate(policy: Policy, rows: Sequence[Rendered], tokens: Tokens, run: Run[None]) -> float:
     """Mean negative log-likelihood of the held-out labels, in nats per token."""
 
     def compute(chosen: list[int]) -> tuple[torch.Tensor, ...]:
@@ -111,9 +110,3 @@ def evaluate(policy: Policy, rows: list[Rendered], tokens: Tokens, run: Run[None
 
     (logprobs,) = run.processes.map_rows([[len(r)] for r in rows], tokens, None, compute)
     return -float(logprobs.sum()) / sum(r.num_labels for r in rows)
-
-
-def _key(row: TextRow | ChatRow | CompletionRow) -> str:
-    if isinstance(row, TextRow):
-        return row.text
-    return repr(row.messages[:-1] if isinstance(row, ChatRow) else row.prompt)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -92,9 +93,8 @@ def probe_rows(rows: Sequence[Sequence[int]], longest: int) -> list[list[int]]:
     if not usable:
         usable = [[*rows[0], *rows[0]]]
     long = list(usable[-1])[:longest]
-    tail = [token for row in usable for token in row]
-    while len(long) < longest:
-        long += tail[: longest - len(long)]
+    tokens = cycle(token for row in usable for token in row)
+    long += islice(tokens, longest - len(long))
     return [long, list(usable[0])]
 
 

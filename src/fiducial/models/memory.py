@@ -43,7 +43,7 @@ class Models:
     scored: the model that is trained has a scalar head and is no policy. reference: whether a
     frozen reference is read. critic: where one starts, `load.SHARED` for a head on the policy.
     rewards: reward models that score responses. exact: the teacher is compared over the whole
-    vocabulary.
+    vocabulary. trust: whether Python code of the folders may run.
     """
 
     trained: str
@@ -53,6 +53,7 @@ class Models:
     teacher: str | None = None
     exact: bool = True
     rewards: tuple[str, ...] = ()
+    trust: bool = False
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ class Rehearsal:
         module = self.scorer or self.policy
         assert module is not None
         copies = [torch.empty_like(p) for p in module.parameters()]
-        kept = getattr(load_config(self.models.trained), "dtype", None)
+        kept = getattr(load_config(self.models.trained, trust=self.models.trust), "dtype", None)
         if self.policy is not None and self.lora.r > 0 and kept in (torch.bfloat16, torch.float16):
             copies += [torch.empty_like(p, dtype=kept) for p in module.parameters()]
         return copies
@@ -246,11 +246,13 @@ class Rehearsal:
         return torch.bfloat16 if self.run.precision == "bfloat16" else None
 
     def _imagined(self, auto: Any, name: str, **changes: Any) -> Any:
-        config = load_config(name)
+        config = load_config(name, trust=self.models.trust)
         for key, value in changes.items():
             setattr(config, key, value)
         with torch.device("meta"):
-            return auto.from_config(config, dtype=torch.float32)
+            return auto.from_config(
+                config, dtype=torch.float32, trust_remote_code=self.models.trust
+            )
 
 
 class _LedgerCache(DynamicCache):  # type: ignore[misc]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
+from ..names import printable
+
 LINE_SECONDS = 15.0
+READING_SECONDS = 2.0
 
 
 class Progress:
@@ -19,7 +23,8 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int, *, start: int = 0, show: bool = True) -> None:
-        self.title, self.total, self.done, self.first, self.show = title, total, start, start, show
+        self.title, self.total, self.show = printable(title), total, show
+        self.done = self.first = start
         self.live = show and sys.stderr.isatty()
         self.began = self.said = time.monotonic()
 
@@ -36,7 +41,7 @@ class Progress:
             from rich.progress import Progress as Bar
 
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -78,6 +83,29 @@ class Progress:
             self.bar.stop()
 
 
+@contextlib.contextmanager
+def reading(title: str, *, show: bool = True) -> Iterator[Callable[[float], None]]:
+    """Progress of reading a source: a function to call with the share that has been read.
+
+    Nothing is shown of what takes less than two seconds.
+    """
+    began, bar = time.monotonic(), None
+
+    def told(share: float) -> None:
+        nonlocal bar
+        if bar is None and time.monotonic() - began > READING_SECONDS:
+            bar = Progress(f"{title} (percent)", 100, show=show).__enter__()
+            bar.began, bar.said = began, began - LINE_SECONDS
+        if bar is not None and int(100 * share) > bar.done:
+            bar.advance(by=int(100 * share) - bar.done)
+
+    try:
+        yield told
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)
+
+
 def say(text: str) -> None:
     """Prints one line to the terminal."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from ...building import Settings
@@ -14,6 +16,9 @@ from ...settings import (
     Seed,
     check_one_length,
 )
+
+MANY_PAIRS = 20_000
+"""A pass of the reference over more pairs than this may take far longer than the first steps."""
 
 
 class DPO(Settings):
@@ -45,16 +50,30 @@ class DPO(Settings):
     """Peak learning rate, after warm-up. 1e-6: the paper. LoRA and small models need 10 to 100
     times that.
     """
+    reference_pass: Literal["auto", "first", "each_step"] = "auto"
+    """When the reference reads the pairs: all before the first step, or those of each step (without
+    LoRA it is then a copy in memory). auto: each_step beyond 20,000 pairs. Our choice.
+    """
     max_new_tokens: int = Field(default=64, gt=0)
     """Largest number of tokens in a sample response on the run's page."""
     seed: Seed = 0
     """Random seed for the order of the pairs and for sampling."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
+    """
     rows: RowSettings = RowSettings()
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings(betas=(0.9, 0.999), schedule="constant")
     run: RunSettings = RunSettings()
+
+    def reads_reference_at_each_step(self, pairs: int) -> bool:
+        """Whether the reference reads the pairs of each step, in a run that reads so many."""
+        return self.reference_pass == "each_step" or (
+            self.reference_pass == "auto" and pairs > MANY_PAIRS
+        )
 
     @model_validator(mode="after")
     def _fit(self) -> DPO:
