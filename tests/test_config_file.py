@@ -40,11 +40,11 @@ FILES = [
     ("steps: true", "steps: input should be a number, not True"),
     (
         "run: {tokens: true}",
-        "--run.tokens: whole number above 0, or auto, not True",
+        "--run.tokens: input should be a whole number above 0, or auto",
     ),
     (
         "run: {tokens: most}",
-        "--run.tokens: whole number above 0, or auto, not most",
+        "--run.tokens: input should be a whole number above 0, or auto",
     ),
     ("run: {memory_gb: true}", "--run.memory-gb: input should be a number, not True"),
     ("steps: 1:00", "steps: expected a number, not the text '1:00'"),

@@ -16,6 +16,7 @@ from ..methods.setup import Prepared, PreparedOnline
 from ..train import machine
 from ..train.launch import alone
 from ..train.processes import Processes
+from ..train.resume import with_budget
 from .memory import measured, predicted
 from .model import Step, chance, model_findings, offline_step, online_step, weights
 from .plan import plan_findings, sizes, slow
@@ -58,8 +59,7 @@ def check(verb: str, settings: Any) -> Report:
     report.findings += plan_findings(ready, settings)
     if not predicted(report, ready.needs):
         return report
-    run = settings.run.model_copy(update={"tokens": ready.needs.budget})
-    settings = settings.model_copy(update={"run": run})  # a number in place of `auto`
+    settings = with_budget(settings, ready.needs.budget)
     machine.reset_peak_memory()
     try:
         step, times = _tried(report, ready, settings, processes)

@@ -10,7 +10,7 @@ from ..methods.memory import Needs
 from ..models.memory import in_words
 from .report import Report
 
-TITLE = "memory (predicted before the models were loaded)"
+TITLE = "memory (planned before the models were loaded)"
 
 
 def predicted(report: Report, needs: Needs) -> bool:
@@ -33,7 +33,7 @@ def predicted(report: Report, needs: Needs) -> bool:
     level: Level = "note"
     if not plan.fits(limit):
         level = "error" if plan.peak > limit else "warning"
-    name = {"note": "memory-fits", "warning": "memory-tight", "error": "memory-too-small"}[level]
+    name = {"note": "memory-fits", "warning": "memory-tight", "error": "memory-short"}[level]
     sentence = (
         f"the run needs {in_words(plan.peak)} at its peak, in {plan.busiest}, and "
         f"{in_words(limit)} are there"

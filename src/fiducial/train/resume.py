@@ -36,10 +36,15 @@ def settled(settings: S, processes: Processes, config: Path) -> S:
         processes.budget = int(kept[1])
     if processes.budget is None:
         return settings
-    if processes.main and kept is None:
+    if processes.main and kept is None and text:
         number = f"\n  tokens: {processes.budget}\n"
         write_text(config, text.replace("\n  tokens: auto\n", number))
-    run = settings.run.model_copy(update={"tokens": processes.budget})
+    return with_budget(settings, processes.budget)
+
+
+def with_budget(settings: S, tokens: int) -> S:
+    """The settings with a number of padded tokens per micro-batch."""
+    run = settings.run.model_copy(update={"tokens": tokens})
     out: S = settings.model_copy(update={"run": run})
     return out
 
