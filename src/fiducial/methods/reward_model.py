@@ -9,7 +9,7 @@ pairs, and the prompt counts once.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,12 +114,12 @@ def prepare(
 
 def rankings(
     pairs: Sequence[Pair], rows: Sequence[PreferenceRow]
-) -> tuple[list[str], list[Ranking]]:
+) -> tuple[list[str], Iterator[Ranking]]:
     """The prompts, and the ranking of each: all rows of a prompt together."""
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(prompt_text(row), []).append(i)
-    ranked = [_rank([pairs[i] for i in g], [rows[i].margin for i in g]) for g in groups.values()]
+    ranked = (_rank([pairs[i] for i in g], [rows[i].margin for i in g]) for g in groups.values())
     return list(groups), ranked
 
 
@@ -247,10 +247,11 @@ def reference_scores(
             lambda r: renderer.completion(r.prompt, r.completion, r.where, r.sampled),
         )
     else:
-        every = [r for ranking in train for r in ranking.responses]
+        count = sum(len(ranking.responses) for ranking in train)
         # files are often sorted, so their first rows are not like the others
-        drawn = random.Random(settings.seed).sample(range(len(every)), min(SAMPLE, len(every)))
-        rendered = [every[i] for i in sorted(drawn)]
+        drawn = set(random.Random(settings.seed).sample(range(count), min(SAMPLE, count)))
+        every = (r for ranking in train for r in ranking.responses)
+        rendered = [r for i, r in enumerate(every) if i in drawn]
     scores = all_scores(scorer, rendered, settings, run)
     return ScoreFacts(float(scores.mean()), float(scores.std()) if len(scores) > 1 else 1.0)
 
