@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,46 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["FIDUCIAL_CACHE"] = str(folder)
     return folder
+
+
+LOCAL = ("127.0.0.1", "localhost", "::1", "", None)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Sockets lead to this machine alone, where processes of a group meet. Whoever tries another
+    address fails its test, also where it would go on without an answer.
+    """
+    tried: list[str] = []
+
+    def allowed(address: Any) -> bool:
+        return isinstance(address, str | bytes) or address[0] in LOCAL  # a Unix socket, or here
+
+    class Denied(socket.socket):
+        def connect(self, address: Any) -> None:
+            return super().connect(checked(address))
+
+        def connect_ex(self, address: Any) -> int:
+            return super().connect_ex(checked(address))
+
+        def bind(self, address: Any) -> None:
+            return super().bind(checked(address))
+
+    def checked(address: Any) -> Any:
+        if not allowed(address):
+            tried.append(str(address))
+            raise OSError(f"the tests open no socket to {address}")
+        return address
+
+    inner = socket.getaddrinfo
+
+    def lookup(host: Any, *rest: Any, **named: Any) -> Any:
+        return inner(checked((host,))[0], *rest, **named)
+
+    monkeypatch.setattr(socket, "socket", Denied)
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    yield tried
+    assert not tried, f"a test wanted to reach {tried}"
 
 
 @pytest.fixture(scope="session")

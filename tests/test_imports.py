@@ -18,7 +18,17 @@ import fiducial
 from fiducial import verbs
 
 ROOT = Path(fiducial.__file__).parent
-GROUND = {"building", "config_file", "errors", "metrics", "names", "settings", "verbs", "kl_choice"}
+GROUND = {
+    "building",
+    "config_file",
+    "errors",
+    "kl_choice",
+    "metric",
+    "metrics",
+    "names",
+    "settings",
+    "verbs",
+}
 TOP = {"cli", "parse", "flags", "usage", "__main__", "__init__"}
 LEVELS = [
     GROUND,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import fiducial
 from fiducial import metrics, verbs
+from fiducial.metric import GROUPS, Range
 
 SOURCE = Path(fiducial.__file__).parent
 MODULES = ("losses", "advantages", "kl", "lab")
@@ -38,7 +39,7 @@ class Page:
 
 def pages(methods: Sequence[verbs.Method] = verbs.METHODS) -> list[Page]:
     """Every page of the reference."""
-    others = (verbs.DEMO, *verbs.OTHERS)
+    others = (verbs.DEMO, verbs.CHECK, *verbs.OTHERS)
     found = [_verb_page(m, "Methods") for m in methods]
     found += [_verb_page(v, "Other commands") for v in others]
     found += [_module_page(name) for name in MODULES]
@@ -153,26 +154,31 @@ def _metrics_page() -> Page:
         "Every number that a run may write to `metrics.jsonl`, as `fiducial.metrics` has it. "
         "`eval/NAME` is the same number on held-out rows. Healthy ranges are rules of thumb, "
         "except for `ratio/first`, which must be 1, and for a KL, which is not below 0 on "
-        "average.\n",
+        "average. Outside of the bounds of the alarm, a run says so "
+        "([alarms](../guide/alarms.md)): where none is given, they are those of the healthy range, "
+        "if an alarm is about the metric. `times` its usual value means its start; for gradient "
+        "norms their running median, and for the KL its target.\n",
     ]
-    for group in metrics.GROUPS:
+    for group in GROUPS:
         parts.append(f"## {group.capitalize()}\n")
-        parts.append("| metric | unit | healthy | what it is |\n|---|---|---|---|")
+        parts.append("| metric | unit | healthy | alarm | what it is |\n|---|---|---|---|---|")
         for name, metric in metrics.METRICS.items():
             if metric.group == group:
-                row = (f"`{name}`", metric.unit, _range(metric.healthy), metric.sentence)
+                bounds = [_range(metric.alarm), _range(metric.change, " times")]
+                alarm = "; ".join(filter(None, bounds))
+                row = (f"`{name}`", metric.unit, _range(metric.healthy), alarm, metric.sentence)
                 parts.append("| " + " | ".join(cell.replace("|", "&#124;") for cell in row) + " |")
         parts.append("")
     return Page("reference/metrics.md", "Metrics", "Metrics", (), "\n".join(parts))
 
 
-def _range(healthy: tuple[float | None, float | None] | None) -> str:
-    low, high = healthy or (None, None)
+def _range(bounds: Range | None, of: str = "") -> str:
+    low, high = bounds or (None, None)
     if low is not None and high is not None:
-        return f"{low:g} to {high:g}"
+        return f"{low:g} to {high:g}{of}"
     if low is not None:
-        return f"at least {low:g}"
-    return "" if high is None else f"at most {high:g}"
+        return f"at least {low:g}{of}"
+    return "" if high is None else f"at most {high:g}{of}"
 
 
 def _index(found: list[Page]) -> Page:

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import verbs
 from .errors import InputError, LaunchError, RunError
+from .names import printable
 
 HELP = """\
 fiducial: align language models on one machine
@@ -32,6 +33,8 @@ An example, from a base model to an aligned one:
   fiducial eval    --model runs/ppo/model --baseline runs/sft/model --prompts held_out.jsonl \\
                    --judge judge.py:score
 
+Will it work? `fiducial check VERB --flag VALUE ...` reads the rows, computes one step and tries the
+rewards, in a minute and without a run.
 Is it right? `fiducial lab` runs the methods where the optimum is known. In Python,
 fiducial.lab.check_policy_loss and the other checks there test a loss of your own.
 A run is a folder with config.yaml, metrics.jsonl, samples.jsonl, model/ and report.html.
@@ -82,11 +85,23 @@ def _run(name: str, args: list[str]) -> int:
     from .parse import parse  # it imports pydantic, which `fiducial --help` does not need
 
     verb = table[name]
+    if verb is verbs.CHECK:
+        return _check(args)
     settings = parse(verbs.resolve(verb.settings), args, command=name)
     result = verbs.resolve(verb.run)(settings)
     if int(os.environ.get("RANK", "0")) == 0:
         _print_result(verb, result)
     return 0
+
+
+def _check(args: list[str]) -> int:
+    """`fiducial check VERB` with the verb's own flags; its exit code says what was found."""
+    from .parse import parse_check
+
+    name, settings, json = parse_check(args)
+    report = verbs.resolve(verbs.CHECK.run)(name, settings)
+    print(report.as_json() if json else "\n".join(report.as_lines()))
+    return int(report.exit_code)
 
 
 def _print_result(verb: verbs.Verb, result: Any) -> None:
@@ -98,9 +113,9 @@ def _print_result(verb: verbs.Verb, result: Any) -> None:
 
         for label, estimate in result.evaluation.items():
             print(f"{label}: {with_interval(Estimate(**estimate))}")
-        print(result.path / "report.html")
+        print(printable(str(result.path / "report.html")))
     elif isinstance(result, os.PathLike):
-        print(result)
+        print(printable(str(result)))
 
 
 def _fail(error: BaseException, code: int, debug: bool) -> int:
@@ -109,5 +124,7 @@ def _fail(error: BaseException, code: int, debug: bool) -> int:
     # what is refused is refused by all processes, and said once on each machine
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if first or code == 1 or isinstance(error, LaunchError):
-        print(f"fiducial: {error}", file=sys.stderr)
+        # one line, whatever stands in the text of a user that it repeats
+        text = printable("\\n".join(str(error).splitlines()))
+        print(f"fiducial: {text}", file=sys.stderr)
     return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,6 +97,26 @@ def load_yaml(path: str | Path, verb: str | None = None) -> dict[str, Any]:
             f"{path}: these are the settings of {str(other)[:SHOWN]}, and this command is {verb}"
         )
     return {name: value for name, value in data.items() if name not in BESIDE}
+
+
+def load_begun(path: str | Path, verb: str) -> dict[str, Any]:
+    """The settings of the command that began a file of rows, from the file beside it.
+
+    Raises:
+        InputError: it is damaged, or another verb began the file.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            head = json.loads(file.readline())
+        begun, settings = head["verb"], dict(head["settings"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(
+            f"--resume: {path} is damaged, so it is not known how the file was begun: remove it, "
+            "and start again with another --out"
+        ) from error
+    if begun != verb:
+        raise InputError(f"--resume: {path} is of {str(begun)[:SHOWN]}, and this command is {verb}")
+    return settings
 
 
 def check_written(

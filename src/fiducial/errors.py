@@ -1,5 +1,9 @@
 """The errors that a command reports in one sentence. Any other is a bug, with its traceback."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class InputError(ValueError):
     """The user's input cannot be used, which is found before any work begins; exit code 2.
@@ -17,3 +21,11 @@ class RunError(RuntimeError):
 
     The message is one sentence that names the step, the reason and how to go on.
     """
+
+
+class Unscored(RunError):
+    """Sampled responses could not be scored; `rows` holds them, for a file in the run folder."""
+
+    def __init__(self, message: str, rows: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.rows = rows

@@ -6,12 +6,14 @@ anything is loaded.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from .errors import InputError
 
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _ROW_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
 
@@ -28,6 +30,18 @@ RowsName = Annotated[str, Name("rows")]
 """A file of rows, or the name of a Hub dataset."""
 ScorerName = Annotated[str, Name("scorer")]
 """A reward model's folder, file.py:function, module:function, or a verifiable reward's name."""
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: control characters, which could move its cursor or rename its window,
+    and those that turn the direction of writing are shown as escapes. New lines and tabs stay.
+    """
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def progress_file(out: str | Path) -> Path:
+    """The file beside an unfinished file of rows that says how far it is."""
+    return Path(f"{out}.progress.jsonl")
 
 
 def looks_local(name: str) -> bool:

@@ -11,22 +11,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import verbs
 from .building import MissingSetting, S, Settings, build
-from .config_file import check_written, load_yaml
+from .config_file import check_written, load_begun, load_yaml
 from .errors import InputError
 from .flags import Flag, flags, sections
-from .names import check_name
+from .names import check_name, progress_file
 from .usage import usage
 
 Given = dict[tuple[str, ...], Any]
 """What the flags gave, by the path of the setting."""
 
 
-def parse(cls: type[S], args: Sequence[str], *, command: str) -> S:
+def parse(cls: type[S], args: Sequence[str], *, command: str, verb: str | None = None) -> S:
     """The settings of one command from its flags, over `--config FILE`, over the defaults.
 
     With `--out DIR --resume` and no file, DIR's own config.yaml is read, so a run goes on with the
-    settings it was started with. `--help` prints and exits with 0.
+    settings it was started with; with `--out FILE --resume` those that FILE was begun with.
+    `--help` prints and exits with 0.
+
+    Args:
+        verb: whose settings they are, where the command is another one.
 
     Raises:
         InputError: one sentence that names the flag, or the file and the setting, at fault.
@@ -40,10 +45,13 @@ def parse(cls: type[S], args: Sequence[str], *, command: str) -> S:
             raise SystemExit(0)
     words, file = _take_config(words)
     given = _read(cls, words, command)
+    values = load_yaml(file, verb or command) if file else {}
     if file is None and given.get(("resume",)) is True and ("out",) in given:
-        stored = Path(given["out",]) / "config.yaml"
-        file = str(stored) if stored.is_file() else None
-    values = load_yaml(file, command) if file else {}
+        run, rows = Path(given["out",]) / "config.yaml", progress_file(given["out",])
+        if run.is_file():
+            file, values = str(run), load_yaml(run, verb or command)
+        elif rows.is_file():
+            file, values = str(rows), load_begun(rows, verb or command)
     if file is not None:
         check_written(cls, values, file)
 
@@ -58,7 +66,8 @@ def parse(cls: type[S], args: Sequence[str], *, command: str) -> S:
     except MissingSetting as missing:
         if file is None and given.get(("resume",)) is True and ("out",) in given:
             raise InputError(
-                f"--resume: {given['out',]} holds no run to go on with (config.yaml is missing)"
+                f"--resume: {given['out',]} holds no run to go on with (config.yaml is missing), "
+                f"and is no unfinished file ({progress_file(given['out',]).name} is missing)"
             ) from None
         called = next(_called(flag) for flag in flags(cls) if ".".join(flag.path) == missing.name)
         raise InputError(
@@ -66,6 +75,28 @@ def parse(cls: type[S], args: Sequence[str], *, command: str) -> S:
         ) from None
     _check_names(settings)
     return settings
+
+
+def parse_check(args: Sequence[str]) -> tuple[str, Any, bool]:
+    """The verb that `fiducial check` was given, its settings, and whether JSON is asked for.
+
+    Raises:
+        InputError: as `parse`, or the first word is no verb that trains.
+    """
+    words = [word for word in args if word != "--json"]
+    methods = {method.name: method for method in verbs.METHODS}
+    if not words or words[0].startswith("-"):
+        parse(verbs.resolve(verbs.CHECK.settings), words, command="check")
+        raise InputError(f"check: give the verb first: {', '.join(methods)}")
+    name = words[0]
+    if name not in methods:
+        near = difflib.get_close_matches(name, methods, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(methods)}"
+        raise InputError(f"check: {name!r} is no verb that trains: {hint}")
+    settings = parse(
+        verbs.resolve(methods[name].settings), words[1:], command=f"check {name}", verb=name
+    )
+    return name, settings, "--json" in args
 
 
 def _read(cls: type[Settings], words: Sequence[str], command: str) -> Given:

@@ -3,54 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import random
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-import numpy as np
-import torch
-import yaml
 from pydantic import TypeAdapter
+from torch import nn
 
 from .config_file import dump_yaml
-from .errors import InputError, RunError
+from .errors import InputError, RunError, Unscored
+from .report.alarms import Watch
 from .report.card import model_card
 from .report.page import write_report
-from .settings import RunSettings
+from .settings import TrainingSettings
 from .train import checkpoint, machine
-from .train.folders import cut_after, is_free, make_folder, next_folder
-from .train.inputs import inputs
-from .train.lock import Lock
+from .train.disk import unimportant
+from .train.folders import is_free, next_folder
+from .train.inputs import record_inputs, unchanged_inputs
+from .train.keep import Clock, newest, restore, save, together
+from .train.lock import lock_together
 from .train.meter import Meter
-from .train.processes import Processes
+from .train.nonfinite import Nonfinite
+from .train.processes import Processes, lost_peer
 from .train.progress import Progress, say
-from .train.resume import changed_settings
+from .train.records import Records, keep_unscored
+from .train.resume import changed_settings, note_changes
+from .train.step import Stepper
 from .train.stopping import Stopping
 
 S = TypeVar("S")
-
-
-class TrainingSettings(Protocol):
-    """What the settings of every method have."""
-
-    @property
-    def out(self) -> str | None: ...
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def resume(self) -> bool: ...
-
-    @property
-    def run(self) -> RunSettings: ...
-
-    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
 
 
 class Run(Generic[S]):
@@ -73,13 +58,24 @@ class Run(Generic[S]):
         self.model: Any = None
         self.evaluation: dict[str, dict[str, float]] = {}
         self.rows = self.tokens = self.total = 0
-        self.train_seconds = 0.0
-        self._seconds = self._step_started = 0.0
+        self.train_seconds = self._seconds = self._step_started = 0.0
         self._summarized = False
+        self._records = Records(self.path, writes=self.main)
+        self._clock = Clock(self.keep.checkpoint_minutes, self.processes)
+        self.nonfinite = Nonfinite(
+            self.path,
+            self.keep.on_nonfinite,
+            self.keep.nonfinite_limit,
+            index=self.processes.index,
+            where=lambda: f"step {self.step + 1}",
+        )
+        self._evaluated: tuple[int, float] | None = None
         self._stopping = Stopping(say if self.main else lambda text: None)
+        self._stopping.at_once = True  # until the first step begins
         self._bar: Progress | None = None
         self._changed: dict[str, Any] = {}
         self._inputs: dict[str, Any] = {}
+        self._watch = Watch(self.path, self._plain(), writes=self.main)
 
     @property
     def main(self) -> bool:
@@ -92,37 +88,26 @@ class Run(Generic[S]):
             self._changed = changed_settings(
                 self.path, self.method, dump_yaml(self.settings, self.method)
             )
+            accept = self.keep.changed_inputs == "accept"
+            self._inputs = unchanged_inputs(self.path, self._plain(), accept=accept)
         elif not is_free(self.path):
             raise InputError(
                 f"--out: {self.path} exists already: choose another folder, or go on with --resume"
             )
         self.processes.wait()
         self._fresh = is_free(self.path)
-        self._lock = self._locked()
+        self._lock = lock_together(self.path, self.processes)
         if self.main and not self.settings.resume:
-            config.write_text(dump_yaml(self.settings, self.method), encoding="utf-8")
+            checkpoint.write_text(config, dump_yaml(self.settings, self.method))
         self.processes.wait()
-        random.seed(self.settings.seed)
-        np.random.seed(self.settings.seed % 2**32)
-        torch.manual_seed(self.settings.seed)
+        machine.seed_everything(self.settings.seed)
         machine.reset_peak_memory()
         self._began = time.monotonic()
         self._stopping.__enter__()
         return self
 
-    def _locked(self) -> Lock | None:
-        """The lock on the run folder, which the main process holds. All are refused together."""
-        lock, refused = None, None
-        if self.main:
-            try:
-                make_folder(self.path)
-                lock = Lock(self.path)
-            except InputError as error:
-                refused = str(error)
-        said = [text for text in self.processes.gather([refused]) if text]
-        if said:
-            raise InputError(said[0])
-        return lock
+    def _plain(self) -> dict[str, Any]:
+        return self.settings.model_dump(mode="json")
 
     def __exit__(
         self,
@@ -139,6 +124,12 @@ class Run(Generic[S]):
         finally:
             if self._lock is not None:
                 self._lock.release()
+        if self.processes.count > 1 and lost_peer(error):
+            with self.explained():
+                raise RunError(
+                    "another process ended, or did not answer within --run.timeout-minutes "
+                    f"{self.keep.timeout_minutes:g}: the reason is what that one printed"
+                ) from error
 
     def _close(self, error: BaseException | None) -> None:
         """Keep what a failed run has, and say so; leave nothing of a refused one."""
@@ -147,9 +138,12 @@ class Run(Generic[S]):
             not self.processes.dirty and self.processes.count == 1 and 0 < self.step < self.total
         )
         if isinstance(error, Exception) and whole and not saved:
-            self.save_checkpoint()  # the weights are those of the last recorded step
+            with unimportant("a checkpoint of the last step", self.path):
+                self.save_checkpoint()  # the weights are those of the last recorded step
         if error is None or not self.main:
             return
+        if isinstance(error, KeyboardInterrupt):
+            say(f"stopped at once after step {self.step}: {self.how_to_go_on()}")
         if isinstance(error, InputError):
             if self._fresh:  # refused before it began: the mended command works with this folder
                 shutil.rmtree(self.path, ignore_errors=True)
@@ -158,32 +152,40 @@ class Run(Generic[S]):
 
     # -- steps
 
+    def stepper(self, module: nn.Module, peak: float, total: int, usual_warmup: int = 0) -> Stepper:
+        """The optimizer of a module that this run trains in `total` updates; see `Stepper`."""
+        return Stepper(
+            module,
+            peak,
+            self.settings.optimizer,
+            total,
+            self.processes,
+            usual_warmup=usual_warmup,
+            nonfinite=self.nonfinite,
+        )
+
     def start(self, total: int, title: str | None = None) -> None:
         """Everything is loaded: restore the newest good checkpoint if this is a resumed run, and
         begin to count time.
         """
         self.total = total
-        if self.main:
-            self._inputs = inputs(self.settings.model_dump(mode="json"))
         if self.settings.resume:
             self._restore()
-            self._note_changes()
-        elif self.main:
-            (self.path / "metrics.jsonl").write_text("")
+            if self.main and self._changed:
+                text = dump_yaml(self.settings, self.method)
+                note_changes(self.path / "config.yaml", text, self.step, self._changed)
+                if self._changed.keys() & {"steps", "epochs"}:
+                    say(f"the learning rate goes on as in a run of {total} steps")
+        if self.main:
+            self._inputs = record_inputs(self.path, self._plain(), self._inputs)
+        self._records.cut(self.step, self._records.lines)
+        self._watch.begin()
         self._bar = Progress(
             title or self.method, total, start=self.step, show=self.main
         ).__enter__()
+        self._clock = Clock(self.keep.checkpoint_minutes, self.processes)
+        self._stopping.at_once = False
         self._step_started = time.monotonic()
-
-    def _note_changes(self) -> None:
-        """Let config.yaml say what is run from here on, and what was changed at which step."""
-        if not self.main or not self._changed:
-            return
-        config = self.path / "config.yaml"
-        before = yaml.safe_load(config.read_text(encoding="utf-8"))
-        history = [*before.get("resumed", []), {"step": self.step, "changed": self._changed}]
-        resumed = yaml.safe_dump({"resumed": history}, sort_keys=False, allow_unicode=True)
-        checkpoint.write_text(config, dump_yaml(self.settings, self.method) + resumed)
 
     def running(self) -> bool:
         """Whether a step is left."""
@@ -213,13 +215,17 @@ class Run(Generic[S]):
             "num_tokens": self.tokens,
             "tokens_per_second": tokens / max(seconds, 1e-9),
         }
-        bad = [k for k, v in values.items() if not np.isfinite(v)]
-        if bad:
+        bad = [k for k, v in values.items() if not math.isfinite(v)]
+        if self.nonfinite.skipped_now:  # what a batch that was left out measured is no number
+            values = {k: v for k, v in values.items() if k not in bad}
+            self.nonfinite.skipped_now = False
+        elif bad:
             raise RunError(
                 f"{bad[0]} is {values[bad[0]]} at step {self.step}: nothing of this step was "
                 f"saved; {self.how_to_go_on()}"
             )
-        self.metrics.update(values)
+        if self.nonfinite.skipped:
+            values["skipped_updates"] = float(self.nonfinite.skipped)
         self.record(values)
         if self._bar:
             self._bar.advance({k: values[k] for k in show if k in values})
@@ -229,37 +235,33 @@ class Run(Generic[S]):
     def record(self, values: Mapping[str, float]) -> None:
         """A line of metrics.jsonl at the current step."""
         self.metrics.update(values)
-        if self.main:
-            line = {
-                "step": self.step,
-                "seconds": round(time.monotonic() - self._began + self._seconds, 3),
-                **values,
-            }
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        if (loss := values.get("eval/loss")) is not None:
+            self._evaluated = self.step, float(loss)
+        seconds = round(time.monotonic() - self._began + self._seconds, 3)
+        with self.explained(""):
+            row = {"step": self.step, "seconds": seconds, **values}
+            self._records.add("metrics.jsonl", [row])
+            self._watch.see(row)
 
     def record_samples(self, rows: list[dict[str, Any]]) -> None:
         """Lines of samples.jsonl at the current step."""
-        if self.main:
-            with open(self.path / "samples.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(
-                    json.dumps({"step": self.step, **row}, ensure_ascii=False) + "\n"
-                    for row in rows
-                )
+        with self.explained(""):
+            self._records.add("samples.jsonl", [{"step": self.step, **row} for row in rows])
 
     def pause(self) -> None:
         """Do not count what was done since the last step (evaluation, checkpoints) as training."""
         self._step_started = time.monotonic()
 
     def checkpoint_if_due(self) -> None:
-        """Save every N steps; after Ctrl-C, SIGTERM or SIGHUP save now and stop.
+        """Save every N steps, every few minutes, and at the last step; after Ctrl-C, SIGTERM or
+        SIGHUP save now and stop, and so after an alarm with --run.on-alarm stop.
 
         Raises:
-            RunError: the run was asked to stop; the message says how to go on.
+            RunError: the run was asked to stop, or nothing can be saved; it says how to go on.
         """
-        stop = self.processes.any(self._stopping.wanted)
-        due = self.keep.checkpoint_every > 0 and self.step % self.keep.checkpoint_every == 0
-        if stop or due:
+        stop = self.processes.any(self._stopping.wanted or self._watch.stopped is not None)
+        by_steps = self.keep.checkpoint_every > 0 and self.step % self.keep.checkpoint_every == 0
+        if stop or by_steps or not self.running() or self._clock.due():
             self.save_checkpoint()
         if stop and self.running():
             if self.main:
@@ -272,17 +274,14 @@ class Run(Generic[S]):
     def save_checkpoint(self) -> None:
         """Modules, optimizers, random states, cursor, counters and the method's own state, whole or
         not at all.
+
+        Raises:
+            RunError: something of it is not finite, or it cannot be written.
         """
-        folder = self.path / "checkpoints"
-        aside, final = folder / f".aside-{self.step}", folder / f"checkpoint-{self.step}"
-        if self.main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        self.processes.wait()
-        self.processes.accelerator.save_state(str(aside))
-        self.processes.wait()
-        if self.main:
-            counters = {
+
+        def counters() -> dict[str, Any]:
+            here = self._evaluated is not None and self._evaluated[0] == self.step
+            return {
                 "step": self.step,
                 "rows": self.rows,
                 "tokens": self.tokens,
@@ -290,65 +289,61 @@ class Run(Generic[S]):
                 "state": TypeAdapter(type(self.state)).dump_python(self.state, mode="json"),
                 "seconds": time.monotonic() - self._began + self._seconds,
                 "metrics": self.metrics,
+                "lines": self._records.lines,
+                "skipped": self.nonfinite.skipped,
+                "evaluated": self._evaluated[1] if here and self._evaluated else None,
             }
-            checkpoint.write_json(aside / "run.json", counters)
-            checkpoint.seal(aside)
-            checkpoint.publish(aside, final, self.keep.keep_checkpoints)
-        self.processes.wait()
+
+        with self.explained(""):
+            save(
+                self.path / "checkpoints",
+                self.step,
+                counters,
+                self.keep.keep_checkpoints,
+                self.processes,
+            )
+        self._clock.saved = time.monotonic()
 
     def _restore(self) -> None:
-        newest, faults = checkpoint.newest_good(self.path / "checkpoints")
-        if self.main:
-            for line in faults:
-                say(f"passed over: {line}")
-        if newest is None:
-            if faults:
-                raise InputError(
-                    f"--resume: no whole checkpoint in {self.path / 'checkpoints'}: {faults[0]}"
-                )
-            if (self.path / "model").exists():
-                raise InputError(
-                    f"--resume: {self.path} is finished and kept no checkpoint to go on from: "
-                    f"start a new run with --model {self.path / 'model'}"
-                )
-            if self.main:
-                say(f"{self.path} has no checkpoint yet: starting from the beginning")
-                for name in ("metrics.jsonl", "samples.jsonl"):
-                    (self.path / name).write_text("")
+        counters = restore(self.path, self.processes)
+        if counters is None:
             return
-        self.processes.accelerator.load_state(str(newest))
-        counters = json.loads((newest / "run.json").read_text())
         self.step, self.rows, self.tokens = counters["step"], counters["rows"], counters["tokens"]
         self.train_seconds, self._seconds = counters["train_seconds"], counters["seconds"]
         self.state = TypeAdapter(type(self.state)).validate_python(counters["state"])
         self.metrics.update(counters["metrics"])
-        if self.main:
-            say(f"resumed from {newest}")
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                if foreign := cut_after(self.path / name, self.step):
-                    say(f"{self.path / name}: {foreign} lines were no records, and are dropped")
+        self._records.lines = counters.get("lines", {})
+        self.nonfinite.skipped = counters.get("skipped", 0)
 
     # -- the end
 
     def finish(self, *, save: Callable[[Path], None] | None = None) -> Run[S]:
-        """Save the model, write the summary and the page."""
-        if save is not None and self.main:
+        """Save the model, write the summary and the page.
+
+        Raises:
+            RunError: the model cannot be written.
+        """
+
+        def write() -> None:
+            if save is None or not self.main:
+                return
             aside = self.path / ".model-aside"
             shutil.rmtree(aside, ignore_errors=True)
             save(aside)
-            (aside / "README.md").write_text(
-                model_card(
+            with unimportant("the model's card", self.path):
+                card = model_card(
                     self.method,
-                    self.settings.model_dump(mode="json"),
+                    self._plain(),
                     dump_yaml(self.settings, self.method),
                     self.metrics,
                     self.step,
-                ),
-                encoding="utf-8",
-            )
+                )
+                (aside / "README.md").write_text(card, encoding="utf-8")
             shutil.rmtree(self.path / "model", ignore_errors=True)
             aside.rename(self.path / "model")
-        self.processes.wait()
+
+        with self.explained(""):
+            together(self.processes, write, self.path / "model")
         if self.main:
             self._write_summary("done")
         self.processes.wait()
@@ -377,17 +372,29 @@ class Run(Generic[S]):
             "machine": machine.describe(self.processes.device),
             **self._inputs,
         }
-        checkpoint.write_json(self.path / "summary.json", summary)
-        write_report(self.path)
+        with unimportant("summary.json", self.path):
+            checkpoint.write_json(self.path / "summary.json", summary)
+        with unimportant("the page", self.path):
+            write_report(self.path)
 
     @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """A RunError of the block names the step and says how to go on."""
+    def explained(self, where: str | None = None) -> Iterator[None]:
+        """A RunError of the block names the step, or `where`, and says what is safe and how to go
+        on. Responses that could not be scored are kept.
+        """
         try:
             yield
         except RunError as error:
-            raise RunError(f"step {self.step + 1}: {error}; {self.how_to_go_on()}") from error
+            where = f"step {min(self.step + 1, self.total)}: " if where is None else where
+            safe = newest(self.path / "checkpoints")
+            if isinstance(error, Unscored) and self.main:
+                safe = f"{keep_unscored(self.path, error.rows, self.step + 1)}; {safe}"
+            how = self.how_to_go_on()
+            if isinstance(error, Unscored):
+                how += " (with a mended reward: --run.changed-inputs accept)"
+            raise RunError(f"{where}{error}; {safe}; {how}") from error
 
     def how_to_go_on(self) -> str:
         """The command that continues this run."""
-        return f"go on with: fiducial {self.method} --out {self.path} --resume"
+        command = f"fiducial {self.method} --out {self.path} --resume"
+        return f"go on with: {command}{self._watch.why_stopped}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
@@ -100,9 +100,27 @@ class RunSettings(Settings):
     tokens: int = Field(default=8192, gt=0)
     """Padded tokens per micro-batch. Lower it if memory runs out; the result does not change."""
     checkpoint_every: int = Field(default=100, ge=0)
-    """Steps between checkpoints. 0: only when the run is stopped with Ctrl-C."""
+    """Steps between checkpoints, beside those of checkpoint_minutes. 0: none by steps. The last
+    step always has one, and so has the step after which a run is stopped.
+    """
+    checkpoint_minutes: float = Field(default=10.0, ge=0, le=MONTH)
+    """Minutes after which a checkpoint is made whatever the step. 0: none by time. 10: our choice;
+    no published value.
+    """
     keep_checkpoints: int = Field(default=2, gt=0)
-    """Number of recent checkpoints to keep."""
+    """Number of recent checkpoints to keep. The one with the lowest held-out loss is kept too."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What happens when a gradient is NaN or infinite: the run stops, or this update is left out
+    and counted. Either way the batch is kept in bad-batch.safetensors and bad-batch.jsonl.
+    """
+    changed_inputs: Literal["refuse", "accept"] = "refuse"
+    """What --resume does where data, a model, the tokenizer or a reward has other bytes than when
+    the run began: it refuses, or goes on and says so.
+    """
+    nonfinite_limit: int = Field(default=3, ge=0)
+    """Updates in a row that on_nonfinite skip leaves out before the run stops. 3: our choice; no
+    published value.
+    """
     eval_every: int = Field(default=50, ge=0)
     """Steps between evaluations on the held-out rows, for methods that keep some. 0: only at the
     end.
@@ -115,6 +133,29 @@ class RunSettings(Settings):
     """Recompute activations in the backward pass: less memory, more time."""
     timeout_minutes: float = Field(default=10.0, gt=0, le=MONTH)
     """How long one process waits for the others before all of them stop with an error."""
+    on_alarm: Literal["warn", "stop", "off"] = "warn"
+    """When the numbers of a run look wrong: warn says so and writes it to alarms.jsonl, stop saves
+    a checkpoint as well and ends the run, off judges nothing. warn: our choice.
+    """
+
+
+class WorkerSettings(Settings):
+    """Where a reward function or a judge from a Python file runs: in a process of its own, with
+    limits.
+    """
+
+    seconds: float = Field(default=480.0, gt=0, le=MONTH * 60)
+    """Longest time of one call of the function, or of loading its file. 480: our choice. A judge
+    behind an endpoint needs minutes, and other processes wait for ten (--run.timeout-minutes).
+    """
+    gigabytes: float | None = Field(default=None, gt=0)
+    """Most memory that the function may use, with all processes that it starts. None: half of the
+    machine's memory. Our choice. Measured on Linux only.
+    """
+    in_process: bool = False
+    """Call the function in the process of the command, without limits: for a function that needs
+    what is in that process, such as its process group of torch.
+    """
 
 
 def check_minibatches(minibatches: int, batch_size: int) -> None:
@@ -249,3 +290,90 @@ class LongSettings(Settings):
     """Smallest weight that icepop keeps. 0.5: the inverse of the cap. Our choice; no published
     value.
     """
+
+
+class TrainingSettings(Protocol):
+    """What the settings of every method have."""
+
+    @property
+    def out(self) -> str | None: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def resume(self) -> bool: ...
+
+    @property
+    def run(self) -> RunSettings: ...
+
+    @property
+    def optimizer(self) -> OptimizerSettings: ...
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+class CommonSettings(Protocol):
+    """The settings that all methods have."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def data(self) -> str: ...
+
+    @property
+    def rows(self) -> RowSettings: ...
+
+    @property
+    def lora(self) -> LoraSettings: ...
+
+    @property
+    def run(self) -> RunSettings: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+
+class OfflineSettings(CommonSettings, Protocol):
+    """The settings of a method that learns from rows."""
+
+    @property
+    def epochs(self) -> float: ...
+
+    @property
+    def steps(self) -> int | None: ...
+
+
+class OnlineSettings(CommonSettings, Protocol):
+    """The settings of a method that learns from its own samples and their rewards."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def stop(self) -> tuple[str, ...]: ...
+
+    @property
+    def reward(self) -> tuple[str, ...]: ...
+
+    @property
+    def reward_weights(self) -> tuple[float, ...] | None: ...
+
+    @property
+    def score(self) -> ScoreSettings: ...
+
+    @property
+    def worker(self) -> WorkerSettings: ...
+
+    @property
+    def steps(self) -> int: ...

@@ -226,6 +226,14 @@ OTHERS: list[Verb] = [
     ),
 ]
 
+CHECK = Verb(
+    "check",
+    "Check a run before it starts: can it learn, and how long will it take?",
+    ".check.settings:Check",
+    ".check.command:check",
+)
+"""It takes another verb and its flags, so the command line treats it apart."""
+
 DEMO = Verb(
     "demo",
     "Run the whole pipeline on an embedded world, in minutes on a CPU.",
@@ -236,7 +244,7 @@ DEMO = Verb(
 
 def verbs() -> dict[str, Verb]:
     """Every verb by its name, in the order of `fiducial --help`."""
-    return {verb.name: verb for verb in (DEMO, *METHODS, *OTHERS)}
+    return {verb.name: verb for verb in (DEMO, *METHODS, CHECK, *OTHERS)}
 
 
 def method(name: str) -> Method | None:

@@ -525,8 +525,8 @@ def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
 def test_a_hub_name(monkeypatch, source, name, split):
     import datasets
 
-    def load(path, *, split):
-        assert (path, split) == expected
+    def load(path, *, split, trust_remote_code):
+        assert (path, split) == expected and trust_remote_code is False
         return datasets.Dataset.from_dict({"text": ["a", "b"]})
 
     expected = (name, split)

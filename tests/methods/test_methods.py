@@ -358,6 +358,7 @@ def test_a_reward_model_learns_what_is_preferred(go, tmp_path, rule):
     config = json.loads((run.path / "model" / "config.json").read_text())
     scores = [run.metrics["score/chosen"], run.metrics["score/rejected"]]
     assert min(scores) < config["reward_mean"] < max(scores) and config["reward_std"] > 0.5
+    assert config["reward_low"] < config["reward_mean"] < config["reward_high"]
 
 
 @each

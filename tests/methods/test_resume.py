@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 import fiducial as fd
 from fiducial.building import build
 from fiducial import run
-from fiducial.train import checkpoint, step
+from fiducial.train import checkpoint, folders, step
 from fiducial.methods import distill, dpo, grpo, ppo, prm, reinforce, reward_model, sft
 # what a run imports late, once for all children
 import accelerate, peft, peft.tuners.lora, fiducial.report.page, torch._dynamo
@@ -38,7 +38,9 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 PLACES = {"update": (step.Stepper, "step"), "record": (run.Run, "end_step"),
-          "seal": (checkpoint, "seal"), "rename": (checkpoint.os, "rename")}
+          "seal": (checkpoint, "seal"), "rename": (checkpoint.os, "rename"),
+          "cut": (folders, "write_bytes"),
+          "finish": (run, "together"), "page": (run, "write_report")}
 
 def kill_at(place, call):
     owner, name = PLACES[place]
@@ -243,7 +245,17 @@ KILLS = [  # where, at which call of it, and the newest checkpoint that is left
     ),  # in the middle of the fifth iteration, after other prompts were drawn in place of some
     ("grpo", "record", 4, 2),
     ("distill", "update", 6, 4),
+    ("sft", "page", 1, 7),
 ]
+
+
+AGAIN = {  # killed a second time, while it is resumed: at which call of what
+    ("sft", "seal", 2): ("cut", 1),
+    ("reward", "record", 4): ("finish", 1),
+    ("dpo", "rename", 2): ("page", 1),
+    ("reinforce", "seal", 1): ("cut", 2),
+    ("distill", "update", 6): ("record", 2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -253,25 +265,25 @@ def killed(settings_of, whole, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("killed")
     outs = [folder / f"{method}-{place}-{call}" for method, place, call, _ in KILLS]
-    plain = [
-        settings_of(kill[0], out).model_dump(mode="json")
+    jobs = [
+        (kill[0], json.loads(settings_of(kill[0], out).model_dump_json()))
         for kill, out in zip(KILLS, outs, strict=True)
     ]
-    plain = [json.loads(json.dumps(p)) for p in plain]
-    codes, _ = drive(
-        [(m, p, place, call) for (m, place, call, _), p in zip(KILLS, plain, strict=True)], folder
-    )
+    places = [(place, call) for _, place, call, _ in KILLS]
+    codes, _ = drive([(*job, *place) for job, place in zip(jobs, places, strict=True)], folder)
     assert codes == [-signal.SIGKILL] * len(KILLS)
     left = []
     for out in outs:
         newest, faults = checkpoint.newest_good(out / "checkpoints")
         assert not faults
         left.append(newest and int(newest.name.rpartition("-")[2]))
-    codes, said = drive(
-        [(m, p | {"resume": True}, None, 0) for (m, _, _, _), p in zip(KILLS, plain, strict=True)],
-        folder,
-    )
-    assert codes == [0] * len(KILLS), said[-3000:]
+    resumed = [(method, plain | {"resume": True}) for method, plain in jobs]
+    again = [AGAIN.get((m, *place), (None, 0)) for (m, _), place in zip(jobs, places, strict=True)]
+    codes, said = drive([(*job, *place) for job, place in zip(resumed, again, strict=True)], folder)
+    assert codes == [-signal.SIGKILL if place else 0 for place, _ in again], said[-3000:]
+    twice = [(*job, None, 0) for job, (place, _) in zip(resumed, again, strict=True) if place]
+    codes, said = drive(twice, folder)
+    assert codes == [0] * len(AGAIN), said[-3000:]
     return list(zip(outs, left, strict=True))
 
 
@@ -497,6 +509,7 @@ def test_a_finished_run_is_not_begun_again(models, data, tmp_path):
     )
     sft(settings)
     before = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # what somebody does to save space
     with pytest.raises(InputError, match="is finished"):
         sft(settings.model_copy(update={"resume": True}))
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before

@@ -2,13 +2,15 @@
 fetched, nothing failing on a torn folder. No browser.
 """
 
+import hashlib
 import json
 import math
+import os
 import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,15 @@ import yaml
 
 from fiducial import verbs
 from fiducial.report import numbers as fmt
-from fiducial.report.alarms import alarms
+from fiducial.report import render
 from fiducial.report.answer import answer
 from fiducial.report.figures import PALETTE, change, figure, line, method_colour, says, smooth, thin
 from fiducial.report.folder import pair, read_run
 from fiducial.report.numbers import Estimate
 from fiducial.report.page import write_report
 from fiducial.report.render import script_json
+from histories import Rows, dpo_history, group_history, ppo_history
 from pages import EVIL, HOSTILE, check_that_nothing_is_fetched, page_data
-
-Rows = list[dict[str, Any]]
-Curve = Callable[[float], float]
-Change = Mapping[str, Curve]
-"""Metrics by their name, as functions of the share of the run that is done."""
 
 
 def folder(
@@ -40,7 +38,6 @@ def folder(
     config: dict[str, Any] | None = None,
 ) -> Path:
     path.mkdir(parents=True, exist_ok=True)
-    (path / "plotly.min.js").write_text("// stands in for four megabytes")
     for name, rows in (("metrics.jsonl", history), ("samples.jsonl", samples)):
         if rows is not None:
             (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -51,66 +48,13 @@ def folder(
     return path
 
 
-def ppo_history(change: Change | None = None, steps: int = 40) -> Rows:
-    """A healthy PPO run; `change` replaces a metric by a function of the share of the run done."""
-    noise = random.Random(0)
-    healthy: dict[str, Curve] = {
-        "reward": lambda t: t,
-        "objective/kl": lambda t: 2 * t,
-        "kl": lambda t: 0.1 * t,
-        "entropy": lambda t: 2 - t,
-        "clip_ratio": lambda t: 0.05,
-        "approx_kl": lambda t: 0.01,
-        "ratio/first": lambda t: 1.0,
-        "explained_variance": lambda t: t - 0.2,
-        "completions/finished": lambda t: 0.97,
-        "completions/mean_length": lambda t: 20 + t,
-        "sampler_gap": lambda t: 1e-4,
-        "epochs_done": lambda t: 4,
-        "loss": lambda t: 0.0,
-    }
-    rows = []
-    for i in range(1, steps + 1):
-        row: dict[str, Any] = {"step": i, "seconds": float(i)}
-        for name, value in (healthy | dict(change or {})).items():
-            noisy = name in ("reward", "objective/kl", "kl", "explained_variance", "entropy")
-            row[name] = value(i / steps) + (0.001 * noise.gauss(0, 1) if noisy else 0)
-        rows.append(row)
-    return rows
-
-
-def group_history(loss: str = "ppo_clip", change: Change | None = None) -> Rows:
-    """A healthy run without a critic: of grpo with one update a batch, gspo or cispo with several,
-    or reinforce.
-    """
-    groups: Change = {"groups/no_spread": lambda t: 0.2 + 0.2 * t, "groups/sampled": lambda t: 8}
-    rows = ppo_history({**groups, **(change or {})})
-    own: dict[str, dict[str, float]] = {
-        "ppo_clip": {"clip_ratio": 0.0, "approx_kl": 0.0, "ratio": 1.0, "ratio/max": 1.0},
-        "gspo": {"clip_ratio/responses": 0.24, "approx_kl": 1e-4},
-        "cispo": {"clip_ratio/capped": 0.0, "approx_kl": 1e-3},
-        "reinforce": {},
-    }
-    gone = {"explained_variance", "epochs_done", "loss", "clip_ratio", "approx_kl"} | (
-        {"ratio/first"} if loss == "reinforce" else set()
-    )
-    return [{k: v for k, v in row.items() if k not in gone} | own[loss] for row in rows]
-
-
-def dpo_history(
-    steps: int = 40, chosen: float = -1.0, accuracy: float = 0.7, margin: float = 1.0
-) -> Rows:
-    return [
-        {
-            "step": i,
-            "loss": 0.69 - 0.2 * i / steps,
-            "rewards/accuracies": 0.5 + (accuracy - 0.5) * min(1, 10 * i / steps),
-            "rewards/margins": margin * i / steps,
-            "logps/chosen": -40 + chosen * i / steps,
-            "logps/rejected": -42 - 9 * i / steps,
-        }
-        for i in range(1, steps + 1)
-    ]
+@pytest.fixture(autouse=True)
+def small_plotly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Something small in place of plotly's four megabytes."""
+    render.plotly_digest.cache_clear()
+    monkeypatch.setattr(render, "plotly_script", lambda: b"// stands in for four megabytes")
+    yield
+    render.plotly_digest.cache_clear()
 
 
 # ---- numbers
@@ -182,105 +126,6 @@ def test_the_mean_has_students_interval() -> None:
     e = fmt.mean_of([1.0, 2.0, 3.0, 4.0, 5.0])  # s = sqrt(2.5), t(4) = 2.776
     assert e.value == 3 and e.half == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=0.02)
     assert fmt.mean_of([1.0, 2.0]).half is None
-
-
-# ---- alarms
-
-
-def test_healthy_runs_raise_no_alarm() -> None:
-    assert alarms(ppo_history()) == []
-    assert alarms(dpo_history()) == []
-    assert [alarms(group_history(loss)) for loss in ("ppo_clip", "gspo", "cispo", "reinforce")] == [
-        []
-    ] * 4
-    assert (
-        alarms([{"step": i, "loss": 1 / i, "eval/loss": 1 / i + 0.1} for i in range(1, 30)]) == []
-    )
-    assert (
-        alarms(
-            [
-                {"step": i, "accuracy": 0.66, "margin": 0.5, "eval/accuracy": 0.65}
-                for i in range(1, 30)
-            ]
-        )
-        == []
-    )
-    assert alarms([]) == []
-    noise = random.Random(1)  # a KL estimate that scatters around 0 is no alarm
-    assert (
-        alarms(
-            ppo_history(
-                {"objective/kl": lambda t: noise.gauss(0, 1), "kl": lambda t: noise.gauss(0, 0.1)}
-            )
-        )
-        == []
-    )
-    assert (
-        alarms(ppo_history({"clip_ratio": lambda t: 0.0, "epochs_done": lambda t: 1})) == []
-    )  # one pass over the batch cannot clip
-
-
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        (ppo_history({"objective/kl": lambda t: -0.4}), ["-0.4", "nats per response", "top-k"]),
-        (
-            ppo_history({"ratio/first": lambda t: 1.02 if t == 0.5 else 1.0}),
-            ["1.02 at step 20", "must be 1", "dropout"],
-        ),
-        (
-            ppo_history({"sampler_gap": lambda t: 0.2 if t == 1 else 0.001}),
-            ["0.2 nats at step 40", "heuristic", "sync"],
-        ),
-        (ppo_history({"explained_variance": lambda t: -0.5}), ["-0.5", "heuristic", "critic"]),
-        (
-            ppo_history({"approx_kl": lambda t: 0.08}),
-            ["0.08 nats per token", "heuristic", "learning rate"],
-        ),
-        (ppo_history({"clip_ratio": lambda t: 0.3}), ["30% of tokens", "heuristic"]),
-        (ppo_history({"clip_ratio": lambda t: -0.0001}), ["steps are too small", "heuristic"]),
-        (
-            group_history(change={"groups/no_spread": lambda t: t}),
-            ["88.8% of the groups", "heuristic", "medium difficulty"],
-        ),
-        (
-            ppo_history({"completions/finished": lambda t: 0.5}),
-            ["50% of responses", "heuristic", "max_new_tokens"],
-        ),
-        (
-            ppo_history({"completions/mean_length": lambda t: 30 + 40 * t}),
-            ["from 32.5 to 65.5 tokens", "heuristic", "length"],
-        ),
-        (
-            ppo_history({"entropy": lambda t: 2 * math.exp(-9 * t)}),
-            ["Entropy", "heuristic", "beta"],
-        ),
-        (dpo_history(chosen=-80), ["nats per response", "heuristic", "raise beta"]),
-        (dpo_history(accuracy=1.0), ["first third", "heuristic", "look at them"]),
-        (dpo_history(margin=-1.0), ["below 0", "exchanged"]),
-        (
-            [
-                {"step": i, "accuracy": 0.97, "margin": 3.0, "eval/accuracy": 0.6}
-                for i in range(1, 30)
-            ],
-            ["0.97", "0.6 on held-out", "heuristic"],
-        ),
-        (
-            [{"step": i, "eval/loss": abs(i - 10) / 10 + 1} for i in range(1, 30)],
-            ["from 1 at step 10 to 2.9", "stop near step 10"],
-        ),
-        (
-            [{"step": 1, "loss": 1.0}, {"step": 2, "loss": math.nan}],
-            ["loss is not finite at step 2"],
-        ),
-    ],
-)
-def test_each_alarm_fires_alone_with_its_number_and_its_remedy(
-    rows: Rows, words: list[str]
-) -> None:
-    (sentence,) = alarms(rows)
-    assert [word for word in words if word not in sentence] == []
-    assert sentence.endswith(".")
 
 
 # ---- the answer
@@ -449,14 +294,34 @@ def test_nothing_is_fetched_and_only_our_script_runs(tmp_path: Path) -> None:
     check_that_nothing_is_fetched(page)
 
 
-def test_plotly_is_written_once(tmp_path: Path) -> None:
+def test_plotly_is_written_once_and_again_where_it_was_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = folder(tmp_path, ppo_history())
+    page, script = write_report(run), run / "plotly.min.js"
+    assert script.read_text() == "// stands in for four megabytes"
+    digest = hashlib.sha256(script.read_bytes()).hexdigest()
+    assert f'<script src="plotly.min.js" data-sha256="{digest}" defer>' in page.read_text()
+    os.utime(script, (0, 0))
     write_report(run)
-    assert (run / "plotly.min.js").read_text() == "// stands in for four megabytes"
-    (run / "plotly.min.js").unlink()
+    assert script.stat().st_mtime == 0
+    outside = tmp_path / "outside.js"
+    outside.write_text("mine")
+    for harm in (
+        lambda: script.write_text("fetch('http://example.org')"),
+        lambda: (script.unlink(), script.symlink_to(outside)),
+        lambda: (tmp_path / f".plotly.min.js.{os.getpid()}").symlink_to(outside),
+        script.unlink,
+    ):
+        harm()
+        write_report(run)
+        assert hashlib.sha256(script.read_bytes()).hexdigest() == digest
+        assert outside.read_text() == "mine" and not script.is_symlink()
+    monkeypatch.undo()
+    render.plotly_digest.cache_clear()
     write_report(run)
-    assert (run / "plotly.min.js").stat().st_size > 1_000_000
-    assert not list(run.glob(".*"))  # nothing half-written is left
+    assert script.stat().st_size > 1_000_000
+    assert not list(run.glob(".plotly*"))  # nothing half-written is left
 
 
 def test_missing_and_torn_files_are_said_not_fatal(tmp_path: Path) -> None:

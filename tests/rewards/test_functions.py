@@ -305,7 +305,6 @@ def test_steps_are_labeled_by_the_completions_that_are_judged(models, tmp_path, 
 
 CALLABLES = """
 import functools
-import torch
 
 def plain(prompts, completions, answer):
     return [float(a) for a in answer]
@@ -344,6 +343,16 @@ def decorated(prompts, completions, answer):
 async def decorated_later(prompts, completions, answer):
     return [float(a) for a in answer]
 
+everything = lambda **columns: [float(a) for a in columns["answer"]]
+
+def completions_alone(completions):
+    return [1.0, 2.0]
+"""
+MODULE = (
+    CALLABLES
+    + """
+import torch
+
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -353,27 +362,19 @@ class Net(torch.nn.Module):
         return self.weight * torch.tensor(answer)
 
 net = Net()
-everything = lambda **columns: [float(a) for a in columns["answer"]]
-
-def completions_alone(completions):
-    return [1.0, 2.0]
 """
+)
 NAMES = [
     *("plain", "part", "keyword", "instance", "instance.score", "method", "later", "decorated"),
     *("decorated_later", "net", "everything", "completions_alone"),
 ]
 
 
-@pytest.fixture(scope="module")
-def callables(tmp_path_factory):
-    path = tmp_path_factory.mktemp("callables") / "callables.py"
-    path.write_text(CALLABLES)
-    return path
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_every_kind_of_callable_is_a_reward(callables, name):
-    rewards = load_rewards((f"{callables}:{name}",), None, RunSettings(), Processes())
+def test_every_kind_of_callable_is_a_reward(file, name):
+    # torch takes a second to import, so only the file that needs it has it
+    code = file(MODULE if name == "net" else CALLABLES)
+    rewards = load_rewards((f"{code}:{name}",), None, RunSettings(), Processes())
     columns = [{"answer": 1.0, "other": "x"}, {"answer": 2.0}]
     rewards.check_rows([PromptRow("p", c, "f:1") for c in columns])
     assert rewards.score(batch(columns)).scores == [1.0, 2.0]
@@ -542,10 +543,10 @@ def test_where_one_raises_the_others_come_to_their_end():
 
 def test_a_judge_may_compare_asynchronously(file):
     name = file("""
-        import torch
+        import numpy as np
 
         async def longer(prompts, first, second):
-            return torch.tensor([len(a) > len(b) for a, b in zip(first, second)])
+            return np.array([len(a) > len(b) for a, b in zip(first, second)])
 
         def odd(prompts, first, second):
             return [2] * len(first)
@@ -567,7 +568,6 @@ def test_a_judge_may_compare_asynchronously(file):
 
 BROKEN = """
 import functools
-import torch
 
 def fails(completions):
     raise ValueError("the table is away")
@@ -589,11 +589,6 @@ def passing(f):
 
 wrapped = passing(functools.partial(passing(lambda prompts, completions: fails(completions))))
 
-class Net(torch.nn.Module):
-    def forward(self, prompts, completions):
-        return fails(completions)
-net = Net()
-
 async def later(prompts, completions):
     return fails(completions)
 
@@ -601,12 +596,21 @@ def one_by_one(prompts, completions):
     for c in completions:
         yield fails(c)
 """
+BROKEN_MODULE = """
+import torch
+
+class Net(torch.nn.Module):
+    def forward(self, prompts, completions):
+        return fails(completions)
+net = Net()
+"""
 
 
 @pytest.mark.parametrize("name", ["obj", "method", "part", "wrapped", "net", "later", "one_by_one"])
 def test_the_users_own_error_is_told_with_its_file_and_line(file, name):
-    part = load_reward(f"{file(BROKEN)}:{name}", RunSettings(), Processes())
-    said = rf"r.py:{name} raised ValueError: the table is away \(r.py:6\)$"
+    code = file(BROKEN + (BROKEN_MODULE if name == "net" else ""))
+    part = load_reward(f"{code}:{name}", RunSettings(), Processes())
+    said = rf"r.py:{name} raised ValueError: the table is away \(r.py:5\)$"
     with pytest.raises(RunError, match=said):
         part.score(batch([{}]))
 
@@ -672,14 +676,14 @@ def test_names_that_are_no_reward_are_refused(name):
 # ------------------------------------------------------------
 
 LOGGING = """
-import torch
+import numpy as np
 
 def score(prompts, completions, completion_ids, trainer_state, log_metric, log_extra):
     log_metric("seen/step", trainer_state.global_step)
-    log_metric("seen/max_steps", torch.tensor(trainer_state.max_steps))
+    log_metric("seen/max_steps", np.int64(trainer_state.max_steps))
     log_metric("seen/epoch", trainer_state.epoch)
     log_extra("shout", [c.upper() for c in completions])
-    log_extra("length", [torch.tensor(len(c)) for c in completion_ids])
+    log_extra("length", [np.int64(len(c)) for c in completion_ids])
     return [len(c) / 10 for c in completions]
 
 def half(completions, log_metric, **columns):

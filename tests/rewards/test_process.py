@@ -29,6 +29,7 @@ from fiducial.rollout.trajectory import Trajectory
 from fiducial.settings import RowSettings, RunSettings
 from fiducial.train.processes import Processes
 from fiducial.train.renderer import load_renderer
+from fiducial.use import answering
 from fiducial.use import label_steps as collecting
 from fiducial.use.answering import Model
 from fiducial.use.label_steps import LabelSteps, label_steps
@@ -433,7 +434,7 @@ def test_rates_are_those_of_the_models_own_continuations(files, lively, monkeypa
 
 def test_blocks_and_groups_change_nothing(files, lively, monkeypatch):
     label_steps(settings_of(files, lively, out=str(files / "a.jsonl")))
-    monkeypatch.setattr(collecting, "BLOCK", 1)  # a prompt at a time
+    monkeypatch.setattr(answering, "BLOCK", 1)  # a prompt at a time
     label_steps(settings_of(files, lively, out=str(files / "b.jsonl")))
     monkeypatch.setattr(collecting, "WASTE", 0)  # prefixes of one length at a time
     label_steps(settings_of(files, lively, out=str(files / "c.jsonl")))

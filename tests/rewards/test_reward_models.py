@@ -4,6 +4,7 @@ and their scale, and a critic that starts from one. Plain transformers and peft 
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from fiducial.data.row_types import Message, PromptRow
 from fiducial.errors import InputError, RunError
 from fiducial.methods import reward_model as reward_page
 from fiducial.methods.ppo import prepare
-from fiducial.methods.reward_model import Ranking, reference_scores
+from fiducial.methods.reward_model import Ranking, score_facts
 from fiducial.methods.settings.ppo import PPO, CriticSettings
 from fiducial.rewards.load import load_reward, load_rewards
 from fiducial.rewards.shaping import ScoreScale, normalize_scores, shape
@@ -218,6 +219,8 @@ def test_an_adapter_without_a_head_of_one_score_is_no_reward_model(models, tmp_p
     [
         *(("reward_mean", x) for x in ("x", [1], None, float("nan"), float("inf"), True, 10**400)),
         *(("reward_std", x) for x in ("x", None)),
+        *(("reward_low", x) for x in ("x", None, float("nan"))),
+        ("reward_high", [1]),
         *(("process_reward", x) for x in ("x", {}, 5, None, {"separator": 5}, [])),
         ("process_reward", {"separator": "\n", "aggregate": "best"}),
         ("process_reward", {"separator": "\n", "aggregate": ["last"]}),
@@ -235,14 +238,18 @@ def test_broken_facts_in_a_config_are_refused_in_a_sentence(scorers, tmp_path, k
 
 
 def test_the_zero_of_the_scores_is_that_of_a_random_sample(monkeypatch):
-    def scored(count, seed):
+    def train(count):
         """Responses sorted by their score, which is their number."""
-        train = [
+        return [
             Ranking([Rendered([k], [True], "") for k in (i, i + 1)], [(1, 0)], [0.0])
             for i in range(0, count, 2)
         ]
-        settings = SimpleNamespace(reference_data=None, seed=seed)
-        return reference_scores(None, train, settings, None, None)  # type: ignore[arg-type]
+
+    def settings(seed):
+        return SimpleNamespace(reference_data=None, seed=seed)
+
+    def scored(count, seed):
+        return score_facts(None, train(count), [], settings(seed), None, None)
 
     monkeypatch.setattr(
         reward_page, "all_scores", lambda s, rows, *a: torch.tensor([float(r.ids[0]) for r in rows])
@@ -252,6 +259,11 @@ def test_the_zero_of_the_scores_is_that_of_a_random_sample(monkeypatch):
     assert abs(facts.mean - 1999.5) < 4 * error and 1000 < facts.std < 1300
     assert scored(4000, 0) == facts != scored(4000, 1)
     assert scored(20, 0).mean == 9.5  # few are all taken
+    assert scored(20, 0).low == pytest.approx(0.01 * 19)  # the 1% quantile of 0, 1, ... 19
+    assert scored(20, 0).high == pytest.approx(0.99 * 19)
+    held = [Ranking([Rendered([i], [True], "") for i in (100, 300)], [(1, 0)], [0.0])]
+    apart = score_facts(None, train(20), held, settings(0), None, None)
+    assert (apart.mean, apart.low, apart.high) == (9.5, 102.0, 298.0)
 
 
 # A scale
@@ -316,6 +328,33 @@ def test_equal_advantages_are_whitened_to_nothing_also_in_float32():
         assert (whitened(equal, torch.ones_like(equal)) == 0).all()
         groups = torch.arange(7).repeat_interleave(31)
         assert (group_normalised(equal.flatten(), groups) == 0).all()
+
+
+def test_a_range_that_ends_before_it_begins_is_refused(models, tmp_path):
+    folder = make_scorer(models["llama"], tmp_path / "m", reward_low=1.0, reward_high=-1.0)
+    with pytest.raises(InputError, match=r"config\.json: 'reward_low' is 1 and 'reward_high' -1"):
+        load(folder)
+
+
+def test_scores_outside_the_range_of_the_reward_model_are_counted(ready, judge, tmp_path):
+    chosen = [(i, 0) for i in range(6)]
+    there = ready()
+    t = there.sample(chosen, 0)
+    scores = there.score(chosen, t, 0, 0)
+    assert "calibration/outside" not in scores.metrics()  # the range is not known
+    raw = sorted(score + 0.75 for score in scores.floats())  # reward_mean is subtracted
+    for low, high, outside in (
+        (raw[0] - 1e-3, raw[-1] + 1e-3, 0),
+        (raw[0] + 1e-4, raw[-1] + 1, 1),
+        (raw[0] - 1, raw[3] - 1e-4, 3),
+    ):
+        config = json.loads((Path(judge) / "config.json").read_text())
+        shutil.copytree(judge, tmp_path / str(outside))
+        text = json.dumps(config | {"reward_low": low, "reward_high": high})
+        (tmp_path / str(outside) / "config.json").write_text(text)
+        again = ready(reward=(str(tmp_path / str(outside)),)).score(chosen, t, 0, 0)
+        assert again.floats() == scores.floats()
+        assert again.metrics()["calibration/outside"] == pytest.approx(outside / 6)
 
 
 # A critic that starts from a reward model

@@ -17,6 +17,7 @@ from .prepare import digest, joined, split_hashes
 from .record import EMPTY, Gauge
 from .render import Renderer
 from .sources import unparsed_records
+from .survey import Survey
 from .workers import rendered
 
 T = TypeVar("T")
@@ -74,18 +75,21 @@ def read(
     seed: int,
     skipped: Path | None = None,
     told: Told | None = None,
+    survey: Survey | None = None,
 ) -> tuple[Elements[T], Elements[T], str]:
     """Rendered elements for training and for evaluation, with no key in both; and a note.
 
     Args:
-        skipped: the file for rows that are left out. told: is told of the progress.
+        skipped: the file for rows that are left out. told: is told of the progress. survey:
+            counts what the rows to train on hold, and the prompts of --rows.eval-data among them.
 
     Raises:
         InputError: a row cannot be used, with its file:line.
     """
-    train, note = _elements(source, settings, rows, renderer, seed, skipped, told)
+    look, compare = (None, None) if survey is None else (survey.look, survey.compare)
+    train, note = _elements(source, settings, rows, renderer, seed, skipped, told, look)
     if settings.eval_data:
-        held, _ = _elements(settings.eval_data, settings, rows, renderer, seed, None, told)
+        held, _ = _elements(settings.eval_data, settings, rows, renderer, seed, None, told, compare)
         return train, held, note
     here, there = split_hashes(train.keys, settings.held_out)
     if not here:
@@ -104,9 +108,13 @@ def _elements(
     seed: int,
     skipped: Path | None,
     told: Told | None,
+    look: Callable[[Sequence[Any], Sequence[Any]], None] | None,
 ) -> tuple[Elements[T], str]:
     """All elements of a source, and one sentence on rows that were skipped and on how rows were
     rendered.
+
+    Args:
+        look: is given the rows and what was made of each.
     """
     gauge = Gauge()
     stop = settings.on_error == "stop"
@@ -139,6 +147,8 @@ def _elements(
     bad = total - used
     note = f"{bad} of {total} rows ({bad / total:.1%}) skipped, see {skipped}" if bad else ""
     note = joined(note, renderer.take_notes(used))
+    if look is not None:
+        look(rows, items)
     if form.join is None:
         return Elements(items, keys, rows), note
     names, made = form.join(items, rows)

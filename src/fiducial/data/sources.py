@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import InputError
+from ..names import progress_file
 from .json_files import json_array_records, json_lines_records, parsed
 from .record import Gauge, Record, nearest_file
 from .tables import csv_records, hub_records, parquet_records
@@ -76,6 +77,11 @@ def unparsed_records(source: str, gauge: Gauge) -> Iterator[Record]:
             raise InputError(
                 f"{source}: is not {', '.join(FORMATS)} or one of these with .gz; convert it, or "
                 "rename it if only its name is wrong"
+            )
+        if progress_file(path).exists():
+            raise InputError(
+                f"{source}: the command that writes it has not finished: go on with that command "
+                f"(--resume), or remove {progress_file(path).name} to use the rows that are there"
             )
         return readers[kind](path, source, gauge)
     hub = _HUB_NAME.fullmatch(source)

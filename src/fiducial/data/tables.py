@@ -174,7 +174,7 @@ def hub_records(name: str, split: str, source: str, gauge: Gauge) -> Iterator[Re
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(name, split=split)
+        dataset = load_dataset(name, split=split, trust_remote_code=False)
     # A download, a cache or a repository can raise anything, and the remedies are always the same.
     except Exception as error:
         reason = shown(str(error).strip().split("\n")[0].rstrip("."), quote=False, limit=300)

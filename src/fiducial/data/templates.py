@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .bounded import MEMORY, SECONDS, TimeUp, bounded
 from .encoding import GUARD, added_tokens, spelled, tags
 from .row_types import Message
 
@@ -27,6 +28,14 @@ _PROBE = "\ufdd1"
 """Stands for the content of a turn. Unicode reserves it as no character."""
 _TAG = r"<([A-Za-z][\w-]*)>"
 _EMPTY_TAG = re.compile(_TAG + r"\s*</\1>\s*$")
+
+
+GIVEN = "fiducial_chat_template"
+"""The attribute of a tokenizer that says which setting gave it its template."""
+
+
+class EndlessTemplate(InputError):
+    """A chat template takes too much time or memory: no other conversation is tried."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,8 @@ class ChatTemplate:
             found = replace(found, parts=not found._writes_text())
             alone, prompt = (found.render(asked, "", generation=g) for g in (False, True))
             _, tail = found._around(asked, "")
+        except EndlessTemplate:
+            raise
         except InputError:  # a template that refuses a short conversation may take a longer one
             alone = prompt = tail = ""
         free = tags(added) - named - {t for t in added if t in alone}
@@ -83,11 +94,17 @@ class ChatTemplate:
         end = found._end_of(tail)
         return found if end is None else replace(found, ends=ends | {added[end]})
 
+    @property
+    def structure(self) -> frozenset[str]:
+        """The special tokens that begin and end turns and texts."""
+        return self._structure
+
     def render(self, messages: Sequence[Message], where: str, *, generation: bool = False) -> str:
         """The text of messages.
 
         Raises:
             InputError: there is no template, or it refuses the messages.
+            EndlessTemplate: it takes too much time or memory for them.
         """
         if not self.tokenizer.chat_template:
             raise InputError(
@@ -96,16 +113,35 @@ class ChatTemplate:
                 "the prompt as plain text"
             )
         plain = [{"role": m.role, "content": self._content(m.content)} for m in messages]
+        apply = self.tokenizer.apply_chat_template
         try:
             return str(
-                self.tokenizer.apply_chat_template(
-                    plain, tokenize=False, add_generation_prompt=generation
-                )
+                bounded(lambda: apply(plain, tokenize=False, add_generation_prompt=generation))
             )
+        except TimeUp:
+            what = f"did not end within {SECONDS:g} s: it loops"
+        except MemoryError:
+            what = f"needs more than {MEMORY >> 20:,} MiB of memory"
         except Exception as error:
             raise InputError(
-                f"{where}: the chat template refuses these messages: {error}"
+                f"{where}: the chat template refuses these messages: {self._refusal(error)}"
             ) from error
+        raise EndlessTemplate(
+            f"{where or 'a short conversation'}: the chat template ({self._source()}) {what}; give "
+            "another one with --rows.chat-template"
+        )
+
+    def _refusal(self, error: Exception) -> str:
+        """What an error says; where the sandbox or the template's code is at fault, which one."""
+        text = " ".join(str(error).split())
+        text = text if len(text) <= 300 else text[:297] + "..."
+        asked = type(error).__name__ == "TemplateError"  # the template's own raise_exception
+        return text if asked else f"{text} ({self._source()})"
+
+    def _source(self) -> str:
+        """Where the template is from."""
+        given = getattr(self.tokenizer, GIVEN, None)
+        return given or f"of the tokenizer in {self.tokenizer.name_or_path}"
 
     def _content(self, text: str) -> Any:
         return [{"type": "text", "text": text}] if self.parts else text
@@ -159,6 +195,8 @@ class ChatTemplate:
         """Whether contents may be plain text."""
         try:
             return _PROBE in self.render((Message("user", _PROBE),), "")
+        except EndlessTemplate:
+            raise
         except InputError:
             return _PROBE not in replace(self, parts=True).render((Message("user", _PROBE),), "")
 
@@ -264,8 +302,10 @@ def set_chat_template(tokenizer: Any, template: str | None) -> None:
         bos = tokenizer.bos_token_id
         begins = bos is not None and tokenizer("a").input_ids[:1] == [bos]
         tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + CHATML
+        setattr(tokenizer, GIVEN, "--rows.chat-template chatml")
         return
     path = Path(template)
     if not path.is_file():
         raise InputError(f"--rows.chat-template: {template} is neither chatml nor a file")
     tokenizer.chat_template = path.read_text(encoding="utf-8")
+    setattr(tokenizer, GIVEN, f"--rows.chat-template {template}")

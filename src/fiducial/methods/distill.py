@@ -33,14 +33,17 @@ from ..core import intervals
 from ..core.reductions import select
 from ..data.batches import stream
 from ..data.elements import Elements, RowFormat, read
+from ..data.judged import judged
 from ..data.prepare import prompt_text
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
+from ..data.survey import Survey
 from ..models.load import load_policy, load_teacher
 from ..models.roles import Roles, TokenOutputs
 from ..models.save import save
 from ..models.trunk import plain
 from ..rollout.agreement import check_online
+from ..rollout.completions import completion_metrics
 from ..rollout.samples import show_samples
 from ..rollout.sampling import (
     Keys,
@@ -55,9 +58,8 @@ from ..run import Run
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from ..train.renderer import load_renderer, same_ends
-from ..train.step import Stepper
 from .settings.distill import Distill
-from .setup import check_names, notes
+from .setup import check_names, described, notes
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Ready:
     sampler: Sampler
     params: SamplingParams
     note: str
+    survey: Survey
 
 
 def distill(settings: Distill, *, sampler: Sampler | None = None) -> Run[None]:
@@ -84,9 +87,7 @@ def distill(settings: Distill, *, sampler: Sampler | None = None) -> Run[None]:
         ready = prepare(settings, processes, sampler=sampler)
         train, policy = ready.train.items, ready.roles.policy
         announce(ready, settings, run)
-        stepper = Stepper(
-            policy, settings.learning_rate, settings.optimizer, settings.steps, processes
-        )
+        stepper = run.stepper(policy, settings.learning_rate, settings.steps)
         run.start(settings.steps)
         if run.step == 0:
             run.record_samples(answers(ready, settings, run))
@@ -99,6 +100,9 @@ def distill(settings: Distill, *, sampler: Sampler | None = None) -> Run[None]:
             ready.sampler.sync(policy, run.step)
             trajectory = sample_all(
                 ready.sampler, [train[i] for i, _ in chosen], ready.params, keys, processes
+            )
+            run.nonfinite.rows = partial(
+                described, trajectory, train, ready.train.rows, ready.renderer
             )
             count, gaps = int(trajectory.mask.sum()), [0.0]
             plan = processes.plan([[int(n)] for n in trajectory.lengths], settings.run.tokens)
@@ -113,11 +117,8 @@ def distill(settings: Distill, *, sampler: Sampler | None = None) -> Run[None]:
                     gap = select(now.logprobs.detach() - sampled, mask).abs().max()
                     gaps.append(float(gap))
             norms = stepper.step(run.step)
-            about = {
-                "completions/mean_length": float(trajectory.response_lengths.float().mean()),
-                "completions/finished": float(trajectory.finished.float().mean()),
-                "sampler_gap": max(processes.gather(gaps)),
-            }
+            about = completion_metrics(trajectory)
+            about["sampler_gap"] = max(processes.gather(gaps))
             run.end_step(
                 norms | about,
                 rows=len(chosen),
@@ -171,26 +172,38 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
         InputError: a row or a model cannot be used, or the vocabularies differ.
     """
     check_names(settings)
-    renderer = load_renderer(settings.model, settings.rows)
+    trust = settings.trust_remote_code
+    renderer = load_renderer(settings.model, settings.rows, trust=trust)
     rows = RowFormat[list[int]](
         (PromptRow,),
         partial(_prompts, max_new_tokens=settings.max_new_tokens),
         prompt_text,
         lambda ids: [ids],
     )
-    train, held_out, note = read(settings.data, settings.rows, rows, renderer, settings.seed)
-    policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
-    policy = policy.to(processes.device)
+    survey = Survey(renderer)
+    train, held_out, note = read(
+        settings.data, settings.rows, rows, renderer, settings.seed, survey=survey
+    )
+    findings = judged(survey)
+    policy = load_policy(
+        settings.model, settings.lora, settings.run, renderer.tokenizer, trust=trust
+    ).to(processes.device)
     same_ends(plain(policy.lm), renderer)
     teacher = load_teacher(
-        settings.teacher, policy, renderer.tokenizer, renderer.max_length, settings.run
+        settings.teacher,
+        policy,
+        renderer.tokenizer,
+        renderer.max_length,
+        settings.run,
+        trust=trust,
     )
     roles = Roles(policy=policy, teacher=teacher.to(processes.device))
     params = sampling_params(renderer, settings.max_new_tokens, settings.temperature, settings.stop)
     names = {"model": settings.model, "teacher": settings.teacher}
     prompts = [*train.items, *held_out.items]
     sampler, checked = check_online(roles, prompts, params, sampler, names)
-    return Ready(renderer, train, held_out, roles, sampler, params, notes(note, checked))
+    note = notes(note, checked, findings)
+    return Ready(renderer, train, held_out, roles, sampler, params, note, survey)
 
 
 def _prompts(renderer: Renderer, max_new_tokens: int) -> Callable[[PromptRow], list[int]]:

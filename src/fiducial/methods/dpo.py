@@ -33,10 +33,10 @@ from ..models.save import save
 from ..rollout.samples import show_samples
 from ..rollout.sampling import sampling_params
 from ..run import Run
+from ..train.machine import tokens_in_a_minute
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
-from ..train.reference_cache import cached, fingerprint
-from ..train.step import Stepper
+from ..train.reference_cache import cached, fingerprint, parts
 from .settings.dpo import DPO
 from .setup import Prepared, prepare_offline
 
@@ -55,37 +55,22 @@ def dpo(settings: DPO) -> Run[None]:
     with Run("dpo", settings, state=None) as run:
         ready = prepare(settings, run.processes, run.path / "skipped.jsonl")
         train, held_out, policy = ready.train.items, ready.held_out.items, ready.roles.policy
-        stepper = Stepper(
-            policy,
-            settings.learning_rate,
-            settings.optimizer,
-            ready.total,
-            run.processes,
-            usual_warmup=WARMUP,
-        )
+        stepper = run.stepper(policy, settings.learning_rate, ready.total, WARMUP)
+        announce(ready, stepper.warmup, run)
         # before the first step moves the policy, which is the reference until then
-        read = ready.batches.rows(ready.total)
-        frozen = Frozen(policy) if settings.reads_reference_at_each_step(len(read)) else None
-        announce(ready, stepper.warmup, frozen, run)
-        reference = torch.full((len(train), 2), torch.nan)  # of pairs that no step reads
-        unseen: Tensor | None = None
-        if frozen is None:
-            pairs = [*(train[i] for i in read), *held_out]
-            found = reference_logprobs(policy, pairs, settings.run.tokens, run)
-            reference[read], unseen = found[: len(read)], found[len(read) :]
+        reference = Reference(ready, settings, run)
         run.start(ready.total)
         if run.step == 0:
             run.record_samples(answers(ready, settings, run))
             run.pause()
 
+        run.nonfinite.rows = lambda: ready.describe(run.step)
         while run.running():
             rows = ready.batches[run.step]
             pairs = [train[i] for i in rows]
             costs = [costs_of(pair, policy.supports_shared_prefix) for pair in pairs]
             plan = run.processes.plan(costs, settings.run.tokens)
-            known = reference[rows]
-            if frozen is not None:
-                known = frozen_logprobs(frozen, pairs, settings.run.tokens, run)
+            known = reference.of(rows)
             for micro in accumulate(plan, run.processes, stepper.module):
                 some = [pairs[i] for i in micro.rows]
                 chosen, rejected = pair_logprobs(stepper.module, some, run.processes.device)
@@ -109,10 +94,7 @@ def dpo(settings: DPO) -> Run[None]:
                 show=("loss", "rewards/margins", "rewards/accuracies"),
             )
             if held_out and run.due(settings.run.eval_every):
-                if frozen is not None and unseen is None:
-                    unseen = frozen_logprobs(frozen, held_out, settings.run.tokens, run)
-                assert unseen is not None
-                run.record(evaluate(policy, held_out, unseen, settings, run))
+                run.record(evaluate(policy, held_out, reference.held_out(), settings, run))
             run.checkpoint_if_due()
 
         run.record_samples(answers(ready, settings, run))
@@ -140,7 +122,7 @@ def prepare(settings: DPO, processes: Processes, skipped: Path | None = None) ->
         return ready
     policy.supports_shared_prefix = False
     note = "a prompt is read for each response anew: read once for both, log-probabilities differ"
-    return replace(ready, note=f"{ready.note}; {note}")
+    return replace(ready, note=f"{note}; {ready.note}")
 
 
 @torch.no_grad()
@@ -156,8 +138,8 @@ def agree_when_shared(policy: Policy, pair: Pair, device: torch.device) -> bool:
     return bool(((shared - alone).abs() <= FLOAT32 * max(1, tokens)).all())
 
 
-def announce(ready: Prepared[Pair], warmup: int, frozen: Frozen | None, run: Run[None]) -> None:
-    """Say what is trained on, how long the learning rate rises, and where the reference is."""
+def announce(ready: Prepared[Pair], warmup: int, run: Run[None]) -> None:
+    """Say what is trained on, and how long the learning rate rises."""
     if not run.main:
         return
     cut = sum(p.chosen.truncated or p.rejected.truncated for p in ready.train.items)
@@ -166,9 +148,6 @@ def announce(ready: Prepared[Pair], warmup: int, frozen: Frozen | None, run: Run
     say(f"dpo: {counts}{note}")
     if warmup:
         say(f"the learning rate rises over the first {warmup} of {ready.total} steps")
-    if frozen is not None:
-        memory = ", a copy of the model that stays in memory" if frozen.copied else ""
-        say(f"the reference{memory} reads the pairs of each step (--reference-pass first: before)")
     if ready.note:
         say(ready.note)
 
@@ -217,9 +196,7 @@ def pair_logprobs(policy: Any, pairs: list[Pair], device: torch.device) -> tuple
     return chosen, rejected
 
 
-def all_logprobs(
-    policy: Policy, pairs: Sequence[Pair], tokens: int, run: Run[None], title: str | None = None
-) -> Tensor:
+def all_logprobs(policy: Policy, pairs: Sequence[Pair], tokens: int, run: Run[None]) -> Tensor:
     """[pairs, 2] log-probabilities of the policy as it is now, without gradient, in micro-batches,
     on all processes.
     """
@@ -229,26 +206,64 @@ def all_logprobs(
         return (torch.stack(pair_logprobs(policy, some, run.processes.device), 1),)
 
     costs = [costs_of(p, policy.supports_shared_prefix) for p in pairs]
-    return run.processes.map_rows(costs, tokens, 2, both, title=title)[0]
-
-
-def frozen_logprobs(frozen: Frozen, pairs: Sequence[Pair], tokens: int, run: Run[None]) -> Tensor:
-    """[pairs, 2] log-probabilities of the policy as it was before the first step."""
-    with frozen.policy() as policy:
-        return all_logprobs(policy, pairs, tokens, run)
+    return run.processes.map_rows(costs, tokens, 2, both)[0]
 
 
 def reference_logprobs(
     policy: Policy, pairs: Sequence[Pair], tokens: int, run: Run[None]
 ) -> Tensor:
     """[pairs, 2] log-probabilities of the policy as it is now, from the disk if they are there."""
-    title = "dpo: log-probabilities of the reference"
+    costs = [costs_of(p, policy.supports_shared_prefix) for p in pairs]
     rows = ([p.chosen.ids, p.chosen.mask, p.rejected.ids, p.rejected.mask] for p in pairs)
     return cached(
         fingerprint(policy, rows),
-        lambda: all_logprobs(policy, pairs, tokens, run, title),
+        parts(costs, tokens_in_a_minute(policy)),
+        lambda part: all_logprobs(policy, [pairs[i] for i in part], tokens, run),
         run.processes,
+        "dpo: log-probabilities of the reference",
     )
+
+
+class Reference:
+    """The policy as it is before the first step, asked for log-probabilities [pairs, 2] in nats.
+
+    It reads all pairs of the run at once, or is frozen and reads pairs when it is asked for them.
+    """
+
+    def __init__(self, ready: Prepared[Pair], settings: DPO, run: Run[None]) -> None:
+        self._ready, self._run, self._tokens = ready, run, settings.run.tokens
+        policy, train = ready.roles.policy, ready.train.items
+        read = ready.batches.rows(ready.total)
+        self._known = torch.full((len(train), 2), torch.nan)  # of pairs that no step reads
+        self._unseen: Tensor | None = None
+        self._frozen: Frozen | None = None
+        if settings.reads_reference_at_each_step(len(read)):
+            self._frozen = Frozen(policy)
+            memory = ", a copy of the model that stays in memory" if self._frozen.copied else ""
+            when = "reads the pairs of each step (--reference-pass first: before)"
+            if run.main:
+                say(f"the reference{memory} {when}")
+            return
+        pairs = [*(train[i] for i in read), *ready.held_out.items]
+        found = reference_logprobs(policy, pairs, self._tokens, run)
+        self._known[read], self._unseen = found[: len(read)], found[len(read) :]
+
+    def of(self, rows: Sequence[int]) -> Tensor:
+        """Of these pairs to train on."""
+        if self._frozen is None:
+            return self._known[list(rows)]
+        return self._asked(self._frozen, [self._ready.train.items[i] for i in rows])
+
+    def held_out(self) -> Tensor:
+        """Of all pairs that are held out."""
+        if self._unseen is None:
+            assert self._frozen is not None
+            self._unseen = self._asked(self._frozen, self._ready.held_out.items)
+        return self._unseen
+
+    def _asked(self, frozen: Frozen, pairs: Sequence[Pair]) -> Tensor:
+        with frozen.policy() as policy:
+            return all_logprobs(policy, pairs, self._tokens, self._run)
 
 
 def evaluate(

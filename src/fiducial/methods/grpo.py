@@ -102,9 +102,7 @@ def grpo(
         ready = prepare(settings, run.processes, sampler=sampler, rewards=rewards)
         policy = ready.roles.policy
         updates = settings.steps * settings.epochs * settings.minibatches
-        stepper = Stepper(
-            policy, settings.learning_rate, settings.optimizer, updates, run.processes
-        )
+        stepper = run.stepper(policy, settings.learning_rate, updates)
         run.start(settings.steps)
         announce(ready, settings, run)
         if run.step == 0:
@@ -115,6 +113,7 @@ def grpo(
         while run.running():
             with run.explained():
                 trajectory, groups, scored, counts = gather(ready, settings, run)
+            run.nonfinite.rows = partial(ready.describe, trajectory)
             old = forward(trajectory, ready.roles, run.processes, settings.run.tokens)
             token_rewards, metrics, scale = shape(
                 trajectory,
@@ -149,7 +148,8 @@ def grpo(
             )
             run.checkpoint_if_due()
 
-        run.record_samples(ready.answers(run.step, run.state.drawn))
+        with run.explained():
+            run.record_samples(ready.answers(run.step, run.state.drawn))
         run.model = policy
         probe = torch.tensor([ready.prompts[0]])
         return run.finish(save=lambda path: save(policy, ready.renderer.tokenizer, path, probe))

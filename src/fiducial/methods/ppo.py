@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,13 +64,7 @@ def ppo(
         rates = {"policy": settings.learning_rate, "critic": settings.critic.learning_rate}
         updates = settings.steps * settings.epochs * settings.minibatches
         steppers = {
-            role: Stepper(
-                module,
-                rates[role] or settings.learning_rate,
-                settings.optimizer,
-                updates,
-                run.processes,
-            )
+            role: run.stepper(module, rates[role] or settings.learning_rate, updates)
             for role, module in ready.roles.trained().items()
         }
         run.start(settings.steps)
@@ -87,6 +82,7 @@ def ppo(
             with run.explained():
                 trajectory = ready.sample(chosen, run.step)
                 scored = ready.score(chosen, trajectory, run.step, start)
+            run.nonfinite.rows = partial(ready.describe, trajectory)
             old = forward(trajectory, ready.roles, run.processes, settings.run.tokens)
             token_rewards, metrics, scale = shape(
                 trajectory,
@@ -121,7 +117,8 @@ def ppo(
             )
             run.checkpoint_if_due()
 
-        run.record_samples(ready.answers(run.step, run.step * settings.batch_size))
+        with run.explained():
+            run.record_samples(ready.answers(run.step, run.step * settings.batch_size))
         run.model = policy = ready.roles.policy
         probe = torch.tensor([ready.prompts[0]])
         return run.finish(save=lambda path: save(policy, ready.renderer.tokenizer, path, probe))
@@ -152,7 +149,7 @@ def prepare(
     render = language_rows(ready.renderer)
     rows, kept, note = load(settings.ptx.data, settings.rows, LANGUAGE_ROWS, render)
     about = joined(note, ready.renderer.take_notes(len({r.where for r in kept})))
-    note = joined(ready.note, about and f"--ptx.data: {about}")
+    note = joined(about and f"--ptx.data: {about}", ready.note)
     return replace(ready, note=note), rows
 
 
@@ -216,7 +213,9 @@ def improve(
             mix_in(ptx, update, steppers["policy"], settings, run)
         out |= steppers["policy"].step(update)
         if "critic" in steppers:
-            out["critic/grad_norm"] = steppers["critic"].step(update)["grad_norm"]
+            norms = steppers["critic"].step(update)
+            if "grad_norm" in norms:
+                out["critic/grad_norm"] = norms["grad_norm"]
         update += 1
     return out | {"epochs_done": float(settings.epochs)}
 

@@ -35,7 +35,6 @@ from ..rewards.process import AGGREGATES, aggregate
 from ..run import Run
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
-from ..train.step import Stepper
 from .settings.prm import PRM
 from .setup import Prepared, prepare_offline
 
@@ -64,11 +63,10 @@ def prm(settings: PRM) -> Run[None]:
         scorer.facts = replace(
             scorer.facts, steps=StepScores(settings.separator, settings.aggregate)
         )
-        stepper = Stepper(
-            scorer, settings.learning_rate, settings.optimizer, ready.total, run.processes
-        )
+        stepper = run.stepper(scorer, settings.learning_rate, ready.total)
         run.start(ready.total)
 
+        run.nonfinite.rows = lambda: ready.describe(run.step)
         while run.running():
             solutions = [train[i] for i in ready.batches[run.step]]
             count = sum(len(s.labels) for s in solutions)

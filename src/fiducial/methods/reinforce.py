@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -92,9 +93,7 @@ def reinforce(
     with Run("reinforce", settings, state=ReinforceState(settings.beta)) as run:
         ready = prepare(settings, run.processes, sampler=sampler, rewards=rewards)
         policy = ready.roles.policy
-        stepper = Stepper(
-            policy, settings.learning_rate, settings.optimizer, settings.steps, run.processes
-        )
+        stepper = run.stepper(policy, settings.learning_rate, settings.steps)
         _, penalty = settings.kl.resolve()
         run.start(settings.steps)
         if run.main:
@@ -118,6 +117,7 @@ def reinforce(
                 greedy = torch.zeros(len(chosen))
                 if settings.baseline == "remax":
                     greedy = greedy_scores([i for i, _ in drawn], scored, ready, settings, run)
+            run.nonfinite.rows = partial(ready.describe, trajectory)
             old = forward(trajectory, ready.roles, run.processes, settings.run.tokens)
             token_rewards, metrics, scale = shape(
                 trajectory,
@@ -165,7 +165,8 @@ def reinforce(
             )
             run.checkpoint_if_due()
 
-        run.record_samples(ready.answers(run.step, run.step * settings.batch_size // size))
+        with run.explained():
+            run.record_samples(ready.answers(run.step, run.step * settings.batch_size // size))
         run.model = policy
         probe = torch.tensor([ready.prompts[0]])
         return run.finish(save=lambda path: save(policy, ready.renderer.tokenizer, path, probe))

@@ -30,12 +30,15 @@ from ..models.scores import ScoreFacts
 from ..run import Run
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
-from ..train.step import Stepper
 from .settings.reward_model import RewardModel
 from .setup import Prepared, prepare_offline
 
 SAMPLE = 512
-"""Number of training responses that set the zero of the scores where there is no reference data."""
+"""Number of responses that set the zero of the scores, where there is no reference data, and their
+range.
+"""
+RANGE = (0.01, 0.99)
+"""The quantiles of the scores that are the ends of their range."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,10 @@ def reward(settings: RewardModel) -> Run[None]:
         ready = prepare(settings, run.processes, run.path / "skipped.jsonl")
         train, held_out, scorer = ready.train.items, ready.held_out.items, ready.roles.scorer
         announce(ready, run)
-        stepper = Stepper(
-            scorer, settings.learning_rate, settings.optimizer, ready.total, run.processes
-        )
+        stepper = run.stepper(scorer, settings.learning_rate, ready.total)
         run.start(ready.total)
 
+        run.nonfinite.rows = lambda: ready.describe(run.step)
         while run.running():
             prompts = [train[i] for i in ready.batches[run.step]]
             plan = run.processes.plan([p.lengths for p in prompts], settings.run.tokens)
@@ -90,7 +92,7 @@ def reward(settings: RewardModel) -> Run[None]:
                 run.record(evaluate(scorer, held_out, train, settings, run))
             run.checkpoint_if_due()
 
-        scorer.facts = reference_scores(scorer, train, settings, ready.renderer, run)
+        scorer.facts = score_facts(scorer, train, held_out, settings, ready.renderer, run)
         run.model = scorer
         probe = torch.tensor([train[0].responses[0].ids])
         return run.finish(save=lambda path: save(scorer, ready.renderer.tokenizer, path, probe))
@@ -228,16 +230,19 @@ def evaluate(
     }
 
 
-def reference_scores(
+def score_facts(
     scorer: ScoreModel,
     train: Sequence[Ranking],
+    held_out: Sequence[Ranking],
     settings: RewardModel,
     renderer: Renderer,
     run: Run[None],
 ) -> ScoreFacts:
-    """Mean and standard deviation of the scores of the reference completions.
+    """Mean and standard deviation of the scores of the reference completions, and the range of the
+    scores of held-out responses.
 
-    Without reference data they are a random sample of the training responses.
+    Without reference data, and without held-out pairs, a random sample of the training responses
+    takes their place.
     """
     if settings.reference_data:
         rendered, _, _ = load(
@@ -247,13 +252,21 @@ def reference_scores(
             lambda r: renderer.completion(r.prompt, r.completion, r.where, r.sampled),
         )
     else:
-        count = sum(len(ranking.responses) for ranking in train)
-        # files are often sorted, so their first rows are not like the others
-        drawn = set(random.Random(settings.seed).sample(range(count), min(SAMPLE, count)))
-        every = (r for ranking in train for r in ranking.responses)
-        rendered = [r for i, r in enumerate(every) if i in drawn]
+        rendered = _sample(train, settings.seed)
     scores = all_scores(scorer, rendered, settings, run)
-    return ScoreFacts(float(scores.mean()), float(scores.std()) if len(scores) > 1 else 1.0)
+    judged = all_scores(scorer, _sample(held_out or train, settings.seed), settings, run)
+    low, high = (float(judged.double().quantile(q)) for q in RANGE)
+    std = float(scores.std()) if len(scores) > 1 else 1.0
+    return ScoreFacts(float(scores.mean()), std, low=low, high=high)
+
+
+def _sample(rankings: Sequence[Ranking], seed: int) -> list[Rendered]:
+    """Some of the responses, in their order."""
+    count = sum(len(ranking.responses) for ranking in rankings)
+    # files are often sorted, so their first rows are not like the others
+    drawn = set(random.Random(seed).sample(range(count), min(SAMPLE, count)))
+    every = (r for ranking in rankings for r in ranking.responses)
+    return [r for i, r in enumerate(every) if i in drawn]
 
 
 def _length_gaps(ranking: Ranking) -> list[int]:

@@ -7,18 +7,21 @@ InputError for everything that can be known before training.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ..data.batches import Batches
 from ..data.elements import Elements, RowFormat, read
+from ..data.findings import Finding, warned
+from ..data.judged import judged
 from ..data.prepare import joined, load
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..data.sources import records
-from ..errors import InputError, RunError
+from ..data.survey import Survey
+from ..errors import InputError, RunError, Unscored
 from ..models.contract import check_roles
 from ..models.load import exists, load_policy, load_roles, load_scorer
 from ..models.roles import Roles
@@ -37,7 +40,7 @@ from ..rollout.sampling import (
     sampling_params,
 )
 from ..rollout.trajectory import Trajectory
-from ..settings import LoraSettings, RowSettings, RunSettings, ScoreSettings
+from ..settings import CommonSettings, OfflineSettings, OnlineSettings
 from ..train.processes import Processes
 from ..train.progress import reading
 from ..train.renderer import load_renderer, same_ends
@@ -53,71 +56,12 @@ NO_REFERENCE = (
 )
 
 
-class _Common(Protocol):
-    """The settings that all methods have."""
-
-    @property
-    def model(self) -> str: ...
-
-    @property
-    def data(self) -> str: ...
-
-    @property
-    def rows(self) -> RowSettings: ...
-
-    @property
-    def lora(self) -> LoraSettings: ...
-
-    @property
-    def run(self) -> RunSettings: ...
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def batch_size(self) -> int: ...
-
-
-class OfflineSettings(_Common, Protocol):
-    """The settings of a method that learns from rows."""
-
-    @property
-    def epochs(self) -> float: ...
-
-    @property
-    def steps(self) -> int | None: ...
-
-
-class OnlineSettings(_Common, Protocol):
-    """The settings of a method that learns from its own samples and their rewards."""
-
-    @property
-    def max_new_tokens(self) -> int: ...
-
-    @property
-    def temperature(self) -> float: ...
-
-    @property
-    def stop(self) -> tuple[str, ...]: ...
-
-    @property
-    def reward(self) -> tuple[str, ...]: ...
-
-    @property
-    def reward_weights(self) -> tuple[float, ...] | None: ...
-
-    @property
-    def score(self) -> ScoreSettings: ...
-
-    @property
-    def steps(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class Prepared(Generic[T]):
     """What a method that learns from rows needs for its loop.
 
-    note: one sentence about rows that were skipped, or "".
+    note: a line about rows that were skipped and about what was checked, and then a line for each
+    warning. ids: the token ids of each sequence in an element. survey: what the rows hold.
     """
 
     renderer: Renderer
@@ -127,6 +71,15 @@ class Prepared(Generic[T]):
     batches: Batches
     total: int
     note: str
+    ids: Callable[[T], Sequence[Sequence[int]]]
+    survey: Survey
+
+    def describe(self, step: int) -> Iterator[dict[str, Any]]:
+        """The rows of a step as people read them."""
+        for number in self.batches[step]:
+            row = self.train.rows[number].where if self.train.rows else self.train.keys[number]
+            texts = [self.renderer.decode(ids) for ids in self.ids(self.train.items[number])]
+            yield {"row": row, "texts": texts}
 
 
 @dataclass(frozen=True)
@@ -134,7 +87,7 @@ class PreparedOnline:
     """What a method that learns from its own samples needs for its loop.
 
     rows, prompts: the prompt rows, and their token ids. shown: number of prompts that are answered
-    before and after training. steps: iterations of the run.
+    before and after training. steps: iterations of the run. note, survey: as in `Prepared`.
     """
 
     renderer: Renderer
@@ -149,6 +102,7 @@ class PreparedOnline:
     shown: int
     steps: int
     note: str
+    survey: Survey
 
     def sample(
         self, chosen: Sequence[tuple[int, int]], step: int, *, greedy: bool = False
@@ -170,9 +124,13 @@ class PreparedOnline:
                 ask for `trainer_state`.
 
         Raises:
-            RunError: a reward failed, or no reward judges one of the responses.
+            Unscored: a reward failed, or no reward judges one of the responses.
         """
         return self._scored([self.rows[i] for i, _ in chosen], trajectory, step, drawn)
+
+    def describe(self, trajectory: Trajectory) -> Iterator[dict[str, Any]]:
+        """The responses of a step as people read them, with the row of each prompt."""
+        return described(trajectory, self.prompts, self.rows, self.renderer)
 
     def answers(self, step: int, drawn: int) -> list[dict[str, Any]]:
         """What the policy answers to the first prompts, with its rewards, for the page."""
@@ -200,9 +158,28 @@ class PreparedOnline:
     ) -> Scored:
         state = TrainerState(step, self.steps, drawn / len(self.rows))
         responses = Responses.of(rows, trajectory, self.renderer, state)
-        scored = self.rewards.score(responses)
-        scored.floats(responses.where)
+        try:
+            scored = self.rewards.score(responses)
+            scored.floats(responses.where)
+        except RunError as error:
+            both = zip(responses.as_rows(), responses.token_ids(), responses.where, strict=True)
+            rows_kept = [row | ids | {"where": where} for row, ids, where in both]
+            raise Unscored(str(error), rows_kept) from error
         return scored
+
+
+def described(
+    trajectory: Trajectory,
+    prompts: Sequence[list[int]],
+    rows: Sequence[PromptRow],
+    renderer: Renderer,
+) -> Iterator[dict[str, Any]]:
+    """Sampled responses as people read them, with the row of each prompt."""
+    where = {tuple(ids): row.where for ids, row in zip(prompts, rows, strict=True)}
+    lengths, responses = trajectory.prompt_lengths.tolist(), trajectory.responses()
+    for ids, n, response in zip(trajectory.ids.tolist(), lengths, responses, strict=True):
+        texts = {"prompt": renderer.decode(ids[:n]), "response": renderer.decode(response)}
+        yield {"row": where.get(tuple(ids[:n]), ""), **texts}
 
 
 def prepare_offline(
@@ -223,11 +200,14 @@ def prepare_offline(
         InputError: a row or a model cannot be used.
     """
     check_names(settings)
-    renderer = load_renderer(settings.model, settings.rows)
+    trust = settings.trust_remote_code
+    renderer = load_renderer(settings.model, settings.rows, trust=trust)
+    survey = Survey(renderer)
     with reading(f"reading {settings.data}", show=processes.main) as told:
         train, held_out, note = read(
-            settings.data, settings.rows, rows, renderer, settings.seed, skipped, told
+            settings.data, settings.rows, rows, renderer, settings.seed, skipped, told, survey
         )
+    findings = judged(survey)
     if scorer:
         model = load_scorer(
             settings.model,
@@ -236,10 +216,13 @@ def prepare_offline(
             head="normal",
             tokenizer=renderer.tokenizer,
             seed=settings.seed,
+            trust=trust,
         )
         roles = Roles(scorer=model)
     else:
-        policy = load_policy(settings.model, settings.lora, settings.run, renderer.tokenizer)
+        policy = load_policy(
+            settings.model, settings.lora, settings.run, renderer.tokenizer, trust=trust
+        )
         same_ends(plain(policy.lm), renderer)
         limit = context(plain(policy.lm).config)
         if (asked := getattr(settings, "max_new_tokens", 0)) > max(limit, USUAL_TOKENS):
@@ -252,7 +235,8 @@ def prepare_offline(
     checked = check_roles(roles, probed, len(probed[-1]), {"model": settings.model})
     batches = Batches(len(train), settings.batch_size, settings.seed)
     total = settings.steps or max(1, round(settings.epochs * batches.per_epoch))
-    return Prepared(renderer, train, held_out, roles, batches, total, notes(note, checked))
+    note = notes(note, checked, findings)
+    return Prepared(renderer, train, held_out, roles, batches, total, note, rows.ids, survey)
 
 
 def prepare_online(
@@ -279,11 +263,22 @@ def prepare_online(
     check_names(settings)
     if rewards is None:
         check_rewards(settings.reward, settings.reward_weights)
-    renderer = load_renderer(settings.model, settings.rows)
+    trust = settings.trust_remote_code
+    renderer = load_renderer(settings.model, settings.rows, trust=trust)
     prompts, rows, note = read_prompts(settings.data, settings, renderer)
+    survey = Survey(renderer)
+    survey.look(rows, prompts)
+    findings = judged(survey)
     loaded = None
     if rewards is None:
-        loaded = load_rewards(settings.reward, settings.reward_weights, settings.run, processes)
+        loaded = load_rewards(
+            settings.reward,
+            settings.reward_weights,
+            settings.run,
+            processes,
+            settings.worker,
+            trust=trust,
+        )
         rewards = loaded
     rewards.check_rows(rows)
     start = None if critic is None else critic_start(critic, loaded, renderer, settings)
@@ -296,6 +291,7 @@ def prepare_online(
         critic=start,
         reference=reference,
         seed=settings.seed,
+        trust=trust,
     )
     same_ends(plain(roles.policy.lm), renderer)
     params = sampling_params(renderer, settings.max_new_tokens, settings.temperature, settings.stop)
@@ -320,8 +316,17 @@ def prepare_online(
         settings.seed,
         settings.run.samples,
         settings.steps,
-        notes(note, checked),
+        notes(note, checked, findings),
+        survey,
     )
+
+
+def notes(note: str, checked: str, findings: Sequence[Finding] = ()) -> str:
+    """What is said at the beginning of a run: rows that were skipped, and what was checked; then,
+    one a line, what is likely wrong with the rows.
+    """
+    first = "; ".join(part for part in (note, f"checked: {checked}") if part)
+    return "\n".join([first, *warned(findings)])
 
 
 def extremes(sequences: Iterable[Sequence[int]]) -> list[Sequence[int]]:
@@ -336,12 +341,7 @@ def extremes(sequences: Iterable[Sequence[int]]) -> list[Sequence[int]]:
     return [shortest, longest]
 
 
-def notes(note: str, checked: str) -> str:
-    """What is said at the beginning of a run: rows that were skipped, and what was checked."""
-    return "; ".join(part for part in (note, f"checked: {checked}") if part)
-
-
-def check_names(settings: _Common) -> None:
+def check_names(settings: CommonSettings) -> None:
     """Refuse models, files and rewards that do not exist, before any row is read.
 
     Raises:

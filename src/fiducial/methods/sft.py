@@ -24,7 +24,6 @@ from ..rollout.sampling import sampling_params
 from ..run import Run
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
-from ..train.step import Stepper
 from .settings.sft import SFT
 from .setup import Prepared, prepare_offline
 
@@ -34,15 +33,14 @@ def sft(settings: SFT) -> Run[None]:
     with Run("sft", settings, state=None) as run:
         ready = prepare(settings, run.processes, run.path / "skipped.jsonl")
         train, held_out, policy = ready.train.items, ready.held_out.items, ready.roles.policy
-        stepper = Stepper(
-            policy, settings.learning_rate, settings.optimizer, ready.total, run.processes
-        )
+        stepper = run.stepper(policy, settings.learning_rate, ready.total)
         announce(ready, run)
         run.start(ready.total)
         if run.step == 0:
             run.record_samples(answers(ready, settings, run))
             run.pause()
 
+        run.nonfinite.rows = lambda: ready.describe(run.step)
         while run.running():
             rows = [train[i] for i in ready.batches[run.step]]
             labels = sum(r.num_labels for r in rows)

@@ -23,8 +23,10 @@ from ..errors import InputError
 from ..names import check_name
 from ..settings import LoraSettings, RunSettings
 from . import tabular as tabular  # registers its architecture, so that its folders load too
+from .remote_code import needed
 from .roles import Policy, Reference, Roles, ScoreModel
 from .scores import CriticStart, ScoreFacts, adapter_scores, rescaled
+from .tokenizer_mark import check_mark
 from .trainable import trainable
 from .trunk import context, plain
 from .weights import adapters_merged, check_adapter, check_config, pretrained
@@ -36,21 +38,27 @@ SHARED = "shared"
 """In place of a critic's folder: a value head on the policy's own trunk."""
 
 
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+"""Endings of files of weights that can run code when they are loaded."""
 HEADS = ("score.", "classifier.", "classification_head.", "pre_classifier.", "dense.")
 """Beginnings of the names of a new scalar head."""
 
 
-def load_tokenizer(name: str, *, flag: str = "--model") -> Any:
+def load_tokenizer(name: str, *, flag: str = "--model", trust: bool = False) -> Any:
     """The tokenizer of a model folder or Hub name.
+
+    Args:
+        trust: whether Python code of the folder may run, here as in everything below.
 
     Raises:
         InputError: it cannot be loaded; `flag` names the setting in the message.
     """
     exists(name, flag)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_with_tokenizer(name))
+        folder = _with_tokenizer(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except Exception as error:
-        raise InputError(
+        raise needed(name, flag, error) or InputError(
             f"{flag}: no tokenizer can be loaded from {name}: {_first_line(error)}"
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what some classes make of no files
@@ -58,10 +66,11 @@ def load_tokenizer(name: str, *, flag: str = "--model") -> Any:
             f"{flag}: {name} holds no tokenizer (tokenizer.json): copy those of the model's maker "
             "into the folder"
         )
+    check_mark(tokenizer, Path(folder), flag)
     return tokenizer
 
 
-def load_config(name: str, *, flag: str = "--model") -> Any:
+def load_config(name: str, *, flag: str = "--model", trust: bool = False) -> Any:
     """The configuration of a model; of an adapter folder, that of its base model.
 
     Raises:
@@ -74,9 +83,9 @@ def load_config(name: str, *, flag: str = "--model") -> Any:
             from peft import PeftConfig
 
             name = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust)
     except Exception as error:
-        raise InputError(
+        raise needed(name, flag, error) or InputError(
             f"{flag}: no model configuration can be loaded from {name}: {_first_line(error)}"
         ) from error
 
@@ -91,6 +100,7 @@ def load_roles(
     critic: str | CriticStart | None = None,
     reference: bool = True,
     seed: int = 0,
+    trust: bool = False,
 ) -> Roles:
     """The policy and, where they are asked for, its frozen reference and a critic.
 
@@ -104,7 +114,7 @@ def load_roles(
     Raises:
         InputError: as `load_policy` and `load_scorer`.
     """
-    policy = load_policy(name, lora, run, tokenizer).to(device)
+    policy = load_policy(name, lora, run, tokenizer, trust=trust).to(device)
     own_critic = None
     critic = CriticStart(critic) if isinstance(critic, str) else critic
     if critic is not None and critic.folder == SHARED:
@@ -114,13 +124,19 @@ def load_roles(
         nn.init.zeros_(policy.value_head.bias)
     elif critic is not None:
         own_critic = load_scorer(
-            critic.folder, lora, run, head="zero", seed=seed, scale=(critic.scale, critic.shift)
+            critic.folder,
+            lora,
+            run,
+            head="zero",
+            seed=seed,
+            scale=(critic.scale, critic.shift),
+            trust=trust,
         )
     if not reference:
         return Roles(policy=policy, critic=own_critic)
     own = None
     if lora.r == 0:  # with adapters the base under them is the reference
-        own = load_frozen(name, run).to(next(policy.parameters()).device)
+        own = load_frozen(name, run, trust=trust).to(next(policy.parameters()).device)
     return Roles(policy=policy, reference=Reference(policy, own), critic=own_critic)
 
 
@@ -131,6 +147,7 @@ def load_policy(
     tokenizer: Any = None,
     *,
     flag: str = "--model",
+    trust: bool = False,
 ) -> Policy:
     """A causal language model as a Policy, without dropout, with adapters if they are asked for.
 
@@ -141,18 +158,20 @@ def load_policy(
         InputError: the folder has no weights, the model is not causal, or its vocabulary is smaller
             than the tokenizer's.
     """
-    model, on_disk = _pretrained(AutoModelForCausalLM, name, flag)
+    model, on_disk = _pretrained(AutoModelForCausalLM, name, flag, trust)
     _check_vocabulary(model, tokenizer, name)
     return Policy(trainable(model, lora, run, "CAUSAL_LM"), _precision(run), base_on_disk=on_disk)
 
 
-def load_frozen(name: str, run: RunSettings, *, flag: str = "--model") -> Policy:
+def load_frozen(
+    name: str, run: RunSettings, *, flag: str = "--model", trust: bool = False
+) -> Policy:
     """A causal language model that is never trained, and computes exactly as the policy does.
 
     In bfloat16 only the weights that are multiplied in bfloat16 anyway are kept in it. Rounding
     embeddings and norms too would make the KL to an equal policy differ from 0.
     """
-    own = load_policy(name, LoraSettings(), run, flag=flag).requires_grad_(False)
+    own = load_policy(name, LoraSettings(), run, flag=flag, trust=trust).requires_grad_(False)
     if run.precision == "bfloat16":
         tied = plain(own.lm).get_input_embeddings().weight
         for module in own.modules():
@@ -162,7 +181,13 @@ def load_frozen(name: str, run: RunSettings, *, flag: str = "--model") -> Policy
 
 
 def load_teacher(
-    name: str, policy: Policy, tokenizer: Any, max_length: int, run: RunSettings
+    name: str,
+    policy: Policy,
+    tokenizer: Any,
+    max_length: int,
+    run: RunSettings,
+    *,
+    trust: bool = False,
 ) -> Policy:
     """A frozen model that reads the token ids of `policy` and has the same vocabulary.
 
@@ -177,7 +202,8 @@ def load_teacher(
     Raises:
         InputError: the vocabularies differ, or the teacher's context is too small.
     """
-    known, tokens = load_tokenizer(name, flag="--teacher").get_vocab(), tokenizer.get_vocab()
+    known = load_tokenizer(name, flag="--teacher", trust=trust).get_vocab()
+    tokens = tokenizer.get_vocab()
     # a pad token may exist on one side alone: it is never sampled
     unused = tokenizer.pad_token if tokenizer.pad_token_id != tokenizer.eos_token_id else None
     if differ := [t for t, i in tokens.items() if known.get(t) != i and t != unused]:
@@ -187,7 +213,7 @@ def load_teacher(
             f"{len(tokens):,} tokens differ, the first is {token!r} with id {tokens[token]} "
             f"(teacher: {known.get(token, 'absent')}). Choose a teacher of the student's family"
         )
-    teacher = load_frozen(name, run, flag="--teacher")
+    teacher = load_frozen(name, run, flag="--teacher", trust=trust)
     if teacher.vocabulary < policy.vocabulary:
         raise InputError(
             f"--teacher: {name} has {teacher.vocabulary} logits and the student "
@@ -215,6 +241,7 @@ def load_scorer(
     seed: int = 0,
     flag: str = "--model",
     scale: tuple[float, float] = (1.0, 0.0),
+    trust: bool = False,
 ) -> ScoreModel:
     """A model with one scalar output.
 
@@ -228,7 +255,7 @@ def load_scorer(
     Raises:
         InputError: the folder has no weights, or no scalar head where it must have one.
     """
-    config, heads = load_config(name, flag=flag), adapter_scores(Path(name))
+    config, heads = load_config(name, flag=flag, trust=trust), adapter_scores(Path(name))
     architectures = config.architectures or []
     has_head = any("SequenceClassification" in a for a in architectures) and config.num_labels == 1
     has_head = has_head if heads is None else heads == 1
@@ -240,7 +267,7 @@ def load_scorer(
     try:
         new = () if has_head and heads is None else HEADS  # an adapter may bring its own head
         model, _ = _pretrained(
-            AutoModelForSequenceClassification, name, flag, new=new, num_labels=1
+            AutoModelForSequenceClassification, name, flag, trust, new=new, num_labels=1
         )
     except InputError:
         raise
@@ -292,28 +319,32 @@ def _precision(run: RunSettings) -> torch.dtype | None:
 
 
 def _pretrained(
-    auto: Any, name: str, flag: str, *, new: Sequence[str] = (), **keywords: Any
+    auto: Any, name: str, flag: str, trust: bool, *, new: Sequence[str] = (), **keywords: Any
 ) -> tuple[Any, bool]:
     """The model in float32, and whether a folder holds it as it is."""
     exists(name, flag)
     folder = Path(name)
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        pickles = [p.name for p in folder.glob("*.bin")]
+    wanted = "adapter_model" if _is_adapter(name) else "model"
+    if folder.is_dir() and not list(folder.glob(f"{wanted}*.safetensors")):
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
         what = (
-            f"only {pickles[0]}, a pickle, which is never loaded: convert it to safetensors"
+            f"its weights in {pickles[0]}, a pickle, which could run code and is never loaded: "
+            "have its author, or someone who trusts them, save it again with "
+            "save_pretrained(..., safe_serialization=True)"
             if pickles
-            else "no weights (*.safetensors)"
+            else f"no weights ({wanted}*.safetensors)"
         )
         raise InputError(f"{flag}: {name} holds {what}")
     options = {"dtype": torch.float32, "use_safetensors": True, **keywords}
+    options["trust_remote_code"] = trust
     try:
-        if (folder / "adapter_config.json").is_file():
+        if _is_adapter(name):
             return _merged(auto, name, flag, new, options), False
         return pretrained(auto, name, flag, new=new, **options), True
     except InputError:
         raise
     except Exception as error:
-        raise InputError(
+        raise needed(name, flag, error) or InputError(
             f"{flag}: {name} cannot be loaded as a model: {_first_line(error)}"
         ) from error
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ..errors import RunError
+from .remote_code import is_remote
 from .roles import Policy, ScoreModel, full_precision
+from .tokenizer_mark import write_mark
 from .trunk import plain
 from .weights import adapters_merged
 
@@ -57,6 +59,7 @@ def save(module: Policy | ScoreModel, tokenizer: Any, path: Path, probe: Tensor)
     _same_ending(plain(model), tokenizer)
     model.save_pretrained(path, safe_serialization=True)
     tokenizer.save_pretrained(path)
+    write_mark(tokenizer, path)
     device = next(module.parameters()).device
     # nothing can be predicted from one token alone
     probe = (probe if probe.shape[1] > 1 else probe.repeat(1, 2)).to(device)
@@ -72,14 +75,19 @@ def save(module: Policy | ScoreModel, tokenizer: Any, path: Path, probe: Tensor)
 
 def _compared(module: Policy | ScoreModel, path: Path, probe: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(module, Policy):
-        again = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        again = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=is_remote(plain(module.lm))
+        )
         mask = torch.ones_like(probe, dtype=torch.bool)
         mask[:, 0] = False
         ours = module(probe, mask).logprobs[0, 1:]
         logp = again.eval().to(probe.device)(input_ids=probe).logits[0, :-1].float().log_softmax(-1)
         return ours, logp.gather(-1, probe[0, 1:, None])[:, 0]
     again = AutoModelForSequenceClassification.from_pretrained(
-        path, dtype=torch.float32, num_labels=1
+        path,
+        dtype=torch.float32,
+        num_labels=1,
+        trust_remote_code=is_remote(plain(module.model)),
     )
     ours = module(probe, torch.tensor([probe.shape[1]], device=probe.device))
     return ours, again.eval().to(probe.device)(input_ids=probe).logits[:, 0].float()

@@ -30,12 +30,16 @@ class StepScores:
 class ScoreFacts:
     """The zero and the scale of a reward model's scores, or the steps of a process reward model.
 
-    mean, std: of the scores of the reference completions. None: not measured.
+    mean, std: of the scores of the reference completions. low, high: the range that holds 98% of
+    the scores of responses that were not trained on; beyond it no pair has told what a score
+    means. None: not measured.
     """
 
     mean: float | None = None
     std: float | None = None
     steps: StepScores | None = None
+    low: float | None = None
+    high: float | None = None
 
     @staticmethod
     def of(config: Any, where: str = "config.json") -> ScoreFacts:
@@ -51,6 +55,7 @@ class ScoreFacts:
             _number(config, "reward_mean", where),
             _number(config, "reward_std", where),
             _steps(config, where),
+            *_range(config, where),
         )
 
     def write(self, config: Any) -> None:
@@ -59,7 +64,13 @@ class ScoreFacts:
             "separator": self.steps.separator,
             "aggregate": self.steps.aggregate,
         }
-        facts = {"reward_mean": self.mean, "reward_std": self.std, "process_reward": steps}
+        facts = {
+            "reward_mean": self.mean,
+            "reward_std": self.std,
+            "reward_low": self.low,
+            "reward_high": self.high,
+            "process_reward": steps,
+        }
         for name, value in facts.items():
             vars(config).pop(name, None)
             if value is not None:
@@ -114,10 +125,21 @@ def _number(config: Any, key: str, where: str) -> float | None:
         number = math.inf
     if not math.isfinite(number):
         raise InputError(
-            f"{where}: {key!r} is {_shown(value)} where a finite number belongs, the mean or the "
-            "standard deviation of the model's scores: write the number, or remove the key"
+            f"{where}: {key!r} is {_shown(value)} where a finite number belongs, the mean, the "
+            "standard deviation or an end of the range of the model's scores: write the number, or "
+            "remove the key"
         )
     return number
+
+
+def _range(config: Any, where: str) -> tuple[float | None, float | None]:
+    low, high = _number(config, "reward_low", where), _number(config, "reward_high", where)
+    if low is not None and high is not None and low > high:
+        raise InputError(
+            f"{where}: 'reward_low' is {low:g} and 'reward_high' {high:g}, but the range of the "
+            "model's scores begins with the lower end: exchange them, or remove both"
+        )
+    return low, high
 
 
 def _steps(config: Any, where: str) -> StepScores | None:

@@ -7,6 +7,7 @@ What a command makes new on purpose, such as the head of a reward model, is name
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ..errors import InputError
+from .remote_code import is_remote
 from .trunk import text_config
 
 HEADS = ("lm_head.", "embed_out.")
@@ -137,7 +139,7 @@ def check_config(folder: Path, flag: str) -> None:
 
     Raises:
         InputError: it is no JSON object, or names more layers than the folder has tensors, so that
-            building the model would only take time and memory.
+            building the model would only take time and memory; or the index names files elsewhere.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -148,6 +150,7 @@ def check_config(folder: Path, flag: str) -> None:
         raise InputError(f"{flag}: {path} is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{flag}: {path} holds a {type(config).__name__}, not an object")
+    _check_index(folder, flag)
     inner = config.get("text_config")
     numbers = [
         (name, part[name])
@@ -165,6 +168,23 @@ def check_config(folder: Path, flag: str) -> None:
                 f"{flag}: {path} says {name} {number:,}, and the folder holds {tensors:,} tensors: "
                 "correct it there"
             )
+
+
+def _check_index(folder: Path, flag: str) -> None:
+    """Refuse an index of weights that names files elsewhere."""
+    path = folder / "model.safetensors.index.json"
+    if not path.is_file():
+        return
+    try:
+        files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        strange = sorted(f for f in map(str, files) if not re.fullmatch(r"[\w-][\w.-]*", f))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise InputError(f"{flag}: {path} is no index of weights (weight_map)") from error
+    if strange:
+        raise InputError(
+            f"{flag}: {path} names {strange[0][:120]!r}, and weights are read from files in the "
+            "folder itself alone: put the file there, and correct the index"
+        )
 
 
 def _difference(missing: Collection[str], unused: Collection[str], kind: str) -> str:
@@ -194,7 +214,7 @@ def _head(config: Any) -> list[str]:
     """The beginnings of the names of a language model's output weights."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=is_remote(config))
     except Exception:
         return []
     head = model.get_output_embeddings()

@@ -1,277 +1,185 @@
-"""Alarms: what in a run's history asks for attention, one sentence each, with the number and the
-remedy.
+"""Alarms: what in a run's numbers asks for attention, one sentence each, with the number, the
+likely cause and the setting to change.
 
-Rules of thumb say "heuristic". An alarm is a function of the history that returns a sentence or
-None.
+Most are raised while the run goes on, by `rules.py`; a few are told only when it has ended, by
+`endings.py`. The run itself, a run that is resumed and the page of a run all judge the rows of
+metrics.jsonl with what is here, so they find the same.
 """
 
+from __future__ import annotations
+
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from statistics import fmean, stdev
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..metrics import finite, known
+from ..train.checkpoint import write_bytes
+from ..train.disk import explained
+from ..train.progress import say
+from .endings import ENDINGS, History
+from .rules import Rule
+from .rules_responses import RESPONSES
+from .rules_updates import UPDATES
+from .tracks import Setup, Track
 
-_FEW = 5
-"""With fewer points than this, a trend is not judged."""
-
-
-class _History:
-    """The rows of metrics.jsonl as columns of finite values."""
-
-    def __init__(self, rows: Iterable[Mapping[str, Any]]):
-        self.rows = list(rows)
-
-    def points(self, name: str) -> list[tuple[int, float]]:
-        rows = ((row.get("step", i), row.get(name)) for i, row in enumerate(self.rows))
-        return [(int(step), float(value)) for step, value in rows if finite(step) and finite(value)]
-
-    def values(self, name: str) -> list[float]:
-        return [value for _, value in self.points(name)]
-
-    def start(self, name: str) -> float | None:
-        """Mean of the first tenth; None if there are too few points to judge."""
-        values = self.values(name)
-        return fmean(values[: max(1, len(values) // 10)]) if len(values) >= _FEW else None
-
-    def late(self, name: str) -> list[float]:
-        """The last quarter; empty if there are too few points to judge."""
-        values = self.values(name)
-        return values[-max(3, len(values) // 4) :] if len(values) >= _FEW else []
+RULES = (*UPDATES, *RESPONSES)
+QUIET = 100
+"""Records without its cause after which an alarm is raised again."""
 
 
-def _clearly_negative(values: list[float]) -> bool:
-    return fmean(values) + 2 * stdev(values) / math.sqrt(len(values)) < 0
+@dataclass(frozen=True)
+class Alarm:
+    """One alarm. step: at which it was raised; None for one that is told at the end. values: of the
+    metrics that it is about, the one that matters most first.
+    """
+
+    name: str
+    step: int | None
+    values: Mapping[str, float]
+    text: str
+
+    @property
+    def sentence(self) -> str:
+        """The text, with the step."""
+        return self.text if self.step is None else f"Step {self.step:,}: {self.text}"
+
+    def line(self) -> str:
+        """The line of alarms.jsonl."""
+        (metric, value), *others = self.values.items()
+        row = {"step": self.step, "alarm": self.name, "metric": metric, "value": value}
+        also = {"also": dict(others)} if others else {}
+        return json.dumps(row | also | {"text": self.text}) + "\n"
 
 
-def _not_finite(history: _History) -> str | None:
-    for i, row in enumerate(history.rows):
+class Alarms:
+    """The alarms of a run, as its rows come in. What is kept does not grow with the run.
+
+    Args:
+        config: the settings as config.yaml has them; empty if they are not known.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.setup = Setup(config)
+        self.tracks: dict[str, Track] = {}
+        self._rules: dict[str, list[Rule]] = {}
+        for rule in RULES:
+            for name in rule.metrics:
+                self._rules.setdefault(name, []).append(rule)
+        self._watched = {*self._rules, "reward"}
+        self._quiet: dict[str, int] = {}
+
+    def see(self, row: Mapping[str, Any]) -> list[Alarm]:
+        """The alarms that this row of metrics.jsonl raises."""
+        step = row.get("step", 0)
+        found = [] if (broken := self._not_finite(row)) is None else [broken]
+        due: dict[str, Rule] = {}
+        for name, value in row.items():
+            if name in self._watched and finite(value):
+                self.tracks.setdefault(name, Track()).add(float(value))
+                due |= {rule.name: rule for rule in self._rules.get(name, ())}
+        for rule in due.values():
+            what = rule.find(self.tracks, self.setup)
+            if self._news(rule.name, what is not None) and what is not None:
+                found.append(Alarm(rule.name, int(step), what.values, what.text))
+        return found
+
+    def _not_finite(self, row: Mapping[str, Any]) -> Alarm | None:
         bad = [
-            name
+            (name, value)
             for name, value in row.items()
-            if known(name) and isinstance(value, float) and not math.isfinite(value)
+            if isinstance(value, float) and not math.isfinite(value) and known(name)
         ]
-        if bad:
-            return (
-                f"{bad[0]} is not finite at step {row.get('step', i)}: lower the learning rate and "
-                "look at the rows of that step."
-            )
-    return None
+        if not self._news("not-finite", bool(bad)) or not bad:
+            return None
+        name, value = bad[0]
+        advice = self.setup.sentence("lower --learning-rate", "look at the rows of this step")
+        text = f"{name} is {value}: something overflowed or was divided by 0. {advice}"
+        return Alarm("not-finite", int(row.get("step", 0)), {name: value}, text)
+
+    def _news(self, name: str, true: bool) -> bool:
+        """Whether an alarm that is now true was not so for long."""
+        quiet = self._quiet.get(name, QUIET)
+        self._quiet[name] = 0 if true else quiet + 1
+        return true and quiet >= QUIET
 
 
-def _negative_kl(history: _History) -> str | None:
-    for name, unit in (("objective/kl", "nats per response"), ("kl", "nats per token")):
-        late = history.late(name)
-        if late and _clearly_negative(late) and sum(v < 0 for v in late) >= 0.75 * len(late):
-            return (
-                f"The KL to the reference stays below 0 ({fmean(late):.3g} {unit} over the last "
-                f"{len(late)} records), which cannot be true on average: turn off top-k, top-p and "
-                "minimum length in sampling, and check that the temperature divides the logits "
-                "everywhere."
-            )
-    return None
+def alarms(history: Iterable[Mapping[str, Any]], config: Mapping[str, Any]) -> list[Alarm]:
+    """All alarms of a finished run: those that its rows raised, and those of its end.
+
+    Args:
+        history: the rows of metrics.jsonl.
+        config: what config.yaml says, or {}.
+    """
+    rows = list(history)
+    if off(config):
+        return []
+    stream = Alarms(config)
+    found = [alarm for row in rows for alarm in stream.see(row)]
+    raised = {alarm.name for alarm in found}
+    for ending in ENDINGS:
+        if ending.name not in raised and (what := ending.find(History(rows), stream.setup)):
+            found.append(Alarm(ending.name, None, what.values, what.text))
+    return found
 
 
-def _first_ratio(history: _History) -> str | None:
-    worst = max(history.points("ratio/first"), key=lambda point: abs(point[1] - 1), default=None)
-    if worst and abs(worst[1] - 1) > 1e-3:
-        return (
-            f"The probability ratio before the first update was {worst[1]:.4g} at step {worst[0]}, "
-            "but it must be 1: turn dropout off, use one temperature everywhere, and compute "
-            "log-probabilities in float32."
-        )
-    return None
+def off(config: Mapping[str, Any]) -> bool:
+    """Whether the run was to raise no alarms."""
+    return bool(Setup(config).value("run.on-alarm") == "off")
 
 
-def _sampler_gap(history: _History) -> str | None:
-    worst = max(history.points("sampler_gap"), key=lambda point: point[1], default=None)
-    if worst and worst[1] > 0.02:
-        return (
-            f"The log-probabilities of sampler and trainer differ by up to {worst[1]:.3g} nats at "
-            f"step {worst[0]} (heuristic: below 0.02): sync the weights after every step, and use "
-            "one temperature and one precision."
-        )
-    return None
+class Watch:
+    """What a run does with its alarms: a line in alarms.jsonl, a word in the terminal, and perhaps
+    the end of the run. Processes that do not write have none.
 
+    stopped: the alarm that ends the run; None if it goes on.
+    """
 
-def _critic(history: _History) -> str | None:
-    late = history.late("explained_variance")
-    if late and fmean(late) < 0:
-        return (
-            "Late in the run the critic explains less than a constant would (explained variance "
-            f"{fmean(late):.3g}; heuristic: above 0.3): raise its learning rate, warm it up, or "
-            "use a sequence-level baseline."
-        )
-    return None
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, writes: bool) -> None:
+        self.stopped: Alarm | None = None
+        self._path = folder / "alarms.jsonl"
+        self._alarms = Alarms(config)
+        self._action = Setup(config).value("run.on-alarm")
+        self._writes = writes
 
+    @property
+    def why_stopped(self) -> str:
+        """What follows the command that goes on with the run, if an alarm ended it."""
+        if self.stopped is None:
+            return ""
+        return f" --run.on-alarm warn. The alarm ({self.stopped.name}): {self.stopped.text}"
 
-def _update_kl(history: _History) -> str | None:
-    late = history.late("approx_kl")
-    if late and fmean(late) > 0.02:
-        return (
-            f"The updates on one batch move the policy by {fmean(late):.3g} nats per token "
-            "(heuristic: below 0.02): lower the learning rate, or use fewer epochs per batch."
-        )
-    return None
+    def begin(self) -> None:
+        """Take in the rows that metrics.jsonl has, and let alarms.jsonl hold what they raised.
 
+        Raises:
+            RunError: it cannot be written.
+        """
+        if not self._writes:
+            return
+        with explained(self._path):
+            if self._action == "off":
+                self._path.unlink(missing_ok=True)  # of a run that raised some before
+                return
+            metrics, lines = self._path.with_name("metrics.jsonl"), list[str]()
+            if metrics.exists():
+                with metrics.open(encoding="utf-8", newline="\n") as file:
+                    lines = [a.line() for row in file for a in self._alarms.see(json.loads(row))]
+            write_bytes(self._path, "".join(lines).encode())
 
-def _clipping(history: _History) -> str | None:
-    late = history.late("clip_ratio")
-    if late and fmean(late) > 0.1:
-        return (
-            f"{100 * fmean(late):.3g}% of tokens are clipped late in the run (heuristic: 1 to "
-            "10%): lower the learning rate, or use fewer epochs per batch."
-        )
-    epochs = history.values("epochs_done")
-    # with one pass over the batch the ratio is 1 and nothing can be clipped
-    if late and fmean(late) < 0.001 and epochs and fmean(epochs) > 1:
-        return (
-            f"Only {100 * fmean(late):.2g}% of tokens are clipped although every batch is used for "
-            "several epochs (heuristic: 1 to 10%): the steps are too small, and a higher learning "
-            "rate may be safe."
-        )
-    return None
+    def see(self, row: Mapping[str, Any]) -> None:
+        """Judge a row that was recorded.
 
-
-def _no_spread(history: _History) -> str | None:
-    late = history.late("groups/no_spread")
-    if late and fmean(late) > 0.5:
-        return (
-            f"Late in the run all responses get the same score in {100 * fmean(late):.3g}% of the "
-            "groups (heuristic: below one half), and such groups teach nothing: use prompts of "
-            "medium difficulty, larger groups or a finer reward, or sample other prompts in their "
-            "place."
-        )
-    return None
-
-
-def _unfinished(history: _History) -> str | None:
-    late = history.late("completions/finished")
-    if late and fmean(late) < 0.95:
-        return (
-            f"Only {100 * fmean(late):.3g}% of responses end by themselves late in the run "
-            "(heuristic: above 95%): raise max_new_tokens, penalize cut responses, or train the "
-            "end token in SFT."
-        )
-    return None
-
-
-def _never_ended(history: _History) -> str | None:
-    first = history.points("completions/finished")[:1]
-    if first and first[0][1] == 0:
-        return (
-            f"None of the responses of the first batch (step {first[0][0]}) ended by itself: raise "
-            "max_new_tokens, or name the token that ends an answer of this model with --stop."
-        )
-    return None
-
-
-def _longer(history: _History) -> str | None:
-    name = "completions/mean_length"
-    start, late = history.start(name), history.late(name)
-    reward, rewards = history.start("reward"), history.late("reward")
-    if start and late and reward is not None and rewards:
-        longer, better = fmean(late) > 1.5 * start, fmean(rewards) > reward
-        if longer and better:
-            return (
-                f"Responses grew from {start:.3g} to {fmean(late):.3g} tokens while the reward "
-                f"rose ({name}; heuristic: less than half as much again): the reward may be paying "
-                "for length; compare scores at equal length."
-            )
-    return None
-
-
-def _collapse(history: _History) -> str | None:
-    start, late = history.start("entropy"), history.late("entropy")
-    if start and start > 0 and late and fmean(late) < 0.1 * start:
-        return (
-            f"Entropy fell from {start:.3g} to {fmean(late):.3g} nats per token (heuristic: not "
-            "below a tenth): the policy always says the same; raise beta or stop earlier."
-        )
-    return None
-
-
-def _displacement(history: _History) -> str | None:
-    """Lengths of answers are not recorded, so a fall is judged in proportion to the start."""
-    start, late = history.start("logps/chosen"), history.late("logps/chosen")
-    if start is None or not late or start - fmean(late) <= max(10.0, 0.5 * abs(start)):
-        return None
-    return (
-        f"Chosen answers became less likely: from {start:.4g} to {fmean(late):.4g} nats per "
-        "response (heuristic: by less than ten nats or half of the start). Probability moves to "
-        "answers that nobody compared: raise beta, add an SFT term, or lower the learning rate."
-    )
-
-
-def _too_easy(history: _History) -> str | None:
-    values = history.values("rewards/accuracies")
-    early = values[max(1, len(values) // 10) : max(4, len(values) // 3)]
-    if len(values) >= 3 * _FEW and len(early) >= 3 and fmean(early) >= 0.98:
-        return (
-            f"Preference accuracy is {fmean(early):.3g} already in the first third of the run "
-            "(heuristic: 0.6 to 0.8 on labels by people): something trivial such as length or "
-            "format tells the pairs apart; look at them."
-        )
-    return None
-
-
-def _reversed(history: _History) -> str | None:
-    late = history.late("rewards/margins")
-    if late and _clearly_negative(late):
-        return (
-            f"The margin of the implicit rewards ends below 0 ({fmean(late):.3g}): the policy "
-            "learns the opposite; check that chosen and rejected are not exchanged."
-        )
-    return None
-
-
-def _memorized(history: _History) -> str | None:
-    late, held = history.late("accuracy"), history.values("eval/accuracy")
-    if late and fmean(late) > 0.9 and (not held or held[-1] < fmean(late) - 0.05):
-        other = f"{held[-1]:.3g} on held-out pairs" if held else "held-out pairs were not measured"
-        return (
-            f"Training accuracy is {fmean(late):.3g} ({other}; heuristic: at most 0.9): the model "
-            "memorizes pairs or tells them apart by something trivial; use fewer epochs or more "
-            "pairs."
-        )
-    return None
-
-
-def _overfit(history: _History) -> str | None:
-    points = history.points("eval/loss")
-    if len(points) < 3:
-        return None
-    step, lowest = min(points, key=lambda point: point[1])
-    if points[-1][1] > lowest + max(0.02 * abs(lowest), 1e-9) and step != points[-1][0]:
-        return (
-            f"Held-out loss rose from {lowest:.4g} at step {step} to {points[-1][1]:.4g} at the "
-            f"end (heuristic: by less than 2%): stop near step {step}, and judge by samples too."
-        )
-    return None
-
-
-_ALARMS: tuple[Callable[[_History], str | None], ...] = (
-    _not_finite,
-    _negative_kl,
-    _first_ratio,
-    _sampler_gap,
-    _critic,
-    _update_kl,
-    _clipping,
-    _no_spread,
-    _never_ended,
-    _unfinished,
-    _longer,
-    _collapse,
-    _displacement,
-    _too_easy,
-    _reversed,
-    _memorized,
-    _overfit,
-)
-
-
-def alarms(history: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The sentences of all alarms that fire on the rows of `metrics.jsonl`."""
-    table = _History(history)
-    return [sentence for alarm in _ALARMS if (sentence := alarm(table)) is not None]
+        Raises:
+            RunError: alarms.jsonl cannot be written.
+        """
+        if not self._writes or self._action == "off":
+            return
+        for alarm in self._alarms.see(row):
+            with explained(self._path), self._path.open("a", encoding="utf-8") as file:
+                file.write(alarm.line())
+            say(f"alarm ({alarm.name}) at step {alarm.step}: {alarm.text}")
+            if self._action == "stop" and self.stopped is None:
+                self.stopped = alarm

@@ -7,7 +7,9 @@ from statistics import fmean
 from typing import Any
 
 from .. import verbs
-from ..metrics import EVAL, GROUPS, Range, base, lookup
+from ..metric import GROUPS, Range
+from ..metrics import EVAL, base, lookup
+from .alarms import Alarm
 from .folder import Point, RunRecord
 from .numbers import Estimate, mean_of, number
 
@@ -233,6 +235,21 @@ def metric_figure(
     return figure(
         seen, metric.unit or metric.title, series, healthy=metric.healthy, level=level, small=small
     )
+
+
+def mark(picture: Figure, run: RunRecord, names: Sequence[str], found: Sequence[Alarm]) -> Figure:
+    """The picture of these metrics, with a mark at each step at which an alarm about one of them
+    was raised: a line, and a point on the curve that tells the alarm.
+    """
+    marks = []
+    for alarm in found:
+        about = [base(name) for name in alarm.values if base(name) in names]
+        if alarm.step is None or not about:
+            continue
+        points = run.series.get(about[0], [])
+        y = next((value for step, value in points if step == alarm.step), None)
+        marks.append({"x": alarm.step, "y": y, "text": f"{alarm.name}. {alarm.sentence}"})
+    return {**picture, "marks": marks} if marks else picture
 
 
 def both_figure(run: RunRecord, names: Sequence[str], colour: str, title: str) -> Figure:

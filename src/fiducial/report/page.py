@@ -13,12 +13,13 @@ import yaml
 
 from .. import verbs
 from ..metrics import EVAL, finite, known, lookup
-from .alarms import alarms
+from .alarms import Alarm, alarms, off
 from .answer import answer, is_share
 from .figures import (
     Figure,
     both_figure,
     change,
+    mark,
     method_colour,
     metric_figure,
     other_curves,
@@ -54,16 +55,17 @@ def write_report(run: Path) -> Path:
     """
     record = read_run(Path(run))
     colour = method_colour(record.method)
-    pictures, shown = _deciding(record, colour)
+    found = alarms(record.history, record.config)
+    pictures, shown = _deciding(record, colour, found)
     deciding = {f"decide{i}": picture for i, picture in enumerate(pictures)}
     groups, constant = other_curves(record, shown, colour)
     others: dict[str, Figure] = {}
     for i, cell in enumerate(cell for group in groups for cell in group["cells"]):
         cell["key"] = f"other{i}"
-        others[cell["key"]] = cell["figure"]
+        others[cell["key"]] = mark(cell["figure"], record, [cell["name"]], found)
     figures = deciding | others
     numbers = _numbers(record)
-    facts, found = _facts(record.summary), alarms(record.history)
+    facts = _facts(record.summary)
     longest = max((len(points) for points in record.series.values()), default=0)
     title = f"{verbs.title(record.method)} run: {record.path.resolve().name}"
     return write_page(
@@ -73,7 +75,7 @@ def write_report(run: Path) -> Path:
         {"figures": figures, "samples": record.samples},
         title=title.removeprefix("run "),
         sentences=answer(record),
-        alarms=found,
+        alarms=[alarm.sentence for alarm in found],
         quiet=_quiet(record, found),
         notes=record.notes,
         evaluation=[_evaluation(name, e) for name, e in record.evaluation.items()],
@@ -81,6 +83,7 @@ def write_report(run: Path) -> Path:
         any_held=any(row["held"] for row in numbers),
         deciding=[(key, picture["title"]) for key, picture in deciding.items()],
         banded=any("band" in f for f in figures.values()),
+        marked=any("marks" in f for f in figures.values()),
         smoothed=longest >= 40,
         thinned=was_thinned(record),
         silent=record.silent,
@@ -97,9 +100,11 @@ def write_report(run: Path) -> Path:
     )
 
 
-def _quiet(run: RunRecord, found: list[str]) -> str:
+def _quiet(run: RunRecord, found: list[Alarm]) -> str:
     if found:
         return ""
+    if off(run.config):
+        return "Nothing was judged: this run has --run.on-alarm off."
     return (
         "No alarm fired: none of the heuristics found a number out of its range."
         if run.history
@@ -107,14 +112,17 @@ def _quiet(run: RunRecord, found: list[str]) -> str:
     )
 
 
-def _deciding(run: RunRecord, colour: str) -> tuple[list[Figure], set[str]]:
-    """The pictures that decide, and the metrics that they show: those of the run's kind, or else
-    the first two deciding metrics that have a curve.
+def _deciding(run: RunRecord, colour: str, found: list[Alarm]) -> tuple[list[Figure], set[str]]:
+    """The pictures that decide, with the marks of alarms, and the metrics that they show: those of
+    the run's kind, or else the first two deciding metrics that have a curve.
     """
     names = PICTURES[run.kind] if run.kind else ()
     drawn = [n for n in names if n in run.series or EVAL + n in run.series]
     shown = drawn or [n for n in run.decides if len(run.values(n)) > 1][:2]
-    pictures = [metric_figure(run, name, colour, level=LEVELS.get(name)) for name in shown]
+    pictures = [
+        mark(metric_figure(run, name, colour, level=LEVELS.get(name)), run, [name], found)
+        for name in shown
+    ]
     pair = PAIRS.get(run.kind) if run.kind else None
     if pair and all(name in run.series for name in pair):
         title = (
@@ -122,7 +130,7 @@ def _deciding(run: RunRecord, colour: str) -> tuple[list[Figure], set[str]]:
             if run.kind == "preference"
             else "Loss of the student and of the teacher on the student's samples"
         )
-        pictures.append(both_figure(run, pair, colour, title))
+        pictures.append(mark(both_figure(run, pair, colour, title), run, pair, found))
         shown = [*shown, *pair]
     return pictures, set(shown)
 

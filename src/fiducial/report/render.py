@@ -8,10 +8,10 @@ and a Content-Security-Policy with the hash of that one script refuses everythin
 
 import base64
 import functools
-import hashlib
 import json
 import math
 import os
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,19 @@ def asset(name: str) -> str:
     return (files("fiducial.report") / "templates" / name).read_text(encoding="utf-8")
 
 
+def plotly_script() -> bytes:
+    """Plotly's script, as its package has it."""
+    from plotly.offline import get_plotlyjs  # four megabytes of text: read only when needed
+
+    return bytes(get_plotlyjs().encode("utf-8"))
+
+
+@functools.cache
+def plotly_digest() -> str:
+    """SHA-256 of plotly's script."""
+    return sha256(plotly_script()).hexdigest()
+
+
 def write_page(
     folder: Path,
     name: str,
@@ -70,11 +83,15 @@ def write_page(
     templates: Path | None = None,
     **context: Any,
 ) -> Path:
-    """Renders `template` to `folder/name`, with plotly's script once beside it. A file is written
+    """Renders `template` to `folder/name`, with plotly's script once beside it; a script there that
+    is not plotly's own is replaced, and the page names the script's SHA-256. A file is written
     under another name first and then renamed, so that none is ever half-written.
+
+    Browsers check `integrity` for no script of a file:// page (Chromium blocks every script that
+    has it), so whoever can change the folder later can change the script, as they can the page.
     """
     script, style = asset("page.js"), asset("page.css")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    digest = base64.b64encode(sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; script-src 'self' file: 'sha256-{digest}'; style-src "
         "'unsafe-inline'; img-src data: blob:; "
@@ -90,19 +107,19 @@ def write_page(
             style=Markup(style),
             data=script_json(data),
             plotly=PLOTLY,
+            plotly_digest=plotly_digest(),
         )
     )
     folder.mkdir(parents=True, exist_ok=True)
     plotly = folder / PLOTLY
-    if not plotly.exists():
-        from plotly.offline import get_plotlyjs  # four megabytes of text: read only when needed
-
-        _replace(plotly, get_plotlyjs().encode("utf-8"))
+    if not plotly.is_file() or sha256(plotly.read_bytes()).hexdigest() != plotly_digest():
+        _replace(plotly, plotly_script())
     _replace(folder / name, html.encode("utf-8", errors="replace"))
     return folder / name
 
 
 def _replace(path: Path, content: bytes) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)  # whatever a link there leads to is not written to
     aside.write_bytes(content)
     aside.replace(path)

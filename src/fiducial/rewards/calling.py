@@ -1,12 +1,12 @@
 """A user's own function: found by its name, read for what it takes, called, and its errors told.
 
 A function may be any callable: a plain or asynchronous function, a bound method, a partial, an
-object with `__call__`, a decorated function, or a torch module.
+object with `__call__`, a decorated function, or a torch module. This file does not import torch,
+because the process of a function that does not need it begins without it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import functools
@@ -20,11 +20,12 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from ..errors import InputError
 
-from ..errors import InputError, RunError
+if TYPE_CHECKING:
+    import asyncio
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class Takes:
             raise InputError(
                 f"{flag}: {name} is a class: make an object of it in the file, and name that object"
             )
-        call = function.forward if isinstance(function, nn.Module) else function
+        call: Any = function
+        if _is_module(function):
+            call = call.forward
         try:
             found = inspect.signature(call, follow_wrapped=False)
             if hasattr(call, "__wrapped__") and _open(found):
@@ -67,7 +70,7 @@ class Takes:
                 f"{flag}: {name} takes {', '.join(nameless)} by position only, and rewards are "
                 "given by name: remove the '/' from its signature"
             )
-        if isinstance(function, nn.Module) and "input_ids" in found.parameters:
+        if _is_module(function) and "input_ids" in found.parameters:
             raise InputError(
                 f"{flag}: {name} is a model that reads token ids: save it with its tokenizer, and "
                 "give the folder"
@@ -99,7 +102,9 @@ def load_function(name: str, flag: str) -> Callable[..., Any]:
         try:
             with _importing_from(Path.cwd()):
                 module = importlib.import_module(where)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise InputError(
                 f"{flag}: {where} is neither a file that ends in .py nor a module that can be "
                 f"imported: {told(error)}"
@@ -139,7 +144,9 @@ class Call:
             out = function(**keywords)
             # what a generator raises is raised here, in the user's code
             return Call(list(out) if isinstance(out, Iterator) else out)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             return Call(failed=error)
 
 
@@ -148,6 +155,7 @@ def finished(calls: Sequence[Call]) -> list[Call]:
     waiting = [i for i, call in enumerate(calls) if inspect.isawaitable(call.out)]
     if not waiting:
         return list(calls)
+    import asyncio  # few functions need it, and a worker begins sooner without
 
     async def together() -> list[Call]:
         return await asyncio.gather(*(_awaited(calls[i].out) for i in waiting))
@@ -162,32 +170,31 @@ def told(error: BaseException, function: Callable[..., Any] | None = None) -> st
 
     The place is the deepest line of the function's own file.
     """
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception as second:
+        text = f"(its message cannot be read: {type(second).__name__})"
     text = text if len(text) <= 500 else text[:497] + "..."
     return f"{type(error).__name__}: {text}".removesuffix(": ") + _place(error, function)
-
-
-def explained(error: BaseException, who: str, function: Callable[..., Any]) -> RunError:
-    """The error of a user's code as one of the run."""
-    return RunError(f"{who} raised {told(error, function)}")
 
 
 def _place(error: BaseException, function: Callable[..., Any] | None) -> str:
     package = str(Path(__file__).resolve().parents[1])
     frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
-    foreign = ("<frozen", package, asyncio.__path__[0], importlib.__path__[0])
+    library = Path(importlib.__path__[0])
+    foreign = ("<frozen", package, str(library.with_name("asyncio")), str(library))
     frames = [frame for frame in frames if not frame[0].startswith(foreign)]
-    file = _file_of(function) if function is not None else (frames[0][0] if frames else None)
+    file = file_of(function) if function is not None else (frames[0][0] if frames else None)
     inside = [line for name, line in frames if name == file]
     if inside:
         return f" ({Path(str(file)).name}:{inside[-1]})"
     return f" ({Path(frames[0][0]).name}:{frames[0][1]})" if frames else ""
 
 
-def _file_of(function: Any) -> str | None:
+def file_of(function: Any) -> str | None:
     """The file of the Python code that a callable ends in."""
     for _ in range(20):  # partials of methods of decorated functions
-        if isinstance(function, nn.Module):
+        if _is_module(function):
             function = type(function).forward
         elif isinstance(function, functools.partial):
             function = function.func
@@ -200,6 +207,12 @@ def _file_of(function: Any) -> str | None:
         else:
             function = type(function).__call__
     return None
+
+
+def _is_module(function: Any) -> bool:
+    """Whether it is a module of torch, which is imported if it is."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(function, torch.nn.Module)
 
 
 def _open(signature: inspect.Signature) -> bool:
@@ -222,8 +235,10 @@ def _module_of(path: Path, flag: str) -> Any:
     try:
         with _importing_from(path.resolve().parent):
             spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        sys.modules.pop(name, None)
         raise InputError(f"{flag}: {path} cannot be run: {told(error)}") from error
     return module
 
@@ -244,7 +259,9 @@ def _importing_from(folder: Path) -> Iterator[None]:
 async def _awaited(out: Awaitable[Any]) -> Call:
     try:
         return Call(await out)
-    except (Exception, SystemExit, asyncio.CancelledError) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return Call(failed=error)
 
 
@@ -255,6 +272,8 @@ def _loop() -> asyncio.AbstractEventLoop:
     Clients that a user's file opens stay bound to it, and it also runs where the caller's thread
     has a loop of its own, as in a notebook.
     """
+    import asyncio
+
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="rewards", daemon=True)
     thread.start()

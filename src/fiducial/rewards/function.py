@@ -10,9 +10,10 @@ from ..data.prepare import messages_of
 from ..data.row_types import PromptRow
 from ..errors import InputError, RunError
 from ..train.processes import Processes
-from .calling import Call, Takes, explained, finished
+from .apart import FunctionApart
+from .calling import Takes
+from .questions import Answer, Asked, Question, begin, ended, read
 from .types import Responses, Scored, Scorer
-from .values import Log, scores_of
 from .verifiable import VERIFIABLE, ColumnFault
 
 KEYWORDS = ("prompts", "completions", "prompt_ids", "completion_ids")
@@ -23,10 +24,10 @@ TRAINING = ("trainer_state", "log_metric", "log_extra")
 
 @dataclass(frozen=True)
 class _Begun:
-    """A function's call on the main process, and what it logged."""
+    """A function's call on the main process: what it is asked, and the call, if it is made here."""
 
-    call: Call
-    log: Log
+    question: Question
+    asked: Asked | None
 
 
 class FunctionReward:
@@ -40,20 +41,26 @@ class FunctionReward:
     def __init__(
         self,
         name: str,
-        function: Callable[..., Any],
+        function: Callable[..., Any] | FunctionApart,
         processes: Processes,
         *,
         flag: str = "--reward",
         training: bool = False,
     ) -> None:
-        """training: whether the function is offered what only exists in training.
+        """
+        Args:
+            function: it may run in a process of its own.
+            training: whether it is offered what only exists in training.
 
         Raises:
             InputError: the function cannot be called by keyword.
         """
         self.name, self.function, self.processes = name, function, processes
         self.flag, self.training = flag, training
-        self.takes = Takes.of(function, name, flag)
+        if isinstance(function, FunctionApart):
+            self.takes = function.takes
+        else:
+            self.takes = Takes.of(function, name, flag)
         self.columns: frozenset[str] = frozenset()  # of all rows, known from `check_rows` on
 
     @property
@@ -69,8 +76,17 @@ class FunctionReward:
         """Call the function; on the main process alone."""
         if not self.processes.main:
             return None
-        log = Log(len(batch.completions))
-        return _Begun(Call.begin(self.function, self.takes.chosen(self._offered(batch, log))), log)
+        question = Question(
+            f"the reward function {self.name}",
+            self._offered(batch),
+            len(batch.completions),
+            batch.where,
+            self.training,
+        )
+        if isinstance(self.function, FunctionApart):
+            self.function.ask(question)
+            return _Begun(question, None)
+        return _Begun(question, begin(self.function, self.takes, question))
 
     def finish(self, begun: _Begun | None, batch: Responses) -> Scored:
         """The scores of a call that has ended, on every process.
@@ -81,13 +97,19 @@ class FunctionReward:
         """
         mine = []
         if begun is not None:
-            if begun.call.failed is not None:
-                raise self._fault(begun.call.failed, batch) from begun.call.failed
-            who, rows = f"the reward function {self.name}", len(batch.completions)
-            scores = scores_of(begun.call.out, who, rows, batch.where)
-            mine = [(scores, begun.log.metrics, begun.log.columns)]
+            answer = self._answer(begun, batch)
+            mine = [(answer.scores, answer.metrics, answer.columns)]
         (found, logged, columns), *_ = self.processes.gather(mine)
         return Scored(found, {self.name: found}, logged=logged, columns=columns)
+
+    def _answer(self, begun: _Begun, batch: Responses) -> Answer:
+        if isinstance(self.function, FunctionApart):
+            return self.function.answer()
+        assert begun.asked is not None
+        if isinstance(fault := begun.asked.call.failed, ColumnFault):
+            where = batch.where[fault.row] if batch.where else f"response {fault.row}"
+            raise RunError(f"{where}: {fault.sentence}") from fault
+        return read(self.function, begun.question, begun.asked)
 
     def check_rows(self, rows: Sequence[PromptRow]) -> None:
         """Checks that the function can be given what it needs, and that each row has the columns
@@ -102,6 +124,7 @@ class FunctionReward:
         if self.name not in VERIFIABLE:
             self._check_parameters(rows)
             return
+        assert not isinstance(self.function, FunctionApart)
         try:
             self.function(
                 prompts=[""] * len(rows),
@@ -135,7 +158,7 @@ class FunctionReward:
             f"of {', '.join(sorted(given))}: add the column, or give the parameter a default"
         )
 
-    def _offered(self, batch: Responses, log: Log) -> dict[str, Any]:
+    def _offered(self, batch: Responses) -> dict[str, Any]:
         chats = [not isinstance(p, str) for p in batch.prompts]
         trajectory = batch.trajectory
         offered: dict[str, Any] = self._columns(batch.columns)
@@ -149,10 +172,8 @@ class FunctionReward:
         ids = zip(trajectory.ids.tolist(), trajectory.prompt_lengths.tolist(), strict=True)
         offered["prompt_ids"] = [row[:n] for row, n in ids]
         offered["completion_ids"] = trajectory.responses(ending=True)
-        if self.training:
-            offered |= {"log_metric": log.log_metric, "log_extra": log.log_extra}
-            if batch.state is not None:
-                offered["trainer_state"] = batch.state
+        if self.training and batch.state is not None:
+            offered["trainer_state"] = batch.state
         return offered
 
     def _columns(self, rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -160,12 +181,6 @@ class FunctionReward:
         names = self.columns | {n for row in rows for n in row}
         reserved = {*KEYWORDS, *TRAINING}
         return {n: [row.get(n) for row in rows] for n in sorted(names - reserved)}
-
-    def _fault(self, error: BaseException, batch: Responses) -> RunError:
-        if isinstance(error, ColumnFault):
-            where = batch.where[error.row] if batch.where else f"response {error.row}"
-            return RunError(f"{where}: {error.sentence}")
-        return explained(error, f"the reward function {self.name}", self.function)
 
 
 def score_together(scorers: Sequence[Scorer], responses: Responses) -> list[Scored]:
@@ -180,10 +195,11 @@ def score_together(scorers: Sequence[Scorer], responses: Responses) -> list[Scor
         for i, scorer in enumerate(scorers)
         if isinstance(scorer, FunctionReward) and (started := scorer.begin(responses)) is not None
     }
-    calls = finished([b.call for b in begun.values()])
-    ended = {i: _Begun(c, b.log) for (i, b), c in zip(begun.items(), calls, strict=True)}
+    here = {i: b.asked for i, b in begun.items() if b.asked is not None}
+    for i, asked in zip(here, ended(list(here.values())), strict=True):
+        begun[i] = _Begun(begun[i].question, asked)
     return [
-        scorer.finish(ended.get(i), responses)
+        scorer.finish(begun.get(i), responses)
         if isinstance(scorer, FunctionReward)
         else scorer.score(responses)
         for i, scorer in enumerate(scorers)

@@ -9,13 +9,15 @@ from typing import Any
 from ..data.prepare import messages_of
 from ..data.row_types import PromptRow
 from ..errors import InputError, RunError
-from ..settings import RunSettings
+from ..settings import RunSettings, WorkerSettings
 from ..train.processes import Processes
-from .calling import Call, Takes, explained, finished
+from .apart import FunctionApart
+from .calling import Takes
 from .function import FunctionReward
 from .load import load_any
+from .questions import Question, begin, ended, read
 from .types import Responses, Scorer
-from .values import scores_of, shown
+from .values import among, shown
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,27 @@ class Judge:
 
     name: str
     scorer: Scorer | None = None
-    compare: Callable[..., Any] | None = None
+    compare: Callable[..., Any] | FunctionApart | None = None
 
     @staticmethod
-    def open(name: str, run: RunSettings, processes: Processes) -> Judge:
+    def open(
+        name: str,
+        run: RunSettings,
+        processes: Processes,
+        worker: WorkerSettings | None = None,
+        *,
+        trust: bool = False,
+    ) -> Judge:
         """A judge by its name on the command line.
+
+        Args:
+            worker: where a function of a Python file runs; None: as by default.
 
         Raises:
             InputError: the name leads nowhere, or a function that compares needs more than it is
                 given.
         """
-        scorer = load_any(name, run, processes, "--judge")
+        scorer = load_any(name, run, processes, "--judge", worker=worker, trust=trust)
         if not isinstance(scorer, FunctionReward) or not scorer.compares:
             return Judge(name, scorer=scorer)
         if more := [n for n in scorer.takes.required if n not in COMPARED]:
@@ -61,10 +73,17 @@ class Judge:
         return None if self.scorer is None else self.scorer.score(responses).scores
 
     def prefers_first(
-        self, prompts: Sequence[Any], first: Sequence[str], second: Sequence[str]
+        self,
+        prompts: Sequence[Any],
+        first: Sequence[str],
+        second: Sequence[str],
+        where: Sequence[str] = (),
     ) -> list[bool | None]:
         """True where the first response is preferred, by a judge that compares; None where the
         judge does not say.
+
+        Args:
+            where: file:line of the row of each prompt.
 
         Raises:
             RunError: the function failed, or did not return one truth value per comparison.
@@ -72,18 +91,23 @@ class Judge:
         assert self.compare is not None
         asked = [messages_of(p) for p in prompts]
         given = dict(zip(COMPARED, (asked, list(first), list(second)), strict=True))
-        takes = Takes.of(self.compare, self.name, "--judge")
-        (call,) = finished([Call.begin(self.compare, takes.chosen(given))])
-        who = f"the judge {self.name}"
-        if call.failed is not None:
-            raise explained(call.failed, who, self.compare) from call.failed
-        found = scores_of(call.out, who, len(first))
+        question = Question(f"the judge {self.name}", given, len(first), where)
+        found = self._compared(question)
         if wrong := [x for x in found if x not in (0, 1, None)]:
             raise RunError(
-                f"{who} returned {shown(wrong[0])}: it must return one true or false for each of "
-                f"{len(first)} comparisons, or None where it does not say"
+                f"{among(where)}{question.who} returned {shown(wrong[0])}: it must return one true "
+                f"or false for each of {len(first)} comparisons, or None where it does not say"
             )
         return [None if x is None else bool(x) for x in found]
+
+    def _compared(self, question: Question) -> list[float | None]:
+        assert self.compare is not None
+        if isinstance(self.compare, FunctionApart):
+            self.compare.ask(question)
+            return self.compare.answer().scores
+        takes = Takes.of(self.compare, self.name, "--judge")
+        (call,) = ended([begin(self.compare, takes, question)])
+        return read(self.compare, question, call).scores
 
 
 COMPARED = ("prompts", "first", "second")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,10 @@ from ..errors import InputError, RunError
 from ..models.load import exists, load_scorer
 from ..models.scores import CriticStart
 from ..names import check_name
-from ..settings import LoraSettings, RowSettings, RunSettings
+from ..settings import LoraSettings, RowSettings, RunSettings, WorkerSettings
 from ..train.processes import Processes
 from ..train.renderer import load_renderer
+from .apart import FunctionApart
 from .calling import load_function
 from .function import FunctionReward, score_together
 from .model import ModelReward
@@ -124,15 +126,23 @@ def load_rewards(
     weights: Sequence[float] | None,
     run: RunSettings,
     processes: Processes,
+    worker: WorkerSettings | None = None,
+    *,
+    trust: bool = False,
 ) -> Rewards:
     """All scorers of --reward, with the weights of --reward-weights.
+
+    Args:
+        worker: where functions of Python files run; None: as by default, in processes of their own.
 
     Raises:
         InputError: a name leads nowhere, a folder is no reward model, or the number of weights is
             not the number of rewards.
     """
     check_names(names, weights)
-    parts = [load_reward(n, run, processes, training=True) for n in names]
+    parts = [
+        load_reward(n, run, processes, training=True, worker=worker, trust=trust) for n in names
+    ]
     models = [p for p in parts if isinstance(p, ModelReward)]
     return Rewards(list(parts), [1.0] * len(names) if weights is None else list(weights), models)
 
@@ -164,20 +174,24 @@ def load_reward(
     aggregate: Aggregate | None = None,
     *,
     training: bool = False,
+    worker: WorkerSettings | None = None,
+    trust: bool = False,
 ) -> FunctionReward | ModelReward | ProcessReward:
     """One scorer by its name.
 
     Args:
         flag: the setting that messages name.
         training: whether functions are offered what only exists in training.
+        trust: whether Python code of a model's folder may run.
         aggregate: how a process reward model makes one score of those of the steps, where it is not
             as its folder says.
+        worker: where a function of a Python file runs; None: as by default.
 
     Raises:
         InputError: the name leads nowhere, the function compares two responses instead of scoring
             each, or `aggregate` is given for something other than a process reward model.
     """
-    scorer = load_any(name, run, processes, flag, training=training)
+    scorer = load_any(name, run, processes, flag, training=training, worker=worker, trust=trust)
     if isinstance(scorer, FunctionReward) and scorer.compares:
         raise InputError(
             f"{flag}: {name} compares two responses where each needs a score: give a function with "
@@ -206,7 +220,14 @@ def load_reward_model(folder: str, run: RunSettings, processes: Processes) -> Mo
 
 
 def load_any(
-    name: str, run: RunSettings, processes: Processes, flag: str, *, training: bool = False
+    name: str,
+    run: RunSettings,
+    processes: Processes,
+    flag: str,
+    *,
+    training: bool = False,
+    worker: WorkerSettings | None = None,
+    trust: bool = False,
 ) -> FunctionReward | ModelReward | ProcessReward:
     """What a name leads to, whether it scores responses or compares two.
 
@@ -214,15 +235,20 @@ def load_any(
         InputError: the name leads nowhere.
     """
     if _is_function(name):
-        function = load_function(name, flag)
+        worker = worker or WorkerSettings()
+        function: Callable[..., Any] | FunctionApart
+        if worker.in_process:
+            function = load_function(name, flag)
+        else:
+            function = FunctionApart(name, flag, worker, processes)
         return FunctionReward(name, function, processes, flag=flag, training=training)
     if not Path(name).is_dir():
         if name in VERIFIABLE:
             return FunctionReward(name, VERIFIABLE[name], processes, flag=flag)
         _check_folder(name, flag)
-    model = load_scorer(name, LoraSettings(), run, head="saved", flag=flag)
+    model = load_scorer(name, LoraSettings(), run, head="saved", flag=flag, trust=trust)
     model = model.requires_grad_(False).to(processes.device)
-    renderer = load_renderer(name, RowSettings(), flag=flag)
+    renderer = load_renderer(name, RowSettings(), flag=flag, trust=trust)
     kind = ProcessReward if model.facts.steps else ModelReward
     return kind(name, model, renderer, run.tokens, processes)
 

@@ -17,6 +17,9 @@ from .types import Responses, Scored
 class ModelReward:
     """The score of a reward model at the last token, minus the mean score of its reference
     completions (`reward_mean` in its config).
+
+    Where its config has the range of the scores of responses that it was not trained on
+    (`reward_low`, `reward_high`), it logs the share of responses outside of it.
     """
 
     def __init__(
@@ -25,6 +28,7 @@ class ModelReward:
         self.name, self.scorer, self.tokens, self.processes = name, scorer, tokens, processes
         self.reader = Reader(name, renderer)
         self.mean = scorer.facts.mean or 0.0
+        self.range = (scorer.facts.low, scorer.facts.high)
 
     def same_tokens(self, renderer: Renderer) -> bool:
         """Whether the policy has the same tokens as this model."""
@@ -41,7 +45,11 @@ class ModelReward:
         """The model's score for each response, on every process."""
         raw = self.score_ids([r.ids for r in self.reader.read(responses)])
         scores = [s - self.mean for s in raw]
-        return Scored(scores, {self.name: scores})
+        low, high = self.range
+        if low is None or high is None:
+            return Scored(scores, {self.name: scores})
+        outside = [float(not low <= s <= high) for s in raw]
+        return Scored(scores, {self.name: scores}, logged={"calibration/outside": outside})
 
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Raw scores of token sequences."""

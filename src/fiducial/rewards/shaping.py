@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core import kl
 from ..core.corrections import CORRECTIONS
 from ..core.reductions import masked_mean, select
+from ..rollout.completions import completion_metrics
 from ..rollout.forward import RolloutLogprobs
 from ..rollout.trajectory import Trajectory
 from ..settings import LongSettings, ScoreSettings
@@ -92,8 +93,7 @@ def shape(
         **measured,
         "beta": beta,
         "entropy": float(masked_mean(logprobs.entropy, mask)),
-        "completions/mean_length": float(trajectory.response_lengths.float().mean()),
-        "completions/finished": float(trajectory.finished.float().mean()),
+        **completion_metrics(trajectory),
         "sampler_gap": float(gap),
     }
     if settings.normalise != "none":

@@ -11,28 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.prepare import messages_of
 from ..data.render import Renderer
 from ..data.row_types import Content, PromptRow
 from ..errors import RunError
 from ..rollout.trajectory import Trajectory
-
-
-@dataclass(frozen=True)
-class TrainerState:
-    """Where a run is when it asks for rewards, as in TRL's `trainer_state`.
-
-    global_step: iterations that are done. max_steps: iterations of the whole run. epoch: prompts
-    drawn so far over the number of prompts.
-    """
-
-    global_step: int
-    max_steps: int
-    epoch: float
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"trainer_state has global_step, max_steps and epoch here, and no {name}"
-        )
+from .values import TrainerState as TrainerState
 
 
 @dataclass(frozen=True)
@@ -70,6 +54,26 @@ class Responses:
             [r.where for r in rows],
             state,
         )
+
+    def as_rows(self) -> list[dict[str, Any]]:
+        """For each response prompt, completion, tokens and finished, as files of rows hold them."""
+        columns = zip(
+            self.prompts,
+            self.completions,
+            self.trajectory.response_lengths.tolist(),
+            self.trajectory.finished.tolist(),
+            strict=True,
+        )
+        return [
+            {"prompt": messages_of(p), "completion": c, "tokens": n, "finished": f}
+            for p, c, n, f in columns
+        ]
+
+    def token_ids(self) -> list[dict[str, Any]]:
+        """The columns by which a file keeps the tokens that were sampled, for each response."""
+        mark = self.renderer.fingerprint
+        sampled = self.trajectory.responses(ending=True)
+        return [{"completion_ids": ids, "tokenizer": mark} for ids in sampled]
 
     def take(self, rows: Sequence[int]) -> Responses:
         """Only these responses, in this order."""

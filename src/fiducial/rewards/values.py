@@ -1,4 +1,4 @@
-"""What users' functions return and log, as plain numbers."""
+"""What users' functions are given, return and log, as plain numbers. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -12,6 +12,25 @@ from typing import Any
 
 from ..errors import RunError
 from ..metrics import known
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a run is when it asks for rewards, as in TRL's `trainer_state`.
+
+    global_step: iterations that are done. max_steps: iterations of the whole run. epoch: prompts
+    drawn so far over the number of prompts.
+    """
+
+    global_step: int
+    max_steps: int
+    epoch: float
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"trainer_state has global_step, max_steps and epoch here, and no {name}"
+        )
+
 
 NUMBERS = "a list of {} numbers is expected"
 
@@ -29,9 +48,10 @@ def scores_of(out: Any, who: str, expected: int, where: Sequence[str] = ()) -> l
     Raises:
         RunError: the function returned something else.
     """
-    values = _listed(out, who, expected)
+    rows = among(where)
+    values = _listed(out, rows + who, expected)
     if len(values) != expected:
-        raise RunError(f"{who} returned {len(values)} numbers for {expected} responses")
+        raise RunError(f"{rows}{who} returned {len(values)} numbers for {expected} responses")
     found = [None if v is None else real(v) for v in values]
     for i, (value, number) in enumerate(zip(values, found, strict=True)):
         if value is not None and (number is None or not math.isfinite(number)):
@@ -41,6 +61,15 @@ def scores_of(out: Any, who: str, expected: int, where: Sequence[str] = ()) -> l
                 "expected, or None where the reward does not apply"
             )
     return found
+
+
+def among(where: Sequence[str]) -> str:
+    """The beginning of a message about a call: the rows that it was about."""
+    if not where:
+        return ""
+    more = len(where) - 1
+    rows = f" and {more:,} more {'row' if more == 1 else 'rows'}" if more else ""
+    return f"{where[0]}{rows}: "
 
 
 def real(value: Any) -> float | None:
@@ -61,8 +90,12 @@ def shown(value: Any) -> str:
     """A value in at most 60 characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python does not write integers of more than 4,300 digits
-        text = f"an integer of {value.bit_length():,} bits"
+    except Exception:
+        # Python does not write integers of more than 4,300 digits; a user's object may do anything
+        large = type(value) is int
+        text = (
+            f"an integer of {value.bit_length():,} bits" if large else f"a {type(value).__name__}"
+        )
     text = " ".join(text.split())
     return text if len(text) <= 60 else text[:57] + "..."
 

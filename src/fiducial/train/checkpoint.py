@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+COUNTERS = "run.json"
+"""What a run knows beside modules, optimizers and random states."""
 
 
 def digest(path: Path) -> str:
@@ -52,13 +54,34 @@ def fault(folder: Path) -> str | None:
 
 
 def publish(aside: Path, final: Path, keep: int) -> None:
-    """Renames the finished folder to its final name, and removes all but the `keep` newest ones."""
+    """Renames the finished folder to its final name, and removes all others but the `keep` newest
+    and the best.
+    """
     if final.exists():
         shutil.rmtree(final)
     os.rename(aside, final)
     _sync(final.parent)
-    for old in numbered(final.parent)[:-keep]:
-        shutil.rmtree(old)
+    every = numbered(final.parent)
+    best = best_of(every)
+    for old in every[:-keep]:
+        if old != best:
+            shutil.rmtree(old)
+
+
+def best_of(checkpoints: list[Path]) -> Path | None:
+    """The checkpoint with the lowest held-out loss of those whose step was evaluated; of equals the
+    first.
+    """
+    losses = [(loss, i) for i, p in enumerate(checkpoints) if (loss := _held_out(p)) is not None]
+    return checkpoints[min(losses)[1]] if losses else None
+
+
+def _held_out(folder: Path) -> float | None:
+    try:
+        loss = json.loads((folder / COUNTERS).read_text())["evaluated"]
+        return float(loss) if loss is not None else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -81,6 +104,7 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes the file completely or not at all."""
     aside = path.with_name(path.name + ".aside")
+    aside.unlink(missing_ok=True)  # whatever a link there leads to is not written to
     aside.write_bytes(data)
     _sync(aside)
     os.replace(aside, path)

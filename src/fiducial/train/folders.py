@@ -10,6 +10,9 @@ from ..errors import InputError
 from ..names import shortened
 from .checkpoint import write_bytes
 
+NOTHING = {".lock", "config.yaml.aside"}
+"""What a run leaves that was killed before it had begun."""
+
 
 def open_folder(out: str | None, default: str, resume: bool) -> Path:
     """The folder of a command that makes several runs.
@@ -29,6 +32,21 @@ def open_folder(out: str | None, default: str, resume: bool) -> Path:
         )
     make_folder(path)
     return path
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a run folder in which a link leads out of it, where the run would write.
+
+    Raises:
+        InputError: names the link.
+    """
+    home = folder.resolve()
+    for path in [*folder.iterdir(), *folder.glob("checkpoints/*")]:
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise InputError(
+                f"--resume: {path} is a link to {path.resolve()}, out of the run folder, and the "
+                "run would write there: put what it leads to in its place"
+            )
 
 
 def make_folder(path: Path) -> None:
@@ -52,7 +70,7 @@ def is_free(path: Path) -> bool:
         InputError: it cannot be looked at.
     """
     try:
-        return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+        return not path.exists() or (path.is_dir() and {p.name for p in path.iterdir()} <= NOTHING)
     except OSError as error:
         raise InputError(f"--out: {shortened(path)} cannot be made: {error.strerror}") from error
 
@@ -65,15 +83,18 @@ def next_folder(method: str) -> Path:
     return Path(f"runs/{method}-{number}")
 
 
-def cut_after(path: Path, step: int) -> int:
+def cut_after(path: Path, step: int, lines: int | None = None) -> tuple[int, int]:
     """Removes the lines that an interrupted run wrote after `step`, and lines that are torn or are
     no record of a step. The file is replaced as a whole, so a kill leaves one or the other.
 
+    Args:
+        lines: the most lines that stay, where more of that very step followed a checkpoint.
+
     Returns:
-        the number of lines that were no records.
+        the number of lines that stay, and of those that were no records.
     """
     if not path.is_file():
-        return 0
+        return 0, 0
     kept, foreign = [], 0
     # bytes: a kill can tear a line within a character, and U+2028 ends no line
     for line in path.read_bytes().split(b"\n"):
@@ -85,8 +106,9 @@ def cut_after(path: Path, step: int) -> int:
                 kept.append(line)
         except (ValueError, TypeError, KeyError, RecursionError):
             foreign += 1
+    del kept[lines:]
     write_bytes(path, b"".join(line + b"\n" for line in kept))
-    return foreign
+    return len(kept), foreign
 
 
 def new_file(out: str, suffix: str = "") -> Path:

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..data.batches import micro_batches
 from ..errors import LaunchError
 from . import launch
-from .progress import Progress
 
 T = TypeVar("T")
 
@@ -137,7 +136,6 @@ class Processes:
         tokens: int,
         width: int | None,
         compute: Callable[[list[int]], tuple[Tensor, ...]],
-        title: str | None = None,
     ) -> tuple[Tensor, ...]:
         """The results of `compute` for all rows, in micro-batches that the processes share.
 
@@ -147,7 +145,6 @@ class Processes:
             width: the second dimension of the results, [rows, width]; None for results [rows].
             compute: takes row numbers and returns tensors [rows, at most width] or [rows]. It runs
                 without gradients.
-            title: the title of the progress bar; None shows no bar.
 
         Returns:
             The tensors for all rows, on the CPU of every process. Columns that `compute` did not
@@ -155,14 +152,8 @@ class Processes:
         """
         n = len(costs)
         outs: list[Tensor] = []
-        plan = self.plan(costs, tokens)
-        with (
-            torch.no_grad(),
-            Progress(
-                title or "", sum(len(m.rows) for m in plan), show=self.main and title is not None
-            ) as bar,
-        ):
-            for micro in plan:
+        with torch.no_grad():
+            for micro in self.plan(costs, tokens):
                 values = compute(micro.rows)
                 outs = outs or [
                     torch.zeros((n,) if width is None else (n, width), dtype=v.dtype)
@@ -173,8 +164,17 @@ class Processes:
                         out[
                             (micro.rows,) if width is None else (micro.rows, slice(value.shape[1]))
                         ] = value.cpu()
-                bar.advance(by=len(micro.rows))
         return tuple(self.sum(out) for out in outs)
+
+
+def lost_peer(error: BaseException | None) -> bool:
+    """Whether an error says that another process of the group is gone, or was waited for in
+    vain.
+    """
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def accumulate(items: Iterable[T], processes: Processes, *modules: Any) -> Iterator[T]:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
+from ..names import printable
+
 LINE_SECONDS = 15.0
 READING_SECONDS = 2.0
 
@@ -21,7 +23,8 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int, *, start: int = 0, show: bool = True) -> None:
-        self.title, self.total, self.done, self.first, self.show = title, total, start, start, show
+        self.title, self.total, self.show = printable(title), total, show
+        self.done = self.first = start
         self.live = show and sys.stderr.isatty()
         self.began = self.said = time.monotonic()
 
@@ -38,7 +41,7 @@ class Progress:
             from rich.progress import Progress as Bar
 
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -105,4 +108,4 @@ def reading(title: str, *, show: bool = True) -> Iterator[Callable[[float], None
 
 def say(text: str) -> None:
     """Prints one line to the terminal."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

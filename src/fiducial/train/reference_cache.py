@@ -1,5 +1,6 @@
 """Log-probabilities of the reference, computed once and kept on disk under a hash of the model, the
-data and the rendering. What no run has read for a while is removed.
+data and the rendering. They are kept as they are made, a part at a time, so that an interrupted
+pass goes on where it stopped. What no run has read for a while is removed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..models.roles import Policy
 from ..models.trunk import plain
+from .progress import Progress, say
 
 if TYPE_CHECKING:
     from .processes import Processes
@@ -60,27 +62,84 @@ def fingerprint(policy: Policy, rows: Iterable[Any]) -> str:
     return state.hexdigest()
 
 
-def cached(key: str, compute: Callable[[], Tensor], processes: Processes) -> Tensor:
-    """The tensor stored under `key`, or else computed and stored.
+def parts(costs: Sequence[Sequence[int]], tokens: int) -> list[range]:
+    """The numbers of all rows in runs of at most `tokens` tokens, or of one row.
 
-    If the folder cannot be written, the tensor is not stored and the run goes on.
+    Args:
+        costs: the lengths of each row's sequences.
+    """
+    found, first, total = [], 0, 0
+    for i, row in enumerate(costs):
+        if i > first and total + sum(row) > tokens:
+            found.append(range(first, i))
+            first, total = i, 0
+        total += sum(row)
+    return [*found, range(first, len(costs))]
+
+
+def cached(
+    key: str,
+    rows: Sequence[range],
+    compute: Callable[[range], Tensor],
+    processes: Processes,
+    title: str,
+) -> Tensor:
+    """The tensor stored under `key`, or else computed part by part and stored.
+
+    A part that is stored already and whole is read, so a pass that was interrupted goes on where it
+    stopped. If the folder cannot be written, nothing is stored and the run goes on.
+
+    Args:
+        rows: the row numbers of each part, in order; see `parts`.
+        compute: the rows of one part, [rows, ...]. title: of the progress bar.
     """
     path = folder() / f"reference-{key}.safetensors"
     stored = _read(path)
     if not processes.any(stored is None):
         assert stored is not None
         return stored
-    value = compute()
-    if processes.main:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f".{path.name}.{os.getpid()}")
-            save_file({"logprobs": value.contiguous()}, aside, metadata={"sha256": _digest(value)})
-            os.replace(aside, path)
+    names = [path.with_suffix(f".{r.start}-{r.stop}.safetensors") for r in rows]
+    values: list[Tensor] = []
+    kept = 0
+    try:
+        with Progress(title, rows[-1].stop, show=processes.main) as bar:
+            for some, name in zip(rows, names, strict=True):
+                value = _read(name)
+                there = value is not None
+                if processes.any(not there):
+                    value = compute(some)
+                    there = processes.main and len(rows) > 1 and _write(name, value)
+                assert value is not None
+                values.append(value)
+                kept += len(some) * there
+                bar.advance(by=len(some))
+    except KeyboardInterrupt:
+        if processes.main and kept:
+            say(f"{title}: those of {kept:,} of {rows[-1].stop:,} pairs are kept")
+        raise
+    whole = torch.cat(values)
+    processes.wait()  # every process has read the parts
+    if processes.main and _write(path, whole):
+        with contextlib.suppress(OSError):
+            for name in path.parent.glob(f"{path.stem}.*-*.safetensors"):
+                name.unlink(missing_ok=True)
             prune(path.parent, keep=path)
-        except OSError:
-            pass
-    return value
+    return whole
+
+
+def _write(path: Path, value: Tensor) -> bool:
+    """Stores the tensor completely or not at all; returns whether it could."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        told = {"sha256": _digest(path, value)}
+        save_file({"logprobs": value.contiguous()}, aside, metadata=told)
+        os.replace(aside, path)
+    except (OSError, SafetensorError):
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def prune(folder: Path, *, keep: Path, largest: int = LARGEST, oldest: float = OLDEST) -> None:
@@ -104,11 +163,11 @@ def prune(folder: Path, *, keep: Path, largest: int = LARGEST, oldest: float = O
 
 
 def _read(path: Path) -> Tensor | None:
-    """The stored tensor, or None if there is none or a byte of it has changed."""
+    """The stored tensor, or None if there is none, a byte has changed, or the file was renamed."""
     try:
         with safe_open(path, "pt") as file:
             value: Tensor = file.get_tensor("logprobs")
-            if (file.metadata() or {}).get("sha256") != _digest(value):
+            if (file.metadata() or {}).get("sha256") != _digest(path, value):
                 return None
     except (OSError, SafetensorError):
         return None
@@ -117,5 +176,8 @@ def _read(path: Path) -> Tensor | None:
     return value
 
 
-def _digest(value: Tensor) -> str:
-    return hashlib.sha256(value.contiguous().view(torch.uint8).numpy().data).hexdigest()
+def _digest(path: Path, value: Tensor) -> str:
+    """SHA-256 of the tensor and of the name that it is stored under."""
+    state = hashlib.sha256(path.name.encode())
+    state.update(value.contiguous().view(torch.uint8).numpy().data)
+    return state.hexdigest()

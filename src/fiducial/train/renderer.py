@@ -13,18 +13,23 @@ from transformers.utils import cached_file
 from ..data.render import Renderer, set_chat_template
 from ..errors import InputError
 from ..models.load import load_config, load_tokenizer
+from ..models.remote_code import not_run
 from ..models.trunk import context
 from ..settings import RowSettings
+from .launch import asked
+from .progress import say
 
 
-def load_renderer(name: str, rows: RowSettings, *, flag: str = "--model") -> Renderer:
+def load_renderer(
+    name: str, rows: RowSettings, *, flag: str = "--model", trust: bool = False
+) -> Renderer:
     """The renderer for the model in a folder or on the Hub.
 
     Raises:
         InputError: there is no tokenizer, it has no such EOS token, `max_length` exceeds the
             model's context, or the model's configs end a response at an id that does not exist.
     """
-    tokenizer = load_tokenizer(name, flag=flag)
+    tokenizer = load_tokenizer(name, flag=flag, trust=trust)
     set_chat_template(tokenizer, rows.chat_template)
     if rows.eos_token is not None:
         if tokenizer.convert_tokens_to_ids(rows.eos_token) in (None, tokenizer.unk_token_id):
@@ -33,7 +38,7 @@ def load_renderer(name: str, rows: RowSettings, *, flag: str = "--model") -> Ren
                 "name one of its tokens"
             )
         tokenizer.eos_token = rows.eos_token
-    config = load_config(name, flag=flag)
+    config = load_config(name, flag=flag, trust=trust)
     limit = context(config)
     if rows.max_length is not None and rows.max_length > limit:
         raise InputError(
@@ -42,7 +47,25 @@ def load_renderer(name: str, rows: RowSettings, *, flag: str = "--model") -> Ren
         )
     sizes = [len(tokenizer), getattr(config.get_text_config(), "vocab_size", None) or 0]
     ends = end_ids(name, max(sizes), flag=flag)
+    notes = ("" if trust else not_run(name), plain_ends(tokenizer, ends, name))
+    if asked().index == 0:
+        for note in filter(None, notes):
+            say(note)
     return Renderer(tokenizer, rows.max_length or limit, rows.on_long, rows.train_on, ends)
+
+
+def plain_ends(tokenizer: Any, ends: frozenset[int], name: str) -> str:
+    """A sentence for configs that end a response at a token which the tokenizer counts as text, as
+    those of another model may; else "".
+    """
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    if not (plain := sorted(i for i in ends - special if i < len(tokenizer))):
+        return ""
+    return (
+        f"{name} ends a response at token {plain[0]}, which its tokenizer has as plain text, "
+        f"{tokenizer.convert_ids_to_tokens(plain[0])!r}: check that the tokenizer belongs to the "
+        "model, or correct eos_token_id in its configs"
+    )
 
 
 def same_ends(model: Any, renderer: Renderer) -> None:

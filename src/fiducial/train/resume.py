@@ -8,8 +8,10 @@ from typing import Any
 import yaml
 
 from ..errors import InputError
+from .checkpoint import write_text
+from .folders import refuse_links
 
-FREE = {"steps", "epochs", "resume", "out", "run"}
+FREE = {"steps", "epochs", "resume", "out", "run", "worker", "trust_remote_code"}
 """Settings that may differ when a run is resumed, because no result depends on them. The exception
 is `run.precision`, which may not differ.
 """
@@ -24,8 +26,8 @@ def changed_settings(folder: Path, method: str, config: str) -> dict[str, Any]:
         config: the present settings, as text of a config.yaml.
 
     Raises:
-        InputError: the folder holds no run or a run of another method, or settings differ that may
-            not.
+        InputError: the folder holds no run or a run of another method, settings differ that may
+            not, or a link leads out of the folder.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -42,6 +44,7 @@ def changed_settings(folder: Path, method: str, config: str) -> dict[str, Any]:
     now = yaml.safe_load(config)
     if before.get("method") != method:
         raise InputError(f"--resume: {folder} is a run of {before.get('method')}, not of {method}")
+    refuse_links(folder)
     differ = [k for k in now if before.get(k) != now[k]]
     fixed = [k for k in differ if k not in FREE]
     if before.get("run", {}).get("precision") != now["run"]["precision"]:
@@ -52,3 +55,15 @@ def changed_settings(folder: Path, method: str, config: str) -> dict[str, Any]:
             "so leave these flags out"
         )
     return {k: {"was": before.get(k), "is": now[k]} for k in differ if k not in OF_COMMAND}
+
+
+def note_changes(config: Path, text: str, step: int, changed: dict[str, Any]) -> None:
+    """Let config.yaml say what is run from here on, and what was changed at which step.
+
+    Args:
+        text: the present settings, as text of a config.yaml.
+    """
+    before = yaml.safe_load(config.read_text(encoding="utf-8"))
+    history = [*before.get("resumed", []), {"step": step, "changed": changed}]
+    resumed = yaml.safe_dump({"resumed": history}, sort_keys=False, allow_unicode=True)
+    write_text(config, text + resumed)

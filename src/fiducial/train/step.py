@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..errors import RunError
 from ..settings import OptimizerSettings
+from .nonfinite import Nonfinite
 from .processes import Processes
 from .progress import say
 
@@ -69,10 +71,12 @@ class Stepper:
         processes: Processes,
         *,
         usual_warmup: int = 0,
+        nonfinite: Nonfinite | None = None,
     ) -> None:
         """Args:
         peak: the largest learning rate. total: optimizer steps of the run.
         usual_warmup: the method's warm-up, where the settings give none.
+        nonfinite: what happens at a gradient that is not finite; None: the step raises.
         """
         self.warmup = warmup_steps(settings, total, usual_warmup)
         if self.warmup > total and processes.main:
@@ -95,6 +99,8 @@ class Stepper:
         self.module: Any
         self.module, self.optimizer = processes.accelerator.prepare(module, optimizer)
         self.peak, self.settings, self.total, self.processes = peak, settings, total, processes
+        self.nonfinite = nonfinite
+        self.number = -1 if nonfinite is None else nonfinite.watch(self.module)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a micro-batch's part of the loss: its sum over the global count.
@@ -108,31 +114,42 @@ class Stepper:
         """Updates the weights.
 
         Returns:
-            the norm of the gradient before clipping, and the learning rate.
+            the norm of the gradient before clipping, and the learning rate. An update that is left
+            out because its gradient is not finite has no norm.
 
         Raises:
-            RunError: the gradient is not finite. The weights are unchanged.
+            RunError: the gradient is not finite, and the update is not left out. The weights are
+                unchanged.
         """
         lr = learning_rate(number, self.total, self.peak, self.settings.schedule, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = float(
-            self.processes.accelerator.clip_grad_norm_(
-                self.module.parameters(), self.settings.max_grad_norm
-            )
-        )
+        with_gradient = [p for p in self.module.parameters() if p.grad is not None]
+        total = get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+        norm = float(total)
         if not math.isfinite(norm):
-            bad = [
-                n
-                for n, p in self.module.named_parameters()
-                if p.grad is not None and not torch.isfinite(p.grad).all()
-            ]
-            raise RunError(
-                f"the gradient is not finite in {len(bad)} tensors, first "
-                f"{bad[0] if bad else 'none'}: lower --learning-rate, or look for a faulty row "
-                "among those of this step"
-            )
+            self._left_out(norm)
+            return {"learning_rate": lr}
+        clip_grads_with_norm_(with_gradient, self.settings.max_grad_norm, total)
         self.processes.dirty = True
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.nonfinite is not None:
+            self.nonfinite.done(self.number)
         return {"grad_norm": norm, "learning_rate": lr}
+
+    def _left_out(self, norm: float) -> None:
+        bad = [
+            n.removeprefix("module.")
+            for n, p in self.module.named_parameters()
+            if p.grad is not None and not torch.isfinite(p.grad).all()
+        ]
+        what = (
+            f"the gradient is not finite in {len(bad)} tensor{'s' * (len(bad) > 1)}, first {bad[0]}"
+            if bad
+            else f"the norm of the gradient is {norm}"
+        )
+        if self.nonfinite is None:
+            raise RunError(f"{what}: lower --learning-rate")
+        self.nonfinite.found(self.number, what)
+        self.optimizer.zero_grad(set_to_none=True)

@@ -13,16 +13,23 @@ SIGNALS = tuple(
 
 
 class Stopping:
-    """Remembers that a signal asked to stop. The same signal a second time stops at once.
+    """Remembers that a signal asked to stop. The same signal a second time stops at once, and so
+    does the first one while `at_once` is true: while there is no step that has to end.
 
     A launcher passes a signal on as another one (torchrun answers Ctrl-C with SIGTERM), so two
     different signals are one wish.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        """`say` is told what happens next."""
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        after: str = "this step",
+        lost: str = "what came after the last checkpoint",
+    ) -> None:
+        """`say` is told what happens next: what ends first, and what a second signal loses."""
         self.wanted = False
-        self._say, self._seen = say, set[int]()
+        self.at_once = False
+        self._say, self._after, self._lost, self._seen = say, after, lost, set[int]()
         self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> Stopping:
@@ -40,12 +47,12 @@ class Stopping:
             signal.signal(number, handler)
 
     def _received(self, number: int, frame: FrameType | None) -> None:
-        if number in self._seen:
+        if self.at_once or number in self._seen:
             raise KeyboardInterrupt
         self._seen.add(number)
         if not self.wanted:
             self.wanted = True
             self._say(
-                "stopping after this step; the same signal (Ctrl-C) again stops at once and loses "
-                "what came after the last checkpoint"
+                f"stopping after {self._after}; the same signal (Ctrl-C) again stops at once and "
+                f"loses {self._lost}"
             )

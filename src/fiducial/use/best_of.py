@@ -16,7 +16,7 @@ from ..errors import InputError, RunError
 from ..rewards.load import FORMS, load_reward
 from ..rewards.process import Aggregate
 from ..rewards.types import Responses, Scorer
-from ..settings import RunSettings
+from ..settings import RunSettings, WorkerSettings
 from ..train.processes import Processes
 
 
@@ -56,8 +56,14 @@ class BestOf:
         aggregate: Aggregate | None,
         temperature: float,
         processes: Processes,
+        worker: WorkerSettings | None = None,
+        *,
+        trust: bool = False,
     ) -> BestOf | None:
         """The choice that --best-of, --score and --aggregate ask for; None if none is given.
+
+        Args:
+            worker: where a function of a Python file runs; None: as by default.
 
         Raises:
             InputError: one of the settings needs another, the score only compares responses, or all
@@ -78,7 +84,9 @@ class BestOf:
                 f"--best-of {n} with --temperature 0: all {n} responses would be the same, the "
                 "most likely one; give a temperature above 0, such as --temperature 1"
             )
-        scorer = load_reward(score, RunSettings(), processes, "--score", aggregate)
+        scorer = load_reward(
+            score, RunSettings(), processes, "--score", aggregate, worker=worker, trust=trust
+        )
         return BestOf(n, score, scorer, temperature)
 
     def keep(self, numbers: list[int], responses: Responses) -> tuple[list[int], Responses]:
@@ -112,6 +120,20 @@ class BestOf:
         self.kept += [s for i in best if (s := scores[i]) is not None]
         self.prompts += (chosen := [numbers[i] for i in best])
         return chosen, responses.take(best)
+
+    def since(self, drawn: int, kept: int) -> dict[str, list[Any]]:
+        """What was added after the first `drawn` and `kept` scores: plain values, for a file."""
+        return {
+            "drawn": self.drawn[drawn:],
+            "drawn_prompts": self.drawn_prompts[drawn:],
+            "kept": self.kept[kept:],
+            "prompts": self.prompts[kept:],
+        }
+
+    def recall(self, added: dict[str, list[Any]]) -> None:
+        """Add what `since` gave in a command that was interrupted."""
+        for name, values in added.items():
+            getattr(self, name).extend(values)
 
     def means(self) -> dict[str, dict[str, float]]:
         """The mean score, with its interval, of all responses drawn and of those kept."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from typing import Any
 
 from ..data.prepare import messages_of
@@ -12,10 +11,10 @@ from ..rewards.judge import Judge
 from ..rewards.types import Responses
 from ..rollout.sampling import sampling_params
 from ..settings import RunSettings
-from ..train.folders import new_file
 from ..train.processes import Processes
 from ..train.progress import say
 from .answering import Model
+from .output import Output, read_from
 from .settings import Collect
 
 
@@ -27,10 +26,21 @@ def collect(settings: Collect) -> dict[str, Any]:
 
     Raises:
         InputError: a row, the judge or the model cannot be used, or the judge prefers nothing.
+        RunError: the judge failed, the file cannot be written, or a signal asked to stop.
     """
     processes = Processes()
-    out = new_file(settings.out, ".jsonl")
-    judge = Judge.open(settings.judge, RunSettings(), processes)
+    with Output("collect", settings, processes) as output:
+        return _collect(settings, processes, output)
+
+
+def _collect(settings: Collect, processes: Processes, output: Output) -> dict[str, Any]:
+    judge = Judge.open(
+        settings.judge,
+        RunSettings(),
+        processes,
+        settings.worker,
+        trust=settings.trust_remote_code,
+    )
     if judge.compare is not None and settings.pairs == "extremes":
         raise InputError(
             "--pairs extremes needs scores, and this judge only compares two responses: use "
@@ -42,23 +52,23 @@ def collect(settings: Collect) -> dict[str, Any]:
         settings.rows,
         processes,
         max_new_tokens=settings.max_new_tokens,
+        trust=settings.trust_remote_code,
     )
     judge.check_rows(model.rows)
     params = sampling_params(
         model.renderer, settings.max_new_tokens, settings.temperature, settings.stop
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    counts = {"prompts": len(model.rows), "responses": 0, "pairs": 0, "ties": 0, "duplicates": 0}
-    counts["not_judged"] = 0
+    counts: dict[str, Any] = {"prompts": len(model.rows)}
+    counts |= dict.fromkeys(("responses", "pairs", "ties", "duplicates", "not_judged"), 0)
+    counts |= output.counts
+    output.begin(model, read_from(settings) | {"--judge": settings.judge})
     for numbers, responses in model.answer(
-        settings.samples, params, seed=settings.seed, title="collect"
+        settings.samples, params, seed=settings.seed, title="collect", start=output.prompts
     ):
         rows = judged(responses, numbers, judge, settings, counts)
         counts["responses"] += len(numbers)
         counts["pairs"] += len(rows)
-        if processes.main:
-            with open(out, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        output.add(rows, numbers[-1] + 1, counts)
     if processes.main:
         ties, duplicates = counts["ties"], counts["duplicates"]
         left = f" ({ties:,} ties and {duplicates:,} pairs of equal text left out)"
@@ -66,13 +76,14 @@ def collect(settings: Collect) -> dict[str, Any]:
             left += f" ({without:,} pairs that the judge does not judge left out)"
         say(
             f"collect: {counts['pairs']:,} pairs from {counts['responses']:,} responses to "
-            f"{counts['prompts']:,} prompts in {out}{left if ties + duplicates + without else ''}"
+            f"{counts['prompts']:,} prompts in {output.path}"
+            f"{left if ties + duplicates + without else ''}"
         )
-        if not counts["pairs"]:
-            raise InputError(
-                f"the judge {settings.judge} preferred no response to another: there is nothing to "
-                "learn from"
-            )
+    if not counts["pairs"]:
+        raise InputError(
+            f"the judge {settings.judge} preferred no response to another: there is nothing to "
+            "learn from"
+        )
     return counts
 
 
@@ -113,6 +124,7 @@ def judged(
             [responses.prompts[a] for a, _ in usable],
             [texts[a] for a, _ in usable],
             [texts[b] for _, b in usable],
+            [responses.where[a] for a, _ in usable],
         )
     for k, (a, b) in enumerate(usable):
         one, other = (scores[a], scores[b]) if scores is not None else (first[k], not first[k])

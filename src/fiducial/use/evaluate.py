@@ -43,9 +43,23 @@ def evaluate(settings: Evaluate) -> dict[str, Estimate]:
         )
     processes = Processes()
     best = BestOf.open(
-        settings.best_of, settings.score, settings.aggregate, settings.temperature, processes
+        settings.best_of,
+        settings.score,
+        settings.aggregate,
+        settings.temperature,
+        processes,
+        settings.worker,
+        trust=settings.trust_remote_code,
     )
-    judge = Judge.open(settings.judge, RunSettings(), processes) if settings.judge else None
+    judge = None
+    if settings.judge:
+        judge = Judge.open(
+            settings.judge,
+            RunSettings(),
+            processes,
+            settings.worker,
+            trust=settings.trust_remote_code,
+        )
     model = _open(settings.model, "--model", settings, processes)
     if best is not None:
         best.scorer.check_rows(model.rows)
@@ -117,10 +131,8 @@ def compare(judge: Judge, mine: Responses, theirs: Responses) -> list[float | No
             m if s else t
             for m, t, s in zip(mine.completions, theirs.completions, swap, strict=True)
         ]
-        return [
-            None if w is None else float(w != s)
-            for w, s in zip(judge.prefers_first(mine.prompts, first, second), swap, strict=True)
-        ]
+        preferred = judge.prefers_first(mine.prompts, first, second, mine.where)
+        return [None if w is None else float(w != s) for w, s in zip(preferred, swap, strict=True)]
     a, b = judge.scores(mine), judge.scores(theirs)
     assert a is not None and b is not None
     return [_win(x, y) for x, y in zip(a, b, strict=True)]
@@ -144,9 +156,14 @@ def divergence(
     The estimator is k1.
     """
     tokenizer, processes = model.renderer.tokenizer, model.processes
-    other = load_policy(reference, LoraSettings(), RunSettings(), tokenizer, flag="--reference").to(
-        processes.device
-    )
+    other = load_policy(
+        reference,
+        LoraSettings(),
+        RunSettings(),
+        tokenizer,
+        flag="--reference",
+        trust=settings.trust_remote_code,
+    ).to(processes.device)
     per_response: list[float] = []
     tokens = 0
     for block in responses:
@@ -196,6 +213,7 @@ def _open(name: str, flag: str, settings: Evaluate, processes: Processes) -> Mod
         processes,
         max_new_tokens=settings.max_new_tokens,
         flag=flag,
+        trust=settings.trust_remote_code,
     )
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
-from ..data.prepare import messages_of
 from ..rewards.types import Responses
 from ..rollout.sampling import sampling_params
-from ..train.folders import new_file
 from ..train.processes import Processes
 from ..train.progress import say
 from .answering import Model
 from .best_of import BestOf
+from .output import Output, read_from
 from .settings import Generate
 
 
@@ -28,11 +25,22 @@ def generate(settings: Generate) -> int:
 
     Raises:
         InputError: a row, the scorer or the model cannot be used.
+        RunError: the scorer failed, the file cannot be written, or a signal asked to stop.
     """
     processes = Processes()
-    out = new_file(settings.out) if settings.out else None
+    with Output("generate", settings, processes, suffix="") as output:
+        return _generate(settings, processes, output)
+
+
+def _generate(settings: Generate, processes: Processes, output: Output) -> int:
     best = BestOf.open(
-        settings.best_of, settings.score, settings.aggregate, settings.temperature, processes
+        settings.best_of,
+        settings.score,
+        settings.aggregate,
+        settings.temperature,
+        processes,
+        settings.worker,
+        trust=settings.trust_remote_code,
     )
     model = Model.open(
         settings.model,
@@ -40,55 +48,40 @@ def generate(settings: Generate) -> int:
         settings.rows,
         processes,
         max_new_tokens=settings.max_new_tokens,
+        trust=settings.trust_remote_code,
     )
     if best is not None:
         best.scorer.check_rows(model.rows)
+        for block in output.added:
+            best.recall(block)
     params = sampling_params(
         model.renderer, settings.max_new_tokens, settings.temperature, settings.stop
     )
-    if out is not None and processes.main:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    count, samples = 0, settings.samples * (best.n if best else 1)
-    for numbers, responses in model.answer(samples, params, seed=settings.seed, title="generate"):
+    count, samples = output.counts.get("rows", 0), settings.samples * (best.n if best else 1)
+    output.begin(model, read_from(settings) | {"--score": settings.score})
+    for numbers, responses in model.answer(
+        samples, params, seed=settings.seed, title="generate", start=output.prompts
+    ):
+        scored = None
         if best is not None:
+            drawn, kept = len(best.drawn), len(best.kept)
             _, responses = best.keep(numbers, responses)
+            scored = best.since(drawn, kept)
         rows = as_rows(responses, best)
-        if out is not None:
-            rows = [row | ids for row, ids in zip(rows, token_ids(responses), strict=True)]
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        count += len(lines)
-        if processes.main and out is None:
-            print("\n".join(lines), file=sys.stdout)
-        elif processes.main and out is not None:
-            with open(out, "a", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in lines)
-    if out is not None and processes.main:
-        say(f"generate: {count:,} responses in {out}")
+        if output.path is not None:
+            rows = [row | ids for row, ids in zip(rows, responses.token_ids(), strict=True)]
+        count += len(rows)
+        output.add(rows, numbers[-1] + 1, {"rows": count}, scored)
+    if output.path is not None and processes.main:
+        say(f"generate: {count:,} responses in {output.path}")
     if best is not None and processes.main:
         say(f"generate: {best.summary()}")
     return count
 
 
-def token_ids(responses: Responses) -> list[dict[str, Any]]:
-    """The columns by which a file keeps the tokens that were sampled, one row per response."""
-    mark = responses.renderer.fingerprint
-    sampled = responses.trajectory.responses(ending=True)
-    return [{"completion_ids": ids, "tokenizer": mark} for ids in sampled]
-
-
 def as_rows(responses: Responses, best: BestOf | None) -> list[dict[str, Any]]:
     """One row per response; of a best of n, the newest that were kept."""
-    trajectory = responses.trajectory
-    rows: list[dict[str, Any]] = [
-        {"prompt": messages_of(p), "completion": c, "tokens": n, "finished": f}
-        for p, c, n, f in zip(
-            responses.prompts,
-            responses.completions,
-            trajectory.response_lengths.tolist(),
-            trajectory.finished.tolist(),
-            strict=True,
-        )
-    ]
+    rows = responses.as_rows()
     if best is not None:
         for row, score in zip(rows, best.kept[-len(rows) :], strict=True):
             row |= {"score": score, "of": best.n}

@@ -10,7 +10,6 @@ leads nowhere is labeled wrong.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,10 +23,10 @@ from ..rewards.types import Responses
 from ..rollout.sampling import Keys, SamplingParams, sample_all, sampling_params
 from ..rollout.trajectory import Trajectory
 from ..settings import RunSettings
-from ..train.folders import new_file
 from ..train.processes import Processes
-from ..train.progress import Progress, say
-from .answering import BLOCK, Model
+from ..train.progress import say
+from .answering import Model
+from .output import Output, read_from
 from .settings import LabelSteps
 
 WASTE = 16
@@ -56,10 +55,21 @@ def label_steps(settings: LabelSteps) -> dict[str, Any]:
     Raises:
         InputError: a row, the judge or the model cannot be used, or no response has steps that can
             be told apart.
+        RunError: the judge failed, the file cannot be written, or a signal asked to stop.
     """
     processes = Processes()
-    out = new_file(settings.out, ".jsonl")
-    judge = Judge.open(settings.judge, RunSettings(), processes)
+    with Output("label-steps", settings, processes) as output:
+        return _label_steps(settings, processes, output)
+
+
+def _label_steps(settings: LabelSteps, processes: Processes, output: Output) -> dict[str, Any]:
+    judge = Judge.open(
+        settings.judge,
+        RunSettings(),
+        processes,
+        settings.worker,
+        trust=settings.trust_remote_code,
+    )
     if judge.scorer is None:
         raise InputError(
             f"--judge: {settings.judge} compares two responses, and steps are labeled by the score "
@@ -71,23 +81,23 @@ def label_steps(settings: LabelSteps) -> dict[str, Any]:
         settings.rows,
         processes,
         max_new_tokens=settings.max_new_tokens,
+        trust=settings.trust_remote_code,
     )
     judge.check_rows(model.rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
     labeler = Labeler(settings, model, judge)
-    counts = {"prompts": len(model.rows), "responses": 0, "steps": 0, "recoverable": 0}
-    counts |= {"unsplit": 0, "not_judged": 0}
-    per_block = max(1, BLOCK // (settings.samples * settings.completions))
-    total = len(model.rows) * settings.samples
-    with Progress("label-steps", total, show=processes.main) as bar:
-        for start in range(0, len(model.rows), per_block):
-            end = min(start + per_block, len(model.rows))
-            numbers = [i for i in range(start, end) for _ in range(settings.samples)]
-            rows = labeler.block(numbers, counts)
-            if processes.main:
-                with open(out, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            bar.advance(by=len(numbers))
+    counts: dict[str, Any] = {"prompts": len(model.rows)}
+    counts |= dict.fromkeys(("responses", "steps", "recoverable", "unsplit", "not_judged"), 0)
+    counts |= output.counts
+    output.begin(model, read_from(settings) | {"--judge": settings.judge})
+    for numbers in model.blocks(
+        settings.samples,
+        sampled=settings.samples * settings.completions,
+        max_new_tokens=settings.max_new_tokens,
+        title="label-steps",
+        start=output.prompts,
+    ):
+        rows = labeler.block(numbers, counts)
+        output.add(rows, numbers[-1] + 1, counts)
     if not counts["steps"] and counts["not_judged"]:
         raise InputError(
             f"--judge: {settings.judge} judges no response, or no completion of one: it returned "
@@ -106,7 +116,7 @@ def label_steps(settings: LabelSteps) -> dict[str, Any]:
             left += f" ({without:,} responses left out: the judge does not judge how they end)"
         say(
             f"label-steps: {counts['steps']:,} steps of {counts['responses']:,} responses to "
-            f"{counts['prompts']:,} prompts in {out}{left}; "
+            f"{counts['prompts']:,} prompts in {output.path}{left}; "
             f"{counts['recoverable'] / counts['steps']:.1%} are labeled right: from there the "
             f"model ended right at least once in {settings.completions} completions, so right "
             "means recoverable, not valid"

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from ..building import Settings
 from ..names import ModelName, RowsName, ScorerName
-from ..settings import Aggregate, RowSettings, Seed
+from ..settings import Aggregate, RowSettings, Seed, WorkerSettings
 
 
 class Collect(Settings):
@@ -47,7 +47,14 @@ class Collect(Settings):
     """Tokens that end a response, in addition to the model's own ends."""
     seed: Seed = 0
     """Random seed for sampling."""
+    resume: bool = False
+    """Go on with the unfinished file that --out names, after the last block that was written."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
+    """
     rows: RowSettings = RowSettings()
+    worker: WorkerSettings = WorkerSettings()
 
 
 class LabelSteps(Settings):
@@ -87,7 +94,14 @@ class LabelSteps(Settings):
     """Tokens that end a solution, in addition to the model's own ends."""
     seed: Seed = 0
     """Random seed for sampling."""
+    resume: bool = False
+    """Go on with the unfinished file that --out names, after the last block that was written."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
+    """
     rows: RowSettings = RowSettings()
+    worker: WorkerSettings = WorkerSettings()
 
     @model_validator(mode="after")
     def _steps_of_text(self) -> LabelSteps:
@@ -133,7 +147,14 @@ class Generate(Settings):
     """Tokens that end a response, in addition to the model's own ends."""
     seed: Seed = 0
     """Random seed for sampling."""
+    resume: bool = False
+    """Go on with the unfinished file that --out names, after the last block that was written."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
+    """
     rows: RowSettings = RowSettings()
+    worker: WorkerSettings = WorkerSettings()
 
 
 class Evaluate(Settings):
@@ -177,4 +198,9 @@ class Evaluate(Settings):
     """Tokens that end a response, in addition to the model's own ends."""
     seed: Seed = 0
     """Random seed for sampling."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
+    """
     rows: RowSettings = RowSettings()
+    worker: WorkerSettings = WorkerSettings()

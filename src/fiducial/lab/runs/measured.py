@@ -97,6 +97,7 @@ def train(plan: Plan, world: World, folder: Path, out: Path) -> Run[Any]:
             eval_every=0,
             samples=2,
             tokens=65_536,
+            on_alarm="off",  # rules of thumb, where the right answer is known exactly
         ),
         **plan.method_settings,
     }
@@ -125,7 +126,9 @@ def half_way(plan: Plan, world: World, folder: Path, out: Path, path: list[PathP
     at = out / "checkpoints" / f"checkpoint-{here.step}"
     model = policies.load(folder / plan.policy)
     load_policy(model, at)
-    judge = AutoModelForSequenceClassification.from_pretrained(taught(plan, world, folder, out))
+    judge = AutoModelForSequenceClassification.from_pretrained(
+        taught(plan, world, folder, out), trust_remote_code=False
+    )
     (critic,) = (
         v for k, v in load_file(at / "model_1.safetensors").items() if k.endswith("score.weight")
     )

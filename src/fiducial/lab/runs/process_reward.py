@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...methods.prm import prm
 from ...methods.settings.prm import PRM
+from ...names import progress_file
 from ...settings import RowSettings, RunSettings
 from ...use.generate import generate
 from ...use.settings import Generate
@@ -27,7 +28,7 @@ def teach_steps(world: World, start: Path, out: Path, seed: int) -> Path:
     model, drawn, rows = out / "run" / "model", out / "drawn.jsonl", out / "outcomes.jsonl"
     if model.exists():
         return model
-    for old in (drawn, rows):
+    for old in (drawn, progress_file(drawn), rows):
         old.unlink(missing_ok=True)
     shutil.rmtree(out / "run", ignore_errors=True)
     write_rows(
@@ -69,7 +70,7 @@ def teach_steps(world: World, start: Path, out: Path, seed: int) -> Path:
             learning_rate=0.3,
             seed=seed,
             rows=RowSettings(max_length=len(world.prompts[0]) + world.horizon, held_out=0.0),
-            run=RunSettings(checkpoint_every=0, eval_every=0, tokens=65_536),
+            run=RunSettings(checkpoint_every=0, eval_every=0, tokens=65_536, on_alarm="off"),
         )
     )
     return model

@@ -13,6 +13,7 @@ from types import TracebackType
 from pydantic import TypeAdapter
 
 from ...errors import RunError
+from ...train.children import end_with_parent
 from ...train.progress import Progress
 from .jobs import Job
 from .measured import run_quietly
@@ -24,8 +25,8 @@ RECORD = TypeAdapter(MeasuredRun)
 
 
 class Workers:
-    """Processes with one thread each. Finished runs are kept on disk, and with `resume` they are
-    not made again.
+    """Processes with one thread each, which end with this one. Finished runs are kept on disk, and
+    with `resume` they are not made again.
     """
 
     def __init__(self, folder: Path, processes: int | None, resume: bool) -> None:
@@ -33,7 +34,9 @@ class Workers:
         self.count = processes or max(1, min(8, os.cpu_count() or 1))
         # for the processes to come: this one has read it already
         os.environ["OMP_NUM_THREADS"] = "1"
-        self.pool = ProcessPoolExecutor(self.count, mp_context=get_context("spawn"))
+        self.pool = ProcessPoolExecutor(
+            self.count, mp_context=get_context("spawn"), initializer=end_with_parent
+        )
 
     def __enter__(self) -> Workers:
         return self

@@ -123,7 +123,9 @@ def save(model: PreTrainedModel, path: Path) -> Path:
 
 def load(path: Path) -> PreTrainedModel:
     """Load a model of a world: a table, a transformer, or what a training run saved."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, trust_remote_code=False
+    ).eval()
 
 
 @torch.no_grad()

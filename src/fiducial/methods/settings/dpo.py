@@ -60,6 +60,10 @@ class DPO(Settings):
     """Random seed for the order of the pairs and for sampling."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
+    """
     rows: RowSettings = RowSettings()
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings(betas=(0.9, 0.999), schedule="constant")

@@ -18,6 +18,7 @@ from ...settings import (
     RunSettings,
     ScoreSettings,
     Seed,
+    WorkerSettings,
     check_minibatches,
 )
 
@@ -135,8 +136,13 @@ class GRPO(Settings):
     """Random seed for the order of the prompts and for sampling."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
+    """
     kl: KLSettings = KLSettings()
     score: ScoreSettings = ScoreSettings()
+    worker: WorkerSettings = WorkerSettings()
     long: LongSettings = LongSettings()
     rows: RowSettings = RowSettings()
     lora: LoraSettings = LoraSettings()

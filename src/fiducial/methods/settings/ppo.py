@@ -16,6 +16,7 @@ from ...settings import (
     RunSettings,
     ScoreSettings,
     Seed,
+    WorkerSettings,
     check_minibatches,
 )
 
@@ -109,9 +110,14 @@ class PPO(Settings):
     """Random seed for the order of the prompts and for sampling."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
+    """
     kl: KLSettings = KLSettings()
     critic: CriticSettings = CriticSettings()
     score: ScoreSettings = ScoreSettings()
+    worker: WorkerSettings = WorkerSettings()
     ptx: PtxSettings = PtxSettings()
     rows: RowSettings = RowSettings()
     lora: LoraSettings = LoraSettings()

@@ -50,6 +50,10 @@ class RewardModel(Settings):
     """Random seed for the new head and for the order of the prompts."""
     resume: bool = False
     """Go on from the newest checkpoint in the run folder."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (auto_map), where it needs any. Only for
+    models whose authors you trust.
+    """
     rows: RowSettings = RowSettings()
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings(schedule="cosine")

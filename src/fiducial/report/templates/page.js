@@ -25,6 +25,8 @@ function heat(f) {  // rows and columns are settings, so they stand evenly; the 
       tickfont: { size: 11, color: soft }, title: { text: plain(f.bar.title), side: "bottom", font: { size: 12, color: soft } } } }];
 }
 
+const folded = text => plain(String(text).replace(/(.{40,60}?) /g, "$1\n")).replace(/\n/g, "<br>");
+
 function traces(f) {
   if (f.kind === "heat") return heat(f);
   const out = [], named = f.series.filter(s => !s.faint).length;
@@ -44,6 +46,9 @@ function traces(f) {
     }
     out.push(t);
   }
+  const marks = (f.marks || []).filter(m => m.y !== null);
+  if (marks.length) out.push({ type: "scatter", mode: "markers", x: marks.map(m => m.x), y: marks.map(m => m.y), text: marks.map(m => folded(m.text)), showlegend: false,
+    marker: { color: css("--alarm-line"), size: f.small ? 9 : 12, symbol: "triangle-down", line: { color: css("--ink"), width: 1 } }, hovertemplate: "%{text}<extra></extra>" });
   return out;
 }
 
@@ -61,6 +66,7 @@ function layout(f) {
     shapes.push({ type: "line", x0: 0, y0: 0, x1: 1, y1: 1, line: { color: soft, width: 1, dash: "dash" } });
     notes.push({ x: .97, y: .97, xanchor: "right", yanchor: "bottom", textangle: 0, text: plain(f.diagonal), showarrow: false, font: { size: size - 1, color: soft } });
   }
+  for (const m of f.marks || []) shapes.push({ type: "line", xref: "x", x0: m.x, x1: m.x, yref: "paper", y0: 0, y1: 1, line: { color: css("--alarm-line"), width: 1.5, dash: "dot" } });
   const xaxis = axis(f.x), yaxis = axis(f.y);
   if (f.range && Math.max(Math.abs(f.range[0]), Math.abs(f.range[1])) >= 2e4) yaxis.tickformat = "~s";
   if (f.range) yaxis.range = f.range;
