@@ -113,6 +113,10 @@ class RunSettings(Settings):
     """What happens when a gradient is NaN or infinite: the run stops, or this update is left out
     and counted. Either way the batch is kept in bad-batch.safetensors and bad-batch.jsonl.
     """
+    changed_inputs: Literal["refuse", "accept"] = "refuse"
+    """What --resume does where data, a model, the tokenizer or a reward has other bytes than when
+    the run began: it refuses, or goes on and says so.
+    """
     nonfinite_limit: int = Field(default=3, ge=0)
     """Updates in a row that on_nonfinite skip leaves out before the run stops. 3: our choice; no
     published value.
@@ -141,9 +145,8 @@ class WorkerSettings(Settings):
     """
 
     seconds: float = Field(default=480.0, gt=0, le=MONTH * 60)
-    """Longest time that one call of the function, or loading its file, may take. 480: our choice. A
-    language model behind an endpoint needs minutes for a batch, and the other processes of a run
-    wait for ten (--run.timeout-minutes).
+    """Longest time of one call of the function, or of loading its file. 480: our choice. A judge
+    behind an endpoint needs minutes, and other processes wait for ten (--run.timeout-minutes).
     """
     gigabytes: float | None = Field(default=None, gt=0)
     """Most memory that the function may use, with all processes that it starts. None: half of the

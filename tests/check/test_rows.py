@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fiducial.data.elements import RowFormat, read
-from fiducial.data.findings import NothingToLearn, warned
+from fiducial.data.findings import Finding, NothingToLearn, warned
 from fiducial.data.judged import judged, row_findings
 from fiducial.data.language import LANGUAGE_ROWS, language_rows
 from fiducial.data.pairs import preference_rows
@@ -162,12 +162,12 @@ CASES: dict[str, tuple[str, str, Rows, Rows, dict[str, Any]]] = {
         changed(pairs(), rejected=lambda r, i: " no idea"),
         {},
     ),
-    "contradicting-pairs": ("dpo", "llama", pairs(), [*pairs(), *map(swapped, pairs(4))], {}),
+    "contradicting-pairs": ("dpo", "llama", pairs(), [*pairs(), *map(swapped, pairs(8))], {}),
     "contradicting-labels": (
         "prm",
         "llama",
         solutions(),
-        [*solutions(), *changed(solutions(4), labels=lambda r, i: [1, (i + 1) % 2])],
+        [*solutions(), *changed(solutions(8), labels=lambda r, i: [1, (i + 1) % 2])],
         {},
     ),
     "one-label": (
@@ -283,8 +283,17 @@ def test_counts_are_those_of_a_count_by_hand(tmp_path):
     ]
     assert list(seen.lengths) == [len(one) for one in every]
     assert seen.n["labels"] == sum(one.num_labels for one in every)
-    assert (seen.n["rows"], seen.prompts, seen.near, seen.n["contradictions"]) == (3, 2, 1, 1)
+    assert (seen.n["rows"], seen.prompts, seen.near, seen.contradictions) == (3, 2, 1, 1)
     assert list(seen.longer) == [0.0, 1.0, 0.5]
+
+
+def test_labels_that_are_right_more_often_than_not_are_not_all_contradictions(tmp_path):
+    """Eleven times A over B and five times B over A leave six of sixteen rows to learn from."""
+    a, b = pairs(1)[0], swapped(pairs(1)[0])
+    seen = look(tmp_path, "dpo", [a, b, a] * 5 + [a], "llama")
+    assert seen.contradictions == 5
+    assert all(f.level != "error" for f in row_findings(seen))
+    assert look(tmp_path, "dpo", [a, b] * 5, "llama").contradictions == 5
 
 
 def test_a_file_that_only_contradicts_itself_or_has_one_label_is_refused(tmp_path):
@@ -304,10 +313,9 @@ def test_of_many_rows_some_at_equal_distances_are_looked_at(tmp_path):
     assert (seen.total, seen.n["rows"]) == (35, 9)
 
 
-def test_a_run_begins_with_a_few_lines_at_most(tmp_path):
-    seen = look(tmp_path, "dpo", LONGER + [swapped(LONGER[0])] * 20, "qwen3", max_length=50)
-    found = row_findings(seen)
-    warnings = [f for f in found if f.level == "warning"]
-    lines = warned(found)
-    assert len(warnings) > 4 and len(lines) == 4 and "fiducial check" in lines[-1]
-    assert all(line.startswith("warning (") for line in lines[:-1])
+def test_a_run_begins_with_a_few_lines_at_most():
+    found = [Finding("warning", f"n{i}", "a sentence", "a remedy") for i in range(6)]
+    lines = warned([*found, Finding("note", "m", "a note")])
+    assert lines[0] == "warning (n0): a sentence: a remedy"
+    assert len(lines) == 4 and lines[-1].startswith("3 more warnings: `fiducial check`")
+    assert len(warned(found[:4])) == 4 and warned(found[6:]) == []

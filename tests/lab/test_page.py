@@ -451,7 +451,6 @@ def lab(**change: Any) -> LabResults:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "plotly.min.js").write_text("// stands in for four megabytes")
     return tmp_path
 
 

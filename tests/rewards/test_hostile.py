@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -400,6 +401,13 @@ def test_what_a_function_prints_reaches_the_user_up_to_a_bound(good, capsys):
     for _ in range(3):  # each call has a bound of its own
         part.score(responses("a"))
         assert capsys.readouterr().err.count("x") == 40_000
+
+
+def test_debug_shows_where_the_users_code_failed(file):
+    with pytest.raises(RunError) as caught:
+        load(f"{file}:says_nothing", SLOW).score(responses("a"))
+    text = "".join(traceback.format_exception(caught.value))
+    assert f'File "{file}", line' in text and "in says_nothing\n" in text
 
 
 def test_a_copy_that_a_function_forks_answers_nothing(good):

@@ -119,6 +119,8 @@ def test_a_signal_before_the_first_step_stops_at_once_and_says_how_to_go_on(
     fd.sft(sft("run", resume=True))
     fd.sft(sft("whole"))
     assert records(tmp_path / "run") == records(tmp_path / "whole")
+    began = [(tmp_path / name / "inputs.json").read_text() for name in ("run", "whole")]
+    assert began[0] == began[1]
 
 
 def test_a_schedule_that_a_longer_run_changes_is_said(sft, tmp_path, capsys):
@@ -410,6 +412,16 @@ def test_inputs_that_changed_before_resume_are_refused_by_name(models, data, tmp
         shutil.copytree(kept, tmp_path / "x")
     (tmp_path / "x" / "model" / "README.md").write_text("a note that nobody loads")
     assert fd.ppo(fd.PPO(**common, resume=True)).step == 3
+
+
+def test_a_reward_that_was_mended_can_be_accepted(models, data, tmp_path, monkeypatch, capsys):
+    common = stopped(models, data, tmp_path / "x", monkeypatch)
+    edit(tmp_path / "x" / "reward.py")
+    common["run"] = common["run"].model_copy(update={"changed_inputs": "accept"})
+    assert fd.ppo(fd.PPO(**common, resume=True)).step == 3
+    assert "--reward 1" in capsys.readouterr().err
+    common["run"] = common["run"].model_copy(update={"changed_inputs": "refuse"})
+    assert fd.ppo(fd.PPO(**common, resume=True)).step == 3  # what was accepted is what counts now
 
 
 def test_a_damaged_list_of_inputs_is_refused(sft, tmp_path):

@@ -175,6 +175,21 @@ def test_a_signal_ends_the_block_and_says_how_to_go_on(
     assert f"going on with {out} after {first} of 5 prompts" in capsys.readouterr().err
 
 
+def test_a_block_is_about_a_minute_of_work_and_its_borders_change_nothing(go, files, monkeypatch):
+    """A model that reads few tokens in a minute has a prompt a block; a fast one 8 responses."""
+    blocks, inner = [], writing.Output.add
+    monkeypatch.setattr(writing.Output, "add", lambda s, *a: blocks.append(a[1]) or inner(s, *a))
+    for out, tokens, expected in (
+        ("slow.jsonl", 50, [1, 2, 3, 4, 5]),
+        ("fast.jsonl", 10**9, [2, 4, 5]),
+    ):
+        blocks.clear()
+        monkeypatch.setattr(answering, "tokens_in_a_minute", lambda policy, n=tokens: n)
+        go("collect", out)
+        assert blocks == expected
+    assert (files / "slow.jsonl").read_bytes() == (files / "fast.jsonl").read_bytes()
+
+
 def interrupted(go, out, monkeypatch, **changes):
     """A file of `collect` with its first block."""
     inner = writing.Output.add

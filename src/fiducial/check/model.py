@@ -126,10 +126,11 @@ def _measured(
         slope = sum(float(g.float().abs().sum()) for g in grads)
         return Step(number, sequences, tokens, middle - start, backward, 0.0, norm, slope)
 
-    step = timed(1)  # the first pass of a process is slower than all others
-    seconds = step.forward + step.backward
-    if seconds < SECONDS / 2:
-        step = timed(fit if seconds * fit < SECONDS else 1)
+    step = timed(1)
+    if step.forward + step.backward < SECONDS / 4:
+        step = timed(1)  # the first pass of a process is slower than all others
+    if fit > 1 and (step.forward + step.backward) * fit < SECONDS:
+        step = timed(fit)
     findings = gradient_findings(step, trained)
     start = time.monotonic()
     if not any(f.level == "error" for f in findings):

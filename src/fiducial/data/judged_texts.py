@@ -31,18 +31,18 @@ def _majority(s: Survey) -> Finding | None:
 
 
 def _contradictions(s: Survey) -> Finding | None:
-    pairs = len(s.longer)
+    pairs, count = len(s.longer), s.contradictions
     found = counted(
         "contradicting-pairs" if pairs else "contradicting-labels",
-        s.n["contradictions"],
+        count,
         s.n["rows"],
-        0.02,
-        "say the opposite of an earlier row "
-        + ("(A over B, then B over A)" if pairs else "(the same answer, right and wrong)"),
+        MANY,
+        "are undone by a row that says the opposite "
+        + ("(A over B, and B over A)" if pairs else "(the same answer, right and wrong)"),
         "decide such rows by majority, or remove both",
     )
-    if found is not None and 2 * s.n["contradictions"] >= 0.95 * s.n["rows"]:
-        told = f"{found.sentence}, so nothing is left to learn"
+    if found is not None and 2 * count == s.n["rows"]:
+        told = f"{found.sentence}: all rows cancel out, and nothing is left to learn"
         return Finding("error", found.name, told, found.change, found.numbers)
     return found
 

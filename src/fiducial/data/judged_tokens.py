@@ -221,6 +221,19 @@ def _special_in_text(s: Survey) -> Finding | None:
     )
 
 
+def _taught(s: Survey) -> Finding | None:
+    """With which tokens answers end, and whether the model's own configs say so."""
+    if not s.taught:
+        return None
+    names, known = _names(s, frozenset(s.taught)), s.renderer.end_ids
+    told = f"answers are trained to end with {names}, and sampling stops there"
+    if known and not known & set(s.taught):
+        told += (
+            f"; the model's configs name {_names(s, known)} alone, and the saved model's name both"
+        )
+    return Finding("note", "end-of-answers", told, numbers={"ends": names})
+
+
 def _names(s: Survey, ids: frozenset[int]) -> str:
     return ", ".join(map(str, s.renderer.tokenizer.convert_ids_to_tokens(sorted(ids))))
 
@@ -229,6 +242,7 @@ LOOKS: tuple[Callable[[Survey], Finding | None], ...] = (
     _empty,
     _double_bos,
     _end_inside,
+    _taught,
     _no_end,
     _dropped,
     _special_in_message,

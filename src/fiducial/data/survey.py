@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InputError
@@ -52,8 +52,8 @@ class Survey:
     n: counts by name. lengths, labels: number of tokens of each sequence (of a prompt row, of its
     prompt), and of those that are trained on. longer: for each pair 1 if chosen has more tokens, 0
     if fewer, one half if as many, with the prompt of each pair in `pair_prompts`. right: labels of
-    steps or solutions. shown: a few rows and what was made of them. leaked: evaluation prompts that
-    are also trained on, of `held`.
+    steps or solutions. taught: the end tokens that are labels. shown: a few rows and what was made
+    of them. leaked: evaluation prompts that are also trained on, of `held`.
     """
 
     def __init__(self, renderer: Renderer) -> None:
@@ -63,12 +63,15 @@ class Survey:
         self.lengths, self.labels = array("I"), array("I")
         self.longer, self.pair_prompts = array("f"), array("q")
         self.right: Counter[bool] = Counter()
+        self.taught: Counter[int] = Counter()
         self.shown: list[tuple[Row, Any]] = []
         self.total = self.held = self.leaked = 0
         self._rows: set[int] = set()
         self._prompts: set[int] = set()
         self._folded: set[int] = set()
-        self._judged: dict[int, int] = {}
+        self._for: Counter[int] = Counter()
+        self._against: Counter[int] = Counter()
+        self._labels: dict[int, int] = {}
         self.answers: Counter[int] = Counter()
         self.rejected: Counter[int] = Counter()
         self._last = ""
@@ -90,6 +93,12 @@ class Survey:
     def near(self) -> int:
         """Prompts that differ from another one in case and white space alone."""
         return max(0, len(self._prompts) - len(self._folded))
+
+    @property
+    def contradictions(self) -> int:
+        """Rows whose opposite stands there at least as often, each counted with one of these."""
+        both = sum(min(n, self._against[key]) for key, n in self._for.items())
+        return both + self.n["other labels"]
 
     def look(self, rows: Sequence[Row], made: Sequence[Any], most: int = MOST) -> None:
         """Count rows and what was made of each: a sequence, a pair of them, something that has one
@@ -141,7 +150,9 @@ class Survey:
         if one.truncated:
             n["cut"] += 1
             n["little left"] += labels < 16
-        elif not (mask[-1] and ids[-1] in ends):
+        elif mask[-1] and ids[-1] in ends:
+            self.taught[ids[-1]] += 1
+        else:
             n["no end"] += 1
         if not ends.isdisjoint(ids[:-1]) and any(
             i in ends and here and after
@@ -242,16 +253,20 @@ class Survey:
     def _judge(self, row: Row, asked: str | None, texts: list[str]) -> None:
         """Labels and preferences, and those that contradict an earlier one."""
         if isinstance(row, PreferenceRow):
-            chosen, rejected = texts
-            self._judged[hash((asked, chosen, rejected))] = 1
-            self.n["contradictions"] += hash((asked, rejected, chosen)) in self._judged
-            self.answers[hash(chosen)] += 1
-            self.rejected[hash(rejected)] += 1
-        elif isinstance(row, LabeledRow | StepsRow):
-            labels: Hashable = row.label if isinstance(row, LabeledRow) else row.labels
-            self.right.update([row.label] if isinstance(row, LabeledRow) else row.labels)
-            key, now = hash((asked, *texts)), hash(labels)
-            self.n["contradictions"] += self._judged.setdefault(key, now) != now
+            chosen, rejected = map(hash, texts)
+            first = chosen < rejected
+            both = (chosen, rejected) if first else (rejected, chosen)
+            (self._for if first else self._against)[hash((asked, *both))] += 1
+            self.answers[chosen] += 1
+            self.rejected[rejected] += 1
+        elif isinstance(row, LabeledRow):
+            self.right[row.label] += 1
+            (self._for if row.label else self._against)[hash((asked, *texts))] += 1
+        elif isinstance(row, StepsRow):
+            self.right.update(row.labels)
+            now = hash(row.labels)
+            known = self._labels.setdefault(hash((asked, *texts)), now)
+            self.n["other labels"] += known != now
         elif isinstance(row, CompletionRow):
             self.answers[hash(texts[0])] += 1
 

@@ -33,6 +33,13 @@ class Facts:
     seconds: float
 
 
+class Traceback(Exception):
+    """What was raised in a worker, with its traceback as text, for --debug."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
 class FunctionApart:
     """A function that runs in a worker process, which is started once and keeps its state.
 
@@ -56,14 +63,15 @@ class FunctionApart:
         self._worker: Worker | None = None
         self._asked: Question | None = None
         loaded: list[Facts | str] = []
+        cause: InputError | None = None
         if processes.main:
             try:
                 loaded = [self._start()]
             except InputError as error:
-                loaded = [str(error)]
+                loaded, cause = [str(error)], error
         (found, *_) = processes.gather(loaded)
         if isinstance(found, str):
-            raise InputError(found)
+            raise InputError(found) from cause
         self.facts = found
 
     @property
@@ -102,7 +110,7 @@ class FunctionApart:
             worker.kill()
             raise
         if "failed" in reply:
-            raise RunError(reply["failed"])
+            raise RunError(reply["failed"]) from Traceback(reply["trace"])
         return Answer(**reply)
 
     def _start(self) -> Facts:
@@ -122,7 +130,7 @@ class FunctionApart:
             ) from error
         if "failed" in reply:
             worker.close()
-            raise InputError(reply["failed"])
+            raise InputError(reply["failed"]) from Traceback(reply["trace"])
         self._worker = worker
         takes = Takes(frozenset(reply["names"]), tuple(reply["required"]), reply["everything"])
         return Facts(takes, reply["file"], time.monotonic() - began)

@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,8 @@ from .values import among
 
 HEAD = struct.Struct("!QQ")
 """In front of every message: its number, and its length in bytes."""
+TRACE = 20_000
+"""Characters of a traceback that the run is told."""
 
 
 def serve(channel: int, trace: int) -> None:
@@ -120,9 +123,10 @@ class _Function:
             (asked,) = ended([begin(self.function, self.takes, request)])
             return asdict(read(self.function, request, asked))
         except (InputError, RunError) as error:
-            return {"failed": str(error)}
+            return {"failed": str(error), "trace": _trace(error.__cause__)}
         except BaseException as error:  # of an object that was given or returned
-            return {"failed": f"{who} raised {told(error, self.function)}"}
+            failed = f"{who} raised {told(error, self.function)}"
+            return {"failed": failed, "trace": _trace(error)}
         finally:
             _flush()
 
@@ -136,6 +140,12 @@ class _Function:
             "everything": parts.everything,
             "file": file_of(self.function),
         }
+
+
+def _trace(error: BaseException | None) -> str:
+    """The traceback of the user's error, for --debug."""
+    lines = traceback.format_exception(error) if error is not None else []
+    return "".join(lines)[-TRACE:]
 
 
 def _flush() -> None:

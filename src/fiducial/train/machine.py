@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import random
 import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -65,3 +67,10 @@ def command_line() -> str:
     if Path(sys.argv[0]).name.startswith(("fiducial", "__main__")):
         return shlex.join(["fiducial", *sys.argv[1:]])
     return shlex.join(sys.argv)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
