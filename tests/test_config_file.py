@@ -38,7 +38,15 @@ FLAGS = [
 ]
 FILES = [
     ("steps: true", "steps: input should be a number, not True"),
-    ("run: {tokens: true}", "--run.tokens: input should be a number, not True"),
+    (
+        "run: {tokens: true}",
+        "--run.tokens: input should be a whole number above 0, or auto",
+    ),
+    (
+        "run: {tokens: most}",
+        "--run.tokens: input should be a whole number above 0, or auto",
+    ),
+    ("run: {memory_gb: true}", "--run.memory-gb: input should be a number, not True"),
     ("steps: 1:00", "steps: expected a number, not the text '1:00'"),
     ("seed: 2020-99-99", "seed: expected a number, not the text '2020-99-99'"),
     ('steps: "2"', "steps: expected a number, not the text '2'"),

@@ -31,7 +31,7 @@ from .train.nonfinite import Nonfinite
 from .train.processes import Processes, lost_peer
 from .train.progress import Progress, say
 from .train.records import Records, keep_unscored
-from .train.resume import changed_settings, note_changes
+from .train.resume import changed_settings, note_changes, settled
 from .train.step import Stepper
 from .train.stopping import Stopping
 
@@ -85,9 +85,9 @@ class Run(Generic[S]):
     def __enter__(self) -> Run[S]:
         config = self.path / "config.yaml"
         if self.settings.resume:
-            self._changed = changed_settings(
-                self.path, self.method, dump_yaml(self.settings, self.method)
-            )
+            self.settings = settled(self.settings, self.processes, config)
+            text = dump_yaml(self.settings, self.method)
+            self._changed = changed_settings(self.path, self.method, text)
             accept = self.keep.changed_inputs == "accept"
             self._inputs = unchanged_inputs(self.path, self._plain(), accept=accept)
         elif not is_free(self.path):
@@ -168,12 +168,12 @@ class Run(Generic[S]):
         """Everything is loaded: restore the newest good checkpoint if this is a resumed run, and
         begin to count time.
         """
-        self.total = total
+        self.total, file = total, self.path / "config.yaml"
+        self.settings = settled(self.settings, self.processes, file)
         if self.settings.resume:
             self._restore()
             if self.main and self._changed:
-                text = dump_yaml(self.settings, self.method)
-                note_changes(self.path / "config.yaml", text, self.step, self._changed)
+                note_changes(file, dump_yaml(self.settings, self.method), self.step, self._changed)
                 if self._changed.keys() & {"steps", "epochs"}:
                     say(f"the learning rate goes on as in a run of {total} steps")
         if self.main:

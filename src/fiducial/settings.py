@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from . import kl_choice
 from .building import Settings
@@ -17,6 +18,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 """The share of a running mean that stays at each step."""
 MONTH = 43_200
 """Minutes."""
+Tokens = int | Literal["auto"]
+"""Padded tokens per micro-batch."""
 
 Aggregate = Literal["last", "min", "product"]
 """How the scores of the steps of a solution become one score."""
@@ -97,8 +100,14 @@ class OptimizerSettings(Settings):
 class RunSettings(Settings):
     """Memory, precision, checkpoints and evaluation."""
 
-    tokens: int = Field(default=8192, gt=0)
-    """Padded tokens per micro-batch. Lower it if memory runs out; the result does not change."""
+    tokens: Tokens = 8192
+    """Padded tokens per micro-batch. Lower it if memory runs out; the result does not change. auto:
+    as many as fit into memory. 8192: our choice.
+    """
+    memory_gb: float | None = Field(default=None, gt=0)
+    """Memory that a process may use, in units of 10^9 bytes: auto and the warning at the start go
+    by it. None: what it uses already, and what is free.
+    """
     checkpoint_every: int = Field(default=100, ge=0)
     """Steps between checkpoints, beside those of checkpoint_minutes. 0: none by steps. The last
     step always has one, and so has the step after which a run is stopped.
@@ -137,6 +146,16 @@ class RunSettings(Settings):
     """When the numbers of a run look wrong: warn says so and writes it to alarms.jsonl, stop saves
     a checkpoint as well and ends the run, off judges nothing. warn: our choice.
     """
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _a_number_or_auto(cls, value: Any) -> Any:
+        if value == "auto":
+            return value
+        text = "" if isinstance(value, bool) else str(value).strip()
+        if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) > 0):
+            raise PydanticCustomError("tokens", "input should be a whole number above 0, or auto")
+        return int(text)
 
 
 class WorkerSettings(Settings):

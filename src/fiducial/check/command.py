@@ -13,8 +13,11 @@ from ..data.judged import row_findings
 from ..errors import InputError
 from ..methods.distill import Ready
 from ..methods.setup import Prepared, PreparedOnline
+from ..train import machine
 from ..train.launch import alone
 from ..train.processes import Processes
+from ..train.resume import with_budget
+from .memory import measured, predicted
 from .model import Step, chance, model_findings, offline_step, online_step, weights
 from .plan import plan_findings, sizes, slow
 from .report import Report
@@ -54,6 +57,10 @@ def check(verb: str, settings: Any) -> Report:
     ready = prepared[0] if isinstance(prepared, tuple) else prepared
     _rows(report, ready)
     report.findings += plan_findings(ready, settings)
+    if not predicted(report, ready.needs):
+        return report
+    settings = with_budget(settings, ready.needs.budget)
+    machine.reset_peak_memory()
     try:
         step, times = _tried(report, ready, settings, processes)
     except InputError as error:
@@ -65,6 +72,7 @@ def check(verb: str, settings: Any) -> Report:
             raise
         report.findings.append(_too_large(error))
         return report
+    measured(report, machine.peak_memory(processes.device))
     report.findings += model_findings(ready.note, ready.roles)
     report.findings += slow(step, settings, sizes(ready, settings)[2])
     about = weights(ready.roles)

@@ -35,6 +35,8 @@ class RowFormat(Generic[T]):
     join: from rendered rows and the rows themselves to elements with a key each, for a method whose
         elements are made of several rows; None: a row is an element.
     ids: the token ids of each sequence in an element, on which the models are checked.
+    together: the length of the row that holds an element's sequences with their common beginning
+        once, where the method reads them so if the model can.
     """
 
     accept: tuple[type, ...]
@@ -42,6 +44,7 @@ class RowFormat(Generic[T]):
     key: Callable[[Any], str]
     ids: Callable[[T], Sequence[Sequence[int]]]
     join: Callable[[Sequence[Any], Sequence[Any]], tuple[list[str], Iterable[T]]] | None = None
+    together: Callable[[T], int] | None = None
 
 
 @dataclass(frozen=True)

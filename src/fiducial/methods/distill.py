@@ -39,6 +39,7 @@ from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..data.survey import Survey
 from ..models.load import load_policy, load_teacher
+from ..models.memory import Models
 from ..models.roles import Roles, TokenOutputs
 from ..models.save import save
 from ..models.trunk import plain
@@ -55,9 +56,11 @@ from ..rollout.sampling import (
 )
 from ..rollout.trajectory import Trajectory
 from ..run import Run
+from ..train import machine
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from ..train.renderer import load_renderer, same_ends
+from . import memory
 from .settings.distill import Distill
 from .setup import check_names, described, notes
 
@@ -67,6 +70,7 @@ class Ready:
     """What the loop needs: token ids of prompts to train on and held out, roles, a sampler."""
 
     renderer: Renderer
+    needs: memory.Needs
     train: Elements[list[int]]
     held_out: Elements[list[int]]
     roles: Roles
@@ -185,6 +189,14 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
         settings.data, settings.rows, rows, renderer, settings.seed, survey=survey
     )
     findings = judged(survey)
+    models = Models(
+        settings.model,
+        teacher=settings.teacher,
+        exact=settings.estimator == "exact",
+        trust=trust,
+    )
+    held = machine.resident_memory(processes.device)
+    needs = memory.online(settings, processes, models, train.items, held).settled()
     policy = load_policy(
         settings.model, settings.lora, settings.run, renderer.tokenizer, trust=trust
     ).to(processes.device)
@@ -203,7 +215,7 @@ def prepare(settings: Distill, processes: Processes, *, sampler: Sampler | None 
     prompts = [*train.items, *held_out.items]
     sampler, checked = check_online(roles, prompts, params, sampler, names)
     note = notes(note, checked, findings)
-    return Ready(renderer, train, held_out, roles, sampler, params, note, survey)
+    return Ready(renderer, needs, train, held_out, roles, sampler, params, note, survey)
 
 
 def _prompts(renderer: Renderer, max_new_tokens: int) -> Callable[[PromptRow], list[int]]:

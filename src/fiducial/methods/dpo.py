@@ -33,6 +33,7 @@ from ..models.save import save
 from ..rollout.samples import show_samples
 from ..rollout.sampling import sampling_params
 from ..run import Run
+from ..settings import Tokens
 from ..train.machine import tokens_in_a_minute
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
@@ -114,6 +115,7 @@ def prepare(settings: DPO, processes: Processes, skipped: Path | None = None) ->
         preference_rows,
         prompt_text,
         lambda pair: [pair.chosen.ids, pair.rejected.ids],
+        together=lambda pair: costs_of(pair, True)[0],
     )
     ready = prepare_offline(settings, processes, rows, skipped=skipped)
     policy = ready.roles.policy
@@ -196,7 +198,7 @@ def pair_logprobs(policy: Any, pairs: list[Pair], device: torch.device) -> tuple
     return chosen, rejected
 
 
-def all_logprobs(policy: Policy, pairs: Sequence[Pair], tokens: int, run: Run[None]) -> Tensor:
+def all_logprobs(policy: Policy, pairs: Sequence[Pair], tokens: Tokens, run: Run[None]) -> Tensor:
     """[pairs, 2] log-probabilities of the policy as it is now, without gradient, in micro-batches,
     on all processes.
     """
@@ -210,7 +212,7 @@ def all_logprobs(policy: Policy, pairs: Sequence[Pair], tokens: int, run: Run[No
 
 
 def reference_logprobs(
-    policy: Policy, pairs: Sequence[Pair], tokens: int, run: Run[None]
+    policy: Policy, pairs: Sequence[Pair], tokens: Tokens, run: Run[None]
 ) -> Tensor:
     """[pairs, 2] log-probabilities of the policy as it is now, from the disk if they are there."""
     costs = [costs_of(p, policy.supports_shared_prefix) for p in pairs]

@@ -41,9 +41,11 @@ from ..rollout.sampling import (
 )
 from ..rollout.trajectory import Trajectory
 from ..settings import CommonSettings, OfflineSettings, OnlineSettings
+from ..train import machine
 from ..train.processes import Processes
 from ..train.progress import reading
 from ..train.renderer import load_renderer, same_ends
+from . import memory
 from .critic import critic_start
 
 T = TypeVar("T")
@@ -60,11 +62,13 @@ NO_REFERENCE = (
 class Prepared(Generic[T]):
     """What a method that learns from rows needs for its loop.
 
-    note: a line about rows that were skipped and about what was checked, and then a line for each
-    warning. ids: the token ids of each sequence in an element. survey: what the rows hold.
+    needs: what the run's memory depends on. note: a line about rows that were skipped and about
+    what was checked, and then a line for each warning. ids: the token ids of each sequence in an
+    element. survey: what the rows hold.
     """
 
     renderer: Renderer
+    needs: memory.Needs
     train: Elements[T]
     held_out: Elements[T]
     roles: Roles
@@ -87,10 +91,11 @@ class PreparedOnline:
     """What a method that learns from its own samples needs for its loop.
 
     rows, prompts: the prompt rows, and their token ids. shown: number of prompts that are answered
-    before and after training. steps: iterations of the run. note, survey: as in `Prepared`.
+    before and after training. steps: iterations of the run. needs, note, survey: as in `Prepared`.
     """
 
     renderer: Renderer
+    needs: memory.Needs
     rows: list[PromptRow]
     prompts: list[list[int]]
     roles: Roles
@@ -208,6 +213,14 @@ def prepare_offline(
             settings.data, settings.rows, rows, renderer, settings.seed, skipped, told, survey
         )
     findings = judged(survey)
+    batches = Batches(len(train), settings.batch_size, settings.seed)
+    total = settings.steps or max(1, round(settings.epochs * batches.per_epoch))
+    both = (train.items, held_out.items)
+    probed = extremes(ids for items in both for item in items for ids in rows.ids(item))
+    longest, items = len(probed[-1]), train.items
+    needs = memory.offline(
+        settings, processes, scorer, rows, items, longest, batches, total
+    ).settled()
     if scorer:
         model = load_scorer(
             settings.model,
@@ -230,13 +243,9 @@ def prepare_offline(
                 f"--max-new-tokens {asked:,} is more than the model's context of {limit:,} tokens"
             )
         roles = Roles(policy=policy.to(processes.device))
-    both = (train.items, held_out.items)
-    probed = extremes(ids for items in both for item in items for ids in rows.ids(item))
-    checked = check_roles(roles, probed, len(probed[-1]), {"model": settings.model})
-    batches = Batches(len(train), settings.batch_size, settings.seed)
-    total = settings.steps or max(1, round(settings.epochs * batches.per_epoch))
+    checked = check_roles(roles, probed, longest, {"model": settings.model})
     note = notes(note, checked, findings)
-    return Prepared(renderer, train, held_out, roles, batches, total, note, rows.ids, survey)
+    return Prepared(renderer, needs, train, held_out, roles, batches, total, note, rows.ids, survey)
 
 
 def prepare_online(
@@ -269,7 +278,7 @@ def prepare_online(
     survey = Survey(renderer)
     survey.look(rows, prompts)
     findings = judged(survey)
-    loaded = None
+    loaded, held = None, machine.resident_memory(processes.device)
     if rewards is None:
         loaded = load_rewards(
             settings.reward,
@@ -282,6 +291,8 @@ def prepare_online(
         rewards = loaded
     rewards.check_rows(rows)
     start = None if critic is None else critic_start(critic, loaded, renderer, settings)
+    models = memory.online_models(settings, reference, start, loaded)
+    needs = memory.online(settings, processes, models, prompts, held).settled()
     roles = load_roles(
         settings.model,
         settings.lora,
@@ -306,6 +317,7 @@ def prepare_online(
         note = "; ".join(filter(None, [note, NO_REFERENCE]))
     return PreparedOnline(
         renderer,
+        needs,
         rows,
         prompts,
         roles,

@@ -22,6 +22,7 @@ from ..models.save import save
 from ..rollout.samples import show_samples
 from ..rollout.sampling import sampling_params
 from ..run import Run
+from ..settings import Tokens
 from ..train.processes import Processes, accumulate
 from ..train.progress import say
 from .settings.sft import SFT
@@ -100,7 +101,7 @@ def answers(ready: Prepared[Rendered], settings: SFT, run: Run[None]) -> list[di
     )
 
 
-def evaluate(policy: Policy, rows: Sequence[Rendered], tokens: int, run: Run[None]) -> float:
+def evaluate(policy: Policy, rows: Sequence[Rendered], tokens: Tokens, run: Run[None]) -> float:
     """Mean negative log-likelihood of the held-out labels, in nats per token."""
 
     def compute(chosen: list[int]) -> tuple[torch.Tensor, ...]:

@@ -166,12 +166,17 @@ def load_policy(
 def load_frozen(
     name: str, run: RunSettings, *, flag: str = "--model", trust: bool = False
 ) -> Policy:
-    """A causal language model that is never trained, and computes exactly as the policy does.
+    """A causal language model that is never trained, and computes exactly as the policy does."""
+    return frozen(load_policy(name, LoraSettings(), run, flag=flag, trust=trust), run)
+
+
+def frozen(own: Policy, run: RunSettings) -> Policy:
+    """A policy that is not trained any more.
 
     In bfloat16 only the weights that are multiplied in bfloat16 anyway are kept in it. Rounding
     embeddings and norms too would make the KL to an equal policy differ from 0.
     """
-    own = load_policy(name, LoraSettings(), run, flag=flag, trust=trust).requires_grad_(False)
+    own.requires_grad_(False)
     if run.precision == "bfloat16":
         tied = plain(own.lm).get_input_embeddings().weight
         for module in own.modules():

@@ -77,19 +77,24 @@ class Policy(nn.Module):
         """Number of logits."""
         return int(plain(self.lm).get_output_embeddings().weight.shape[0])
 
+    @property
+    def may_share_prefix(self) -> bool:
+        """Whether the kind of attention leaves the choice of a mask to the caller."""
+        config, body = plain(self.lm).config, trunk(self.lm)
+        return (
+            getattr(text_config(config), "_attn_implementation", None) == "sdpa"
+            and not windowed(config)
+            and accepts(body, "position_ids")
+            and accepts(body, "attention_mask")
+        )
+
     @functools.cached_property
     def supports_shared_prefix(self) -> bool:
         """Whether a row may hold one prompt and several responses to it.
 
         It is tried once on a short row: an architecture that ignores the mask fails the comparison.
         """
-        config = plain(self.lm).config
-        body = trunk(self.lm)
-        if (
-            getattr(text_config(config), "_attn_implementation", None) != "sdpa"
-            or windowed(config)
-            or not (accepts(body, "position_ids") and accepts(body, "attention_mask"))
-        ):
+        if not self.may_share_prefix:
             return False
         weight = plain(self.lm).get_input_embeddings().weight
         size, device = len(weight), weight.device

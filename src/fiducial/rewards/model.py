@@ -9,6 +9,7 @@ import torch
 from ..data.render import Renderer
 from ..data.row_types import PromptRow
 from ..models.roles import ScoreModel
+from ..settings import Tokens
 from ..train.processes import Processes
 from .reading import Reader
 from .types import Responses, Scored
@@ -23,7 +24,12 @@ class ModelReward:
     """
 
     def __init__(
-        self, name: str, scorer: ScoreModel, renderer: Renderer, tokens: int, processes: Processes
+        self,
+        name: str,
+        scorer: ScoreModel,
+        renderer: Renderer,
+        tokens: Tokens,
+        processes: Processes,
     ) -> None:
         self.name, self.scorer, self.tokens, self.processes = name, scorer, tokens, processes
         self.reader = Reader(name, renderer)

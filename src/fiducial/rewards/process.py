@@ -23,6 +23,7 @@ from ..data.render import Rendered, Renderer
 from ..data.row_types import PromptRow
 from ..data.steps import Steps
 from ..models.roles import ScoreModel
+from ..settings import Tokens
 from ..train.processes import Processes
 from .reading import Reader
 from .types import Responses, Scored
@@ -71,7 +72,12 @@ class ProcessReward:
     """
 
     def __init__(
-        self, name: str, scorer: ScoreModel, renderer: Renderer, tokens: int, processes: Processes
+        self,
+        name: str,
+        scorer: ScoreModel,
+        renderer: Renderer,
+        tokens: Tokens,
+        processes: Processes,
     ) -> None:
         self.name, self.scorer, self.tokens, self.processes = name, scorer, tokens, processes
         self.reader = Reader(name, renderer)

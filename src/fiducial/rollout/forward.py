@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.roles import Roles
+from ..settings import Tokens
 from ..train.processes import Processes
 from .trajectory import Trajectory
 
@@ -32,7 +33,7 @@ class RolloutLogprobs:
 
 
 def forward(
-    trajectory: Trajectory, roles: Roles, processes: Processes, tokens: int
+    trajectory: Trajectory, roles: Roles, processes: Processes, tokens: Tokens
 ) -> RolloutLogprobs:
     """Log-probabilities, entropies and values of all rows, without gradients. The reference is read
     if the run has one.

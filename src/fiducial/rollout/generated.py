@@ -21,7 +21,7 @@ from ..models.roles import Policy
 from ..models.trunk import autocast, evaluating, plain
 from .draw import choose, streams
 from .local import refuse_unfit
-from .sampling import Keys, SamplingParams
+from .sampling import SIDE_BY_SIDE, Keys, SamplingParams
 from .trajectory import Trajectory
 
 
@@ -35,7 +35,7 @@ class GenerateSampler:
 
     policy: Policy
     context: int
-    tokens: int = 65_536
+    tokens: int = SIDE_BY_SIDE
 
     def sync(self, policy: Policy, version: int) -> None:
         """Nothing to do: the policy that is trained is the one that is sampled from."""

@@ -30,7 +30,7 @@ from ..models.trunk import (
     windowed,
 )
 from .draw import choose, streams
-from .sampling import Keys, Sampler, SamplingParams
+from .sampling import SIDE_BY_SIDE, Keys, Sampler, SamplingParams
 from .trajectory import Trajectory
 
 
@@ -64,7 +64,7 @@ class LocalSampler:
 
     policy: Policy
     context: int
-    tokens: int = 65_536
+    tokens: int = SIDE_BY_SIDE
     pad_id: int = 0
 
     def sync(self, policy: Policy, version: int) -> None:

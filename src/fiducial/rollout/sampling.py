@@ -13,6 +13,9 @@ from ..models.roles import Policy
 from ..train.processes import Processes
 from .trajectory import Trajectory
 
+SIDE_BY_SIDE = 65_536
+"""Prompt and response tokens that a sampler in this process holds at a time."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..data.batches import micro_batches
 from ..errors import LaunchError
+from ..settings import Tokens
 from . import launch
 
 T = TypeVar("T")
@@ -60,6 +61,7 @@ class Processes:
             LaunchError: it cannot be given what it was asked for.
         """
         self.dirty = False  # an optimizer has stepped since the last recorded step
+        self.budget: int | None = None  # what --run.tokens auto has found
         wanted = launch.asked()
         launch.check_engine()
         patience = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))
@@ -91,13 +93,16 @@ class Processes:
         device: torch.device = self.accelerator.device
         return device
 
-    def plan(self, costs: Sequence[Sequence[int]], tokens: int) -> list[Micro]:
+    def plan(self, costs: Sequence[Sequence[int]], tokens: Tokens) -> list[Micro]:
         """This process's micro-batches of a step; every process has the same number of them.
 
         Args:
             costs: for each element of the step the lengths of its sequences.
             tokens: padded tokens per micro-batch.
         """
+        if tokens == "auto":
+            assert self.budget is not None, "preparing a run settles --run.tokens auto"
+            tokens = self.budget
         mine = micro_batches(costs, tokens, self.count)[self.index]
         return [Micro(rows or [0], 1.0 if rows else 0.0) for rows in mine]
 
@@ -133,7 +138,7 @@ class Processes:
     def map_rows(
         self,
         costs: Sequence[Sequence[int]],
-        tokens: int,
+        tokens: Tokens,
         width: int | None,
         compute: Callable[[list[int]], tuple[Tensor, ...]],
     ) -> tuple[Tensor, ...]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from ..errors import InputError
 from .checkpoint import write_text
 from .folders import refuse_links
+from .processes import Processes
 
 FREE = {"steps", "epochs", "resume", "out", "run", "worker", "trust_remote_code"}
 """Settings that may differ when a run is resumed, because no result depends on them. The exception
@@ -17,6 +19,34 @@ is `run.precision`, which may not differ.
 """
 OF_COMMAND = {"resume", "out"}
 """Settings that belong to one command and not to the run."""
+
+
+S = TypeVar("S", bound=Any)
+
+
+def settled(settings: S, processes: Processes, config: Path) -> S:
+    """The settings with the number that `--run.tokens auto` has found, which is written into
+    config.yaml. A run that is resumed keeps the number that stands there.
+    """
+    if settings.run.tokens != "auto":
+        return settings
+    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    kept = re.search(r"^  tokens: ([0-9]+)$", text, re.MULTILINE)
+    if processes.budget is None and kept is not None:
+        processes.budget = int(kept[1])
+    if processes.budget is None:
+        return settings
+    if processes.main and kept is None and text:
+        number = f"\n  tokens: {processes.budget}\n"
+        write_text(config, text.replace("\n  tokens: auto\n", number))
+    return with_budget(settings, processes.budget)
+
+
+def with_budget(settings: S, tokens: int) -> S:
+    """The settings with a number of padded tokens per micro-batch."""
+    run = settings.run.model_copy(update={"tokens": tokens})
+    out: S = settings.model_copy(update={"run": run})
+    return out
 
 
 def changed_settings(folder: Path, method: str, config: str) -> dict[str, Any]:
