@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import random
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-import numpy as np
-import torch
 from pydantic import TypeAdapter
 from torch import nn
 
@@ -90,7 +88,8 @@ class Run(Generic[S]):
             self.settings = settled(self.settings, self.processes, config)
             text = dump_yaml(self.settings, self.method)
             self._changed = changed_settings(self.path, self.method, text)
-            self._inputs = unchanged_inputs(self.path, self._plain())
+            accept = self.keep.changed_inputs == "accept"
+            self._inputs = unchanged_inputs(self.path, self._plain(), accept=accept)
         elif not is_free(self.path):
             raise InputError(
                 f"--out: {self.path} exists already: choose another folder, or go on with --resume"
@@ -101,9 +100,7 @@ class Run(Generic[S]):
         if self.main and not self.settings.resume:
             checkpoint.write_text(config, dump_yaml(self.settings, self.method))
         self.processes.wait()
-        random.seed(self.settings.seed)
-        np.random.seed(self.settings.seed % 2**32)
-        torch.manual_seed(self.settings.seed)
+        machine.seed_everything(self.settings.seed)
         machine.reset_peak_memory()
         self._began = time.monotonic()
         self._stopping.__enter__()
@@ -218,7 +215,7 @@ class Run(Generic[S]):
             "num_tokens": self.tokens,
             "tokens_per_second": tokens / max(seconds, 1e-9),
         }
-        bad = [k for k, v in values.items() if not np.isfinite(v)]
+        bad = [k for k, v in values.items() if not math.isfinite(v)]
         if self.nonfinite.skipped_now:  # what a batch that was left out measured is no number
             values = {k: v for k, v in values.items() if k not in bad}
             self.nonfinite.skipped_now = False
@@ -392,7 +389,10 @@ class Run(Generic[S]):
             safe = newest(self.path / "checkpoints")
             if isinstance(error, Unscored) and self.main:
                 safe = f"{keep_unscored(self.path, error.rows, self.step + 1)}; {safe}"
-            raise RunError(f"{where}{error}; {safe}; {self.how_to_go_on()}") from error
+            how = self.how_to_go_on()
+            if isinstance(error, Unscored):
+                how += " (with a mended reward: --run.changed-inputs accept)"
+            raise RunError(f"{where}{error}; {safe}; {how}") from error
 
     def how_to_go_on(self) -> str:
         """The command that continues this run."""

@@ -122,6 +122,10 @@ class RunSettings(Settings):
     """What happens when a gradient is NaN or infinite: the run stops, or this update is left out
     and counted. Either way the batch is kept in bad-batch.safetensors and bad-batch.jsonl.
     """
+    changed_inputs: Literal["refuse", "accept"] = "refuse"
+    """What --resume does where data, a model, the tokenizer or a reward has other bytes than when
+    the run began: it refuses, or goes on and says so.
+    """
     nonfinite_limit: int = Field(default=3, ge=0)
     """Updates in a row that on_nonfinite skip leaves out before the run stops. 3: our choice; no
     published value.

@@ -13,7 +13,7 @@ import pytest
 
 from fiducial.demo import pipeline
 from fiducial.demo.compare import Answers, Scale, distinct, name_of, reliability
-from fiducial.demo.pipeline import demo
+from fiducial.demo.pipeline import _is_done, demo
 from fiducial.demo.settings import Demo
 from fiducial.errors import InputError
 
@@ -133,3 +133,15 @@ def test_the_settings_are_read_without_torch() -> None:
     code = "import sys, fiducial.demo.settings; print({'torch', 'transformers'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def test_a_stage_that_failed_or_was_stopped_is_not_taken_for_done(tmp_path: Path) -> None:
+    done = tmp_path / "summary.json"
+    assert not _is_done(done)
+    for status, expected in (("done", True), ("failed", False), ("interrupted", False)):
+        done.write_text(json.dumps({"status": status}))
+        assert _is_done(done) is expected
+    done.write_text("{")  # torn
+    assert not _is_done(done)
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    assert _is_done(tmp_path / "pairs.jsonl")

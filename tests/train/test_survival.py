@@ -414,6 +414,16 @@ def test_inputs_that_changed_before_resume_are_refused_by_name(models, data, tmp
     assert fd.ppo(fd.PPO(**common, resume=True)).step == 3
 
 
+def test_a_reward_that_was_mended_can_be_accepted(models, data, tmp_path, monkeypatch, capsys):
+    common = stopped(models, data, tmp_path / "x", monkeypatch)
+    edit(tmp_path / "x" / "reward.py")
+    common["run"] = common["run"].model_copy(update={"changed_inputs": "accept"})
+    assert fd.ppo(fd.PPO(**common, resume=True)).step == 3
+    assert "--reward 1" in capsys.readouterr().err
+    common["run"] = common["run"].model_copy(update={"changed_inputs": "refuse"})
+    assert fd.ppo(fd.PPO(**common, resume=True)).step == 3  # what was accepted is what counts now
+
+
 def test_a_damaged_list_of_inputs_is_refused(sft, tmp_path):
     fd.sft(sft("run", 2))
     for text in ("", "[]", "{}", '{"model": 3, "tokenizer": 1, "data": 2}'):

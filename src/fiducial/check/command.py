@@ -12,11 +12,12 @@ from ..data.findings import Finding, NothingToLearn
 from ..data.judged import row_findings
 from ..errors import InputError
 from ..methods.distill import Ready
-from ..methods.memory import Needs
 from ..methods.setup import Prepared, PreparedOnline
+from ..train import machine
 from ..train.launch import alone
 from ..train.processes import Processes
 from ..train.resume import with_budget
+from .memory import measured, predicted
 from .model import Step, chance, model_findings, offline_step, online_step, weights
 from .plan import plan_findings, sizes, slow
 from .report import Report
@@ -56,8 +57,10 @@ def check(verb: str, settings: Any) -> Report:
     ready = prepared[0] if isinstance(prepared, tuple) else prepared
     _rows(report, ready)
     report.findings += plan_findings(ready, settings)
+    if not predicted(report, ready.needs):
+        return report
     settings = with_budget(settings, ready.needs.budget)
-    _memory(report, ready.needs)
+    machine.reset_peak_memory()
     try:
         step, times = _tried(report, ready, settings, processes)
     except InputError as error:
@@ -69,6 +72,7 @@ def check(verb: str, settings: Any) -> Report:
             raise
         report.findings.append(_too_large(error))
         return report
+    measured(report, machine.peak_memory(processes.device))
     report.findings += model_findings(ready.note, ready.roles)
     report.findings += slow(step, settings, sizes(ready, settings)[2])
     about = weights(ready.roles)
@@ -122,21 +126,6 @@ def _weight_lines(about: dict[str, dict[str, Any]]) -> list[str]:
         more = f", and {len(kinds) - 6} kinds more" if len(kinds) > 6 else ""
         lines.append(f"{role}: {numbers['trained']:,} of {numbers['weights']:,} ({some}{more})")
     return lines
-
-
-def _memory(report: Report, needs: Needs) -> None:
-    """The plan of the memory, and whether it fits."""
-    try:
-        plan = needs.plan()
-    except InputError as error:
-        report.findings.append(Finding("note", "memory-unknown", str(error)))
-        return
-    report.sections["memory"] = {"peak": plan.peak, "limit": needs.limit, "phases": plan.phases}
-    report.about["memory (planned)"] = plan.lines()
-    if not plan.fits(needs.limit):
-        sentence = needs.advice(plan)
-        change = "one of the settings that need less"
-        report.findings.append(Finding("warning", "memory-short", sentence, change))
 
 
 def _too_large(error: Exception) -> Finding:

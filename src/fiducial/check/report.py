@@ -91,7 +91,7 @@ def _verdict(report: Report) -> str:
     if report.refused:
         return f"{report.verb} would refuse to start"
     if report.of("error"):
-        return f"{report.verb} would start and learn nothing ({counts})"
+        return f"{report.verb} would start, and fail or learn nothing ({counts})"
     return f"nothing forbids this run of {report.verb} ({counts})"
 
 

@@ -17,8 +17,8 @@ with warnings.catch_warnings():
         step is computed on the longest rows, and the rewards score real samples. No run is opened
         and nothing is written. `fiducial check dpo --help` lists the flags of dpo.
 
-        Exit codes: 0 nothing that forbids the run; 1 an error was found: the run would start and
-        learn nothing; 2 the verb itself would refuse to start.
+        Exit codes: 0 nothing that forbids the run; 1 an error was found: the run would start, and
+        fail or learn nothing; 2 the verb itself would refuse to start.
         """
 
         verb: Annotated[str, POSITIONAL]

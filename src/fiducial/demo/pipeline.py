@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -116,10 +117,10 @@ class Stages:
         self._began = time.monotonic()
 
     def __call__(self, name: str, work: Callable[[], object], done: Path | None = None) -> None:
-        """Does `work`, unless `done` is a file that exists because it was done before."""
+        """Does `work`, unless `done` is a file which says that it was done before."""
         names = list(STAGES)
         number = f"[{names.index(name) + 1}/{len(names)}] {STAGES[name].doing}"
-        if done is not None and done.exists() and not progress_file(done).exists():
+        if done is not None and _is_done(done):
             self.seconds[name] = _seconds(done)
             say(f"{number}: done before")
             return
@@ -288,7 +289,11 @@ def train(folder: Path, world: StoryWorld, settings: Demo, stage: Stages) -> Non
         )
 
     def run(name: str, method: Callable[[str], None]) -> None:
-        stage(name, lambda: method(str(folder / name)), folder / name / "summary.json")
+        def anew() -> None:
+            shutil.rmtree(folder / name, ignore_errors=True)  # what a stage left that was stopped
+            method(str(folder / name))
+
+        stage(name, anew, folder / name / "summary.json")
 
     half = max(1, settings.ppo_steps // 2)
     run("pretrain", pretrain)
@@ -368,6 +373,19 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
+
+
+def _is_done(done: Path) -> bool:
+    """Whether a stage has made its last file: the summary of a finished run, or whole rows."""
+    if not done.exists() or progress_file(done).exists():
+        return False
+    if done.suffix != ".json":
+        return True
+    try:
+        status = json.loads(done.read_text(encoding="utf-8"))["status"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return bool(status == "done")
 
 
 def _seconds(done: Path) -> float:

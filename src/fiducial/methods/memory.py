@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,6 +59,7 @@ class Needs:
     sampling: Sampling | None = None
     once: bool = False
     pairs: bool = False
+    _plans: dict[int, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def limit(self) -> int:
@@ -68,7 +69,7 @@ class Needs:
         return machine.available_memory(self.processes.device)
 
     def plan(self, tokens: int | None = None) -> Plan:
-        """The memory that the run needs.
+        """The memory that the run needs. Each budget is rehearsed once.
 
         Args:
             tokens: the budget; None: the one of the settings.
@@ -76,7 +77,8 @@ class Needs:
         Raises:
             InputError: the kind of model cannot be rehearsed.
         """
-        return self._planner()(tokens or self.budget)
+        tokens = tokens or self.budget
+        return self._plans.get(tokens) or self._planner()(tokens)
 
     @property
     def budget(self) -> int:
@@ -117,16 +119,19 @@ class Needs:
             say(self.advice(plan))
 
     def advice(self, plan: Plan) -> str:
-        """What a plan needs, what there is, and what would change it, most effective first."""
-        found = [
-            f"{name} {in_words(peak)}" for name, peak in self.alternatives() if peak < plan.peak
-        ]
-        instead = f"; instead: {', '.join(found)}" if found else ""
+        """What a plan needs, what there is, and what would change it."""
         return (
             f"memory: this run needs {in_words(plan.peak)} at its peak, in {plan.busiest}, and "
-            f"{in_words(self.limit)} are there{instead}; or take a smaller model"
+            f"{in_words(self.limit)} are there; {self.instead(plan)}"
         )
 
+    def instead(self, plan: Plan) -> str:
+        """The settings that need less memory than a plan, with what they need."""
+        smaller = "take a smaller model"
+        found = [f"{name} {in_words(peak)}" for name, peak in self.alternatives if peak < plan.peak]
+        return f"instead: {', '.join(found)}; or {smaller}" if found else smaller
+
+    @functools.cached_property
     def alternatives(self) -> list[tuple[str, int]]:
         """Settings that would need less memory, with the peak of each in bytes."""
         smaller, budget = replace(self, run=_with(self.run, tokens=self.budget)), self.budget
@@ -179,7 +184,13 @@ class Needs:
 
     def _planner(self) -> Callable[[int], Plan]:
         rehearsal = Rehearsal(self.models, self.lora, self.run, self.processes.device)
-        return lambda tokens: rehearsal.plan(self._work(tokens, rehearsal), self.process)
+
+        def plan(tokens: int) -> Plan:
+            if tokens not in self._plans:
+                self._plans[tokens] = rehearsal.plan(self._work(tokens, rehearsal), self.process)
+            return self._plans[tokens]
+
+        return plan
 
     def _work(self, tokens: int, rehearsal: Rehearsal) -> Work:
         first, later = None, None

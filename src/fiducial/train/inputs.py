@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import InputError
 from .checkpoint import digest, write_json
-from .progress import Progress
+from .progress import Progress, say
 
 NAME = "inputs.json"
 MODELS = ("model", "teacher")
@@ -63,28 +63,30 @@ def inputs(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def record_inputs(folder: Path, settings: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of a run; they are written into its folder, unless they are there.
+    """The inputs of a run; they are written into its folder.
 
     Args:
-        known: those of a run that goes on; it has recorded them, unless it was stopped before it
-            began.
+        known: those of a run that goes on, if it has any.
     """
     found = known or inputs(settings)
-    if not (folder / NAME).exists():
-        write_json(folder / NAME, found)
+    write_json(folder / NAME, found)
     return found
 
 
-def unchanged_inputs(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def unchanged_inputs(
+    folder: Path, settings: dict[str, Any], *, accept: bool = False
+) -> dict[str, Any]:
     """The inputs of a run that goes on.
+
+    Args:
+        accept: go on with what has changed, and say it.
 
     Raises:
         InputError: one of them is not what the run began with.
     """
     now = inputs(settings)
     try:
-        before = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        flat = _flat(before)
+        before = _flat(json.loads((folder / NAME).read_text(encoding="utf-8")))
     except FileNotFoundError:  # it was stopped before it began
         return now
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -92,13 +94,19 @@ def unchanged_inputs(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             f"--resume: {folder / NAME} is damaged, so it is not known what the run began with: "
             "start a new run"
         ) from error
-    for name, (source, value) in _flat(now).items():
-        _, old = flat.get(name, (source, None))
-        if old != value:
+    here = _flat(now)
+    for name in {**before, **here}:
+        source, value = here.get(name, (before.get(name, ("", None))[0], None))
+        old = before.get(name, (source, None))[1]
+        if old == value:
+            continue
+        changed = f"{name} {source} is not what the run began with"
+        if not accept:
             raise InputError(
-                f"--resume: {name} {source} is not what the run began with (SHA-256 "
-                f"{_short(value)}, before {_short(old)}): put the old one back, or start a new run"
+                f"--resume: {changed} (SHA-256 {_short(value)}, before {_short(old)}): put the old "
+                "one back, start a new run, or go on with --run.changed-inputs accept"
             )
+        say(f"{changed}, and is accepted: the run is no longer that of one input")
     return now
 
 

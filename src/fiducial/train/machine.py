@@ -6,11 +6,13 @@ import contextlib
 import ctypes
 import os
 import platform
+import random
 import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 
@@ -131,3 +133,10 @@ def command_line() -> str:
     if Path(sys.argv[0]).name.startswith(("fiducial", "__main__")):
         return shlex.join(["fiducial", *sys.argv[1:]])
     return shlex.join(sys.argv)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
