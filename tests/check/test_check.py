@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fiducial.check import command
 from fiducial.check import model as measuring
 from fiducial.check import reward as rewarding
 from fiducial.check.command import check
@@ -77,6 +78,13 @@ def none(prompts, completions, **columns):
 def fails(prompts, completions, **columns):
     raise KeyError("answer")
 """
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four prompts with four responses each, to be quick."""
+    monkeypatch.setattr(rewarding, "PROMPTS", 4)
+    monkeypatch.setattr(command, "GROUP", 4)
 
 
 @pytest.fixture(scope="module")

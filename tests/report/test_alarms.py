@@ -169,12 +169,17 @@ BAD_RUNS: dict[str, tuple[Rows, int, list[str]]] = {
         ["The reward fell from", "heuristic"],
     ),
     "gradient-spike": (
-        ppo_history({"grad_norm": lambda t: 40.0 if t == 0.5 else 0.5 + 0.3 * math.sin(99 * t)}),
+        ppo_history({"grad_norm": lambda t: 80.0 if t == 0.5 else 0.5 + 0.3 * math.sin(99 * t)}),
         20,
-        ["The norm of the gradient is 40", "heuristic", "--optimizer.warmup-steps"],
+        ["The norm of the gradient is 80", "heuristic", "--optimizer.warmup-steps"],
+    ),
+    "gradient-spike, several": (
+        ppo_history({"grad_norm": lambda t: 7.0 if t in (0.4, 0.5, 0.6) else 0.5}),
+        24,
+        ["14 times its median", "3 of them are spikes"],
     ),
     "critic-gradient-spike": (
-        ppo_history({"critic/grad_norm": lambda t: 40.0 if t == 0.5 else 0.5}),
+        ppo_history({"critic/grad_norm": lambda t: 80.0 if t == 0.5 else 0.5}),
         20,
         ["The norm of the critic's gradient", "--critic.learning-rate"],
     ),
@@ -266,6 +271,7 @@ def test_every_alarm_has_a_run_that_must_raise_it() -> None:
         {"reward": noisy(0, 0.3), "reward_std": lambda t: 1.0},
         {"reward": lambda t: 1 - 0.5 * t, "reward_std": lambda t: 1.0},
         {"grad_norm": lambda t: 8.0 * math.exp(-30 * t) + 0.1},  # falls from a high start
+        {"grad_norm": lambda t: 2.18 if t == 0.5 else 0.169},  # one spike, which is clipped
         {"grad_norm": lambda t: math.exp(1.2 * noisy(0, 1, round(t * 997))(t))},  # heavy tails
         {"grad_norm": lambda t: 0.0 if round(40 * t) % 4 else 1.0},  # few batches teach
         {"sampler_gap": lambda t: 0.015, "ratio/first": lambda t: 1.0005},

@@ -43,7 +43,7 @@ class RowFormat(Generic[T]):
     render: Callable[[Renderer], Callable[[Any], Any]]
     key: Callable[[Any], str]
     ids: Callable[[T], Sequence[Sequence[int]]]
-    join: Callable[[Sequence[Any], Sequence[Any]], tuple[list[str], list[T]]] | None = None
+    join: Callable[[Sequence[Any], Sequence[Any]], tuple[list[str], Iterable[T]]] | None = None
     together: Callable[[T], int] | None = None
 
 

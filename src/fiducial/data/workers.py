@@ -80,14 +80,15 @@ def _alone(work: Work, chunks: Iterator[list[Record] | InputError]) -> Iterator[
 
 
 def _started(work: Work, count: int) -> list[_Worker]:
-    """Processes that know the work, or none: a tokenizer or a function that stands in the user's
-    script is not known elsewhere.
+    """Processes that know the work; none if they cannot be started, or if a tokenizer or a function
+    is not known elsewhere, as those of the user's own script are not.
     """
+    workers, knowing = list[_Worker](), 0
     try:
         message = pickle.dumps(work, pickle.HIGHEST_PROTOCOL)
+        workers += [_Worker() for _ in range(count)]
     except Exception:
         return []
-    workers, knowing = [_Worker() for _ in range(count)], 0
     try:
         for worker in workers:
             worker.write(message)
@@ -182,7 +183,9 @@ class _Worker:
 
 def serve() -> None:
     """The life of a worker: read the work and then chunks, until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # for the process that started this one
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed here does not get among the results
     try:

@@ -9,7 +9,7 @@ pairs, and the prompt counts once.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,12 +116,12 @@ def prepare(
 
 def rankings(
     pairs: Sequence[Pair], rows: Sequence[PreferenceRow]
-) -> tuple[list[str], list[Ranking]]:
+) -> tuple[list[str], Iterator[Ranking]]:
     """The prompts, and the ranking of each: all rows of a prompt together."""
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(prompt_text(row), []).append(i)
-    ranked = [_rank([pairs[i] for i in g], [rows[i].margin for i in g]) for g in groups.values()]
+    ranked = (_rank([pairs[i] for i in g], [rows[i].margin for i in g]) for g in groups.values())
     return list(groups), ranked
 
 
@@ -262,10 +262,11 @@ def score_facts(
 
 def _sample(rankings: Sequence[Ranking], seed: int) -> list[Rendered]:
     """Some of the responses, in their order."""
-    every = [r for ranking in rankings for r in ranking.responses]
+    count = sum(len(ranking.responses) for ranking in rankings)
     # files are often sorted, so their first rows are not like the others
-    drawn = random.Random(seed).sample(range(len(every)), min(SAMPLE, len(every)))
-    return [every[i] for i in sorted(drawn)]
+    drawn = set(random.Random(seed).sample(range(count), min(SAMPLE, count)))
+    every = (r for ranking in rankings for r in ranking.responses)
+    return [r for i, r in enumerate(every) if i in drawn]
 
 
 def _length_gaps(ranking: Ranking) -> list[int]:

@@ -192,20 +192,22 @@ def _spike(name: str, rate: str) -> Find:
     def find(tracks: Tracks, setup: Setup) -> Found | None:
         track, times = tracks[name], factors(name)[1]
         # a batch without advantages has no gradient, which is not the usual one
-        usual = [v for v in track.last(KEPT)[:-1] if v > 0]
-        if len(usual) < RECENT or track.newest <= max(times * median(usual), 3 * max(usual)):
+        norms = [v for v in track.last(KEPT) if v > 0]
+        if len(norms) <= RECENT or track.newest <= times * (usual := median(norms)):
             return None
         # where norms differ a lot from batch to batch, a spike must stand out of that
-        usually = median(usual)
-        spread = median(abs(math.log(v / usually)) for v in usual)
-        if math.log(track.newest / usually) <= 8 * spread:
+        spread = median(abs(math.log(v / usual)) for v in norms)
+        spikes = sum(v > usual * max(times, math.exp(min(8 * spread, 50.0))) for v in norms)
+        # one that is clipped does no harm in a healthy run, unless it is huge
+        if spikes == 0 or (spikes < 3 and track.newest <= times**2 * usual):
             return None
         whose = "critic's gradient" if name.startswith("critic") else "gradient"
         return Found(
             {name: track.newest},
-            f"The norm of the {whose} is {track.newest:.3g}, {track.newest / usually:.3g} "
-            f"times its median over the last {len(usual)} records (heuristic: at most {times:g} "
-            "times): a broken row, or steps that are too large. "
+            f"The norm of the {whose} is {track.newest:.3g}, {track.newest / usual:.3g} "
+            f"times its median over the last {len(norms)} records, and {spikes} of them are spikes "
+            f"(heuristic: at most two of {times:g} times, and none of {times**2:g}): "
+            "a broken row, or steps that are too large. "
             + setup.sentence(
                 "Look at the rows of this step",
                 f"lower --{rate}",
