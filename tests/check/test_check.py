@@ -18,6 +18,7 @@ from fiducial.check.command import check
 from fiducial.check.report import Report
 from fiducial.check.view import histogram, shown
 from fiducial.cli import main
+from fiducial.methods import setup
 from fiducial.methods.settings.distill import Distill
 from fiducial.methods.settings.dpo import DPO
 from fiducial.methods.settings.grpo import GRPO
@@ -185,6 +186,16 @@ def test_the_memory_of_a_run_is_planned_once_and_compared_with_what_is_there(
     (error,) = short.of("error")
     assert "--run.gradient-checkpointing" in error.change and error.numbers["peak"] == peak
     assert "time" not in short.sections  # no step was tried that cannot fit
+
+
+def test_models_that_do_not_fit_are_an_error_that_is_reported(models, world, monkeypatch):
+    def full(*args: Any, **named: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(setup, "load_policy", full)
+    report = check("sft", SFT(**offline(models, world)))
+    assert worrying(report) == {"out-of-memory"} and report.exit_code == 1
+    assert "the models do not fit into memory (CUDA" in report.of("error")[0].sentence
 
 
 REWARD_MISTAKES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -54,6 +54,9 @@ def check(verb: str, settings: Any) -> Report:
     except InputError as error:
         report.findings, report.refused = [Finding("error", "refused", str(error))], True
         return report
+    except torch.OutOfMemoryError as error:
+        report.findings = [_too_large("the models do", error)]
+        return report
     ready = prepared[0] if isinstance(prepared, tuple) else prepared
     _rows(report, ready)
     report.findings += plan_findings(ready, settings)
@@ -70,7 +73,7 @@ def check(verb: str, settings: Any) -> Report:
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if "memory" not in str(error):
             raise
-        report.findings.append(_too_large(error))
+        report.findings.append(_too_large("one step on the longest rows does", error))
         return report
     measured(report, machine.peak_memory(processes.device))
     report.findings += model_findings(ready.note, ready.roles)
@@ -128,10 +131,10 @@ def _weight_lines(about: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _too_large(error: Exception) -> Finding:
+def _too_large(what: str, error: Exception) -> Finding:
     return Finding(
         "error",
         "out-of-memory",
-        f"one step on the longest rows does not fit into memory ({str(error).splitlines()[0]})",
+        f"{what} not fit into memory ({str(error).splitlines()[0]})",
         "lower --run.tokens or --rows.max-length, or use --run.gradient-checkpointing or --lora.r",
     )
