@@ -4,7 +4,7 @@ For each of five methods, with all weights and with adapters, on three sizes of 
 is made before anything is loaded, and the peak of a real run of two optimizer steps in a process of
 its own. All rows of a run have one length, so that the worst batch is every batch.
 
-    python benchmarks/memory.py --small STORIES260K --large SMOLLM2 [--only large] [--methods sft]
+    python benchmarks/memory.py STORIES260K SMOLLM2 [--only large] [--methods sft]
 
 STORIES260K and SMOLLM2 are model folders; the one between them is made here, with random weights.
 """
@@ -28,8 +28,8 @@ MARK = "plan: "
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--small", required=True)
-    parser.add_argument("--large", required=True)
+    parser.add_argument("small")
+    parser.add_argument("large")
     parser.add_argument("--only", nargs="*", default=["small", "middle", "large"])
     parser.add_argument("--methods", nargs="*", default=METHODS)
     asked = parser.parse_args()

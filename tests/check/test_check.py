@@ -26,7 +26,16 @@ from fiducial.methods.settings.prm import PRM
 from fiducial.methods.settings.reinforce import Reinforce
 from fiducial.methods.settings.reward_model import RewardModel
 from fiducial.methods.settings.sft import SFT
-from fiducial.settings import LoraSettings, OptimizerSettings, RowSettings, ScoreSettings
+from fiducial.models.memory import Plan, Work
+from fiducial.models.rehearsal import Rehearsal
+from fiducial.settings import (
+    LoraSettings,
+    OptimizerSettings,
+    RowSettings,
+    RunSettings,
+    ScoreSettings,
+)
+from fiducial.train import machine
 from small_rows import asked, pairs, sft, solutions
 from support import write_jsonl
 
@@ -142,6 +151,40 @@ def test_healthy_runs_of_every_method_have_neither_errors_nor_warnings(models, w
         assert times["seconds"] == pytest.approx(times["seconds_per_step"] * times["steps"])
         assert sum(times["parts"].values()) == pytest.approx(times["seconds_per_step"])
         assert ("critic" in report.sections["model"]["roles"]) == (verb == "ppo")
+        memory, names = report.sections["memory"], {f.name for f in report.findings}
+        assert "memory-fits" in names and memory["peak"] < 0.9 * memory["available"]
+        assert memory["measured"] > memory["process"] / 2  # both have the whole process in them
+
+
+def test_the_memory_of_a_run_is_planned_once_and_compared_with_what_is_there(
+    models, world, monkeypatch
+):
+    monkeypatch.setattr(machine, "resident_memory", lambda device: 2**20)
+    monkeypatch.setattr(machine, "return_freed_memory", lambda: None)
+    rehearsed, plan = [], Rehearsal.plan
+
+    def counted(self: Rehearsal, work: Work, process: int) -> Plan:
+        rehearsed.append(work.tokens)
+        return plan(self, work, process)
+
+    monkeypatch.setattr(Rehearsal, "plan", counted)
+
+    def found(**run: Any) -> Report:
+        rehearsed.clear()
+        return check("sft", SFT(**offline(models, world, run=RunSettings(**run))))
+
+    auto = found(memory_gb=0.05, tokens="auto")
+    peak, tokens = auto.sections["memory"]["peak"], auto.sections["memory"]["tokens"]
+    assert len(rehearsed) == len(set(rehearsed)) and tokens in rehearsed and tokens % 256 == 0
+    assert "memory-fits" in {f.name for f in auto.findings} and "time" in auto.sections
+    assert any("available: 47.7 MiB" in line for line in auto.as_lines(colour=False))
+    tight = found(memory_gb=1.05 * peak / 1e9, tokens=tokens)
+    assert worrying(tight) == {"memory-tight"} and tight.exit_code == 0 and "time" in tight.sections
+    short = found(memory_gb=0.95 * peak / 1e9, tokens=tokens)
+    assert worrying(short) == {"memory-short"} and short.exit_code == 1
+    (error,) = short.of("error")
+    assert "--run.gradient-checkpointing" in error.change and error.numbers["peak"] == peak
+    assert "time" not in short.sections  # no step was tried that cannot fit
 
 
 REWARD_MISTAKES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -159,19 +159,19 @@ class Needs:
     def _found(self, limit: int) -> int:
         """The largest budget that fits on every process."""
         plan = self._planner()
-        most = max(self._largest_step(), GRAIN)
-        low, high = 0, -(-most // GRAIN)  # in grains: `low` fits, `high` may
-        if not plan(GRAIN).fits(limit):
-            raise InputError(self._nothing_fits(plan(GRAIN), limit))
-        low = 1
-        if plan(high * GRAIN).fits(limit):
-            low = high
-        while high - low > 1:
+        most = -(-self._largest_step() // GRAIN)
+        low, high = 0, most + 1  # in grains: `low` fits, `high` does not
+        if plan(most * GRAIN).fits(limit):
+            low = most
+        while high - low > 1 and low < most:
             middle = (low + high) // 2
             low, high = (middle, high) if plan(middle * GRAIN).fits(limit) else (low, middle)
-        return min(self.processes.gather([low * GRAIN]))
+        least = min(self.processes.gather([low]))  # none waits for one that was refused
+        if least == 0:
+            raise InputError(self._nothing_fits(plan(GRAIN)))
+        return least * GRAIN
 
-    def _nothing_fits(self, plan: Plan, limit: int) -> str:
+    def _nothing_fits(self, plan: Plan) -> str:
         fixed = replace(self, run=_with(self.run, tokens=GRAIN))
         return f"--run.tokens auto: no budget fits: {fixed.advice(plan)}"
 
@@ -280,11 +280,13 @@ def offline(
                 break
         return [*found, [[longest]]]  # wherever it stands
 
+    later = getattr(settings, "reads_reference_at_each_step", None)
+    copied = later is not None and later(len(batches.rows(total)))
     asked, new = settings.run.samples, getattr(settings, "max_new_tokens", 0)
     return Needs(
         settings.run,
         settings.lora,
-        Models(settings.model, scored=scored, trust=settings.trust_remote_code),
+        Models(settings.model, scored=scored, reference=copied, trust=settings.trust_remote_code),
         processes,
         costs,
         longest,
