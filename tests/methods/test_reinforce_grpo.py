@@ -802,7 +802,7 @@ def earned_by(ids):
 
 @pytest.fixture
 def stepwise(monkeypatch):
-    monkeypatch.setattr(setup, "load_rewards", lambda *a: Steps(load_rewards(*a)))
+    monkeypatch.setattr(setup, "load_rewards", lambda *a, **k: Steps(load_rewards(*a, **k)))
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,8 @@ def cut_after(path: Path, step: int, lines: int | None = None) -> tuple[int, int
                 kept.append(line)
         except (ValueError, TypeError, KeyError, RecursionError):
             foreign += 1
-    del kept[lines:]
+    if lines is not None:
+        del kept[lines:]
     write_bytes(path, b"".join(line + b"\n" for line in kept))
     return len(kept), foreign
 
