@@ -20,6 +20,7 @@ from fiducial import run as life
 from fiducial.cli import main
 from fiducial.errors import InputError, RunError
 from fiducial.models.roles import Policy
+from fiducial.models.weights import is_finite
 from fiducial.run import Run
 from fiducial.settings import OptimizerSettings, RunSettings
 from fiducial.train import checkpoint, keep
@@ -332,6 +333,15 @@ def test_nothing_that_is_not_finite_is_sealed_in_a_checkpoint(sft, tmp_path, mon
         fd.sft(sft("run", 6, run={"checkpoint_every": 1}))
     assert steps_of(tmp_path / "run") == [1, 2]
     assert not list((tmp_path / "run" / "checkpoints").glob(".aside*"))
+
+
+def test_a_bias_that_forbids_a_token_is_a_weight_like_others():
+    bias = torch.zeros(4)
+    bias[3] = -torch.inf
+    assert is_finite(bias) and not is_finite(bias[None])
+    for value in (torch.nan, torch.inf):
+        bias[0] = value
+        assert not is_finite(bias)
 
 
 def test_an_optimizer_that_is_not_finite_is_not_sealed(sft, tmp_path, monkeypatch):

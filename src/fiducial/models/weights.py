@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ..errors import InputError
@@ -69,20 +69,23 @@ def pretrained(auto: Any, name: str, flag: str, *, new: Sequence[str] = (), **op
 
 
 @torch.no_grad()
-def check_finite(model: Any, name: str, flag: str) -> None:
-    """Checks that no weight is NaN or infinite.
+def is_finite(weight: Tensor) -> bool:
+    """Whether a weight holds nothing that no weight may hold. A bias may be minus infinity, which
+    forbids a token.
+    """
+    return bool(torch.isfinite(weight).all()) or (
+        weight.dim() == 1 and not bool((weight.isnan() | (weight == torch.inf)).any())
+    )
 
-    A bias may be minus infinity, which forbids a token.
+
+@torch.no_grad()
+def check_finite(model: Any, name: str, flag: str) -> None:
+    """Checks that no weight is NaN or infinite; a bias may be minus infinity.
 
     Raises:
         InputError: names the first such weights.
     """
-    bad = [
-        key
-        for key, p in model.named_parameters()
-        if not torch.isfinite(p).all()
-        and (p.isnan().any() or (p == torch.inf).any() or p.dim() > 1)
-    ]
+    bad = [key for key, p in model.named_parameters() if not is_finite(p)]
     if bad:
         raise InputError(f"{flag}: {name} holds weights that are not finite: {_some(bad)}")
 

@@ -15,6 +15,7 @@ from accelerate.utils import load
 from torch import nn
 
 from ..errors import InputError, RunError
+from ..models.weights import is_finite
 from . import checkpoint
 from .disk import is_of_disk, told
 from .processes import Processes
@@ -119,7 +120,7 @@ def refuse_nonfinite(step: int, run: Processes) -> None:
 
 def _first_bad(module: nn.Module) -> str | None:
     for name, weight in module.named_parameters():
-        if weight.requires_grad and not _finite(weight):
+        if weight.requires_grad and not is_finite(weight):
             return f"the weight {name.removeprefix('module.')}"
     return None
 
