@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from typing import Any
@@ -44,6 +45,10 @@ Exit codes: 0 done; 1 failed while running (what was trained is saved); 2 refuse
 --debug shows tracebacks."""
 
 
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+"""Errors of a disk, which are told in a sentence wherever they arise."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     # threads that wait should sleep, not spin: on a busy machine spinning costs ten times the work
@@ -74,6 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `fiducial VERB --help | head`: whoever read it has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = error.filename or "a file"  # a write that fails does not know its file
+        fault = RunError(f"{where} cannot be read or written: {error.strerror}")
+        return _fail(fault, 1, debug)
 
 
 def _run(name: str, args: list[str]) -> int:

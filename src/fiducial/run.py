@@ -216,7 +216,7 @@ class Run(Generic[S]):
             "tokens_per_second": tokens / max(seconds, 1e-9),
         }
         bad = [k for k, v in values.items() if not math.isfinite(v)]
-        if self.nonfinite.skipped_now:  # what a batch that was left out measured is no number
+        if self.nonfinite.skipped_now:  # the metrics of a batch that was left out may be NaN
             values = {k: v for k, v in values.items() if k not in bad}
             self.nonfinite.skipped_now = False
         elif bad:

@@ -335,6 +335,25 @@ def test_nothing_that_is_not_finite_is_sealed_in_a_checkpoint(sft, tmp_path, mon
     assert not list((tmp_path / "run" / "checkpoints").glob(".aside*"))
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "inputs.json"])
+def test_a_disk_that_is_full_before_the_first_step_is_one_sentence(
+    models, data, tmp_path, monkeypatch, capsys, name
+):
+    sync = checkpoint._sync
+
+    def full(path):
+        if path.name == f"{name}.aside":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write: without a name
+        sync(path)
+
+    monkeypatch.setattr(checkpoint, "_sync", full)
+    out = tmp_path / "run"
+    words = f"sft --model {models['gpt2']} --data {data['completions']} --out {out} --steps 1"
+    assert main([*words.split(), "--run.samples", "0"]) == 1
+    said = capsys.readouterr().err.strip().split("\n")[-1]
+    assert said == f"fiducial: {out / name} cannot be read or written: No space left on device"
+
+
 def test_a_bias_that_forbids_a_token_is_a_weight_like_others():
     bias = torch.zeros(4)
     bias[3] = -torch.inf

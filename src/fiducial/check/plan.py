@@ -1,4 +1,6 @@
-"""Do the settings make a run that can move the model? Heuristics, and one bound that is none."""
+"""Do the settings make a run that can move the model? The bound on how far the loss can fall is
+exact to first order; the others are heuristics.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +138,9 @@ def slow(step: Step, settings: Any, updates: int) -> list[Finding]:
 
 
 def _beta(settings: Any) -> Iterator[Finding]:
-    """Of methods without samples, whose beta has a usual range."""
+    """A beta far from the usual ones, for methods that learn from rows: only theirs has a usual
+    range.
+    """
     beta = getattr(settings, "beta", None)
     if beta is None or (hasattr(settings, "max_new_tokens") and hasattr(settings, "reward")):
         return

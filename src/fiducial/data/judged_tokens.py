@@ -54,7 +54,7 @@ def _end_inside(s: Survey) -> Finding | None:
 
 
 def _no_end(s: Survey) -> Finding | None:
-    """Of rows that were not cut."""
+    """Rows that were not cut and whose last label is no end token."""
     return counted(
         "end-not-trained",
         s.n["no end"],

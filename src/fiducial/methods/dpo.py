@@ -227,9 +227,10 @@ def reference_logprobs(
 
 
 class Reference:
-    """The policy as it is before the first step, asked for log-probabilities [pairs, 2] in nats.
+    """Log-probabilities in nats by the reference, which is the policy before the first step.
 
-    It reads all pairs of the run at once, or is frozen and reads pairs when it is asked for them.
+    They are computed for all pairs of the run at once, or, by a frozen copy, when they are asked
+    for.
     """
 
     def __init__(self, ready: Prepared[Pair], settings: DPO, run: Run[None]) -> None:
@@ -251,13 +252,13 @@ class Reference:
         self._known[read], self._unseen = found[: len(read)], found[len(read) :]
 
     def of(self, rows: Sequence[int]) -> Tensor:
-        """Of these pairs to train on."""
+        """Log-probabilities [rows, 2] of the training pairs with these numbers."""
         if self._frozen is None:
             return self._known[list(rows)]
         return self._asked(self._frozen, [self._ready.train.items[i] for i in rows])
 
     def held_out(self) -> Tensor:
-        """Of all pairs that are held out."""
+        """Log-probabilities [pairs, 2] of all held-out pairs."""
         if self._unseen is None:
             assert self._frozen is not None
             self._unseen = self._asked(self._frozen, self._ready.held_out.items)

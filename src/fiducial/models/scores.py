@@ -32,7 +32,7 @@ class ScoreFacts:
 
     mean, std: of the scores of the reference completions. low, high: the range that holds 98% of
     the scores of responses that were not trained on; beyond it no pair has told what a score
-    means. None: not measured.
+    means. Each is None where it was not measured.
     """
 
     mean: float | None = None

@@ -102,12 +102,19 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes the file completely or not at all."""
+    """Writes the file completely or not at all.
+
+    Raises:
+        OSError: with the name of the file, which a write that fails does not know.
+    """
     aside = path.with_name(path.name + ".aside")
-    aside.unlink(missing_ok=True)  # whatever a link there leads to is not written to
-    aside.write_bytes(data)
-    _sync(aside)
-    os.replace(aside, path)
+    try:
+        aside.unlink(missing_ok=True)  # whatever a link there leads to is not written to
+        aside.write_bytes(data)
+        _sync(aside)
+        os.replace(aside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -23,7 +23,7 @@ from . import launch
 
 T = TypeVar("T")
 
-# that tied weights are kept once in a checkpoint is no news
+# accelerate warns that tied weights are saved once, which is what should happen
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
