@@ -29,7 +29,7 @@ from ...methods.settings.grpo import GRPO
 from ...methods.settings.ppo import PPO
 from ...methods.settings.reinforce import Reinforce
 from ...run import Run
-from ...settings import OptimizerSettings, RowSettings, RunSettings
+from ...settings import OptimizerSettings, RowSettings, RunSettings, WorkerSettings
 from ...train.checkpoint import numbered
 from ..study.credit import credit
 from ..study.results import Credit
@@ -110,6 +110,7 @@ def train(plan: Plan, world: World, folder: Path, out: Path) -> Run[Any]:
     if plan.reward == "steps":
         reward.append(str(taught(plan, world, folder, out)))
     given = {"data": str(folder / "prompts.jsonl"), "reward": tuple(reward), **common}
+    given["worker"] = WorkerSettings(in_process=True)  # the lab wrote the function itself
     return function(settings(**given))
 
 
